@@ -1,0 +1,962 @@
+"""The model that every script trains: a diffusion transformer (DiT) and its noise schedule and
+stochastic sampler. Here stands what defines the policy: rollout and gradient share these functions.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import getsource
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import webdataset as wds
+from diffusers import AutoencoderKL
+from matplotlib import pyplot as plt
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+# B batch, N image tokens, L context tokens, D width, C H W latent, h w one reference's latent size
+# Flow: x_t = (1-t) x_0 + t eps, v = eps - x_0, so t = 1 is noise and t = 0 is the image.
+
+
+def per_sample(t, x):
+    """A float, a 0-d tensor or (B,) -> (B,) fp32 beside x. A fill, not a copy: no GPU sync."""
+    if not torch.is_tensor(t):
+        t = torch.full((), t, dtype=torch.float32, device=x.device)
+    return t.to(x.device, torch.float32).expand(len(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# MMDiT: Stable Diffusion 3's transformer. Attribute names are diffusers' parameter names, so that
+# released weights load with load_state_dict(strict=True), and ours load in diffusers.
+
+
+class PatchEmbed(nn.Module):
+    """Latent -> tokens, each with the sine-cosine code of its place."""
+
+    def __init__(self, D, C, patch, max_size, base_size):
+        super().__init__()
+        self.patch, self.max_size = patch, max_size
+        self.proj = nn.Conv2d(C, D, patch, stride=patch)
+        # One table of max_size^2 places, `base_size` units wide; images use its middle.
+        omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64) / (D // 4))     # (D/4,)
+        place = torch.arange(max_size) / (max_size / base_size)                      # (max,)
+        angle = place.double()[:, None] * omega                                      # (max,D/4)
+        code = torch.cat([angle.sin(), angle.cos()], 1).float()                      # (max,D/2)
+        across = code[None].expand(max_size, -1, -1)      # column first: diffusers names it emb_h
+        down = code[:, None].expand(-1, max_size, -1)
+        table = torch.cat([across, down], 2).flatten(0, 1)[None]                     # (1,max^2,D)
+        self.register_buffer("pos_embed", table)
+
+    def forward(self, x):
+        x = self.proj(x)                                                             # (B,D,H/p,W/p)
+        rows, cols = x.shape[-2:]
+        assert max(rows, cols) <= self.max_size, f"{rows}x{cols} patches, table has {self.max_size}"
+        top, left = (self.max_size - rows) // 2, (self.max_size - cols) // 2
+        table = self.pos_embed.view(self.max_size, self.max_size, -1)
+        code = table[top : top + rows, left : left + cols].flatten(0, 1)             # (N,D)
+        return x.flatten(2).transpose(1, 2) + code                                   # (B,N,D)
+
+
+class TimeTextEmbed(nn.Module):
+    """What every token should know: the time, and a summary of the prompt. -> (B,D)"""
+
+    def __init__(self, D, pooled_dim):
+        super().__init__()
+        self.pooled_dim = pooled_dim
+        self.timestep_embedder = nn.ModuleDict(
+            dict(linear_1=nn.Linear(256, D), linear_2=nn.Linear(D, D)))
+        self.text_embedder = nn.ModuleDict(
+            dict(linear_1=nn.Linear(pooled_dim, D), linear_2=nn.Linear(D, D)))
+
+    def forward(self, t, pooled):
+        time, text = self.timestep_embedder, self.text_embedder
+        # fp32 up to the cosine: bf16 cannot tell 993 from 996. Cosines stand before sines.
+        freq = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
+        angle = 1000 * t[:, None] * freq                                             # (B,128)
+        wave = torch.cat([angle.cos(), angle.sin()], 1).to(time.linear_1.weight.dtype)
+        if pooled is None:                # no summary = the zero vector, whose biases still count
+            pooled = wave.new_zeros(len(t), self.pooled_dim)
+        pooled = pooled.to(wave.dtype)
+        return (time.linear_2(F.silu(time.linear_1(wave)))
+                + text.linear_2(F.silu(text.linear_1(pooled))))
+
+
+class AdaLN(nn.Module):
+    """k modulation vectors (shift, scale, gate ...) from c = silu(time-text embedding)."""
+
+    def __init__(self, D, k):
+        super().__init__()
+        self.k, self.linear = k, nn.Linear(D, k * D)
+
+    def forward(self, c):
+        return self.linear(c)[:, None].chunk(self.k, -1)                             # k x (B,1,D)
+
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(y, shift, scale):
+    return y * (1 + scale) + shift
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):            # the weight in x's dtype, or autocast loses the fused kernel
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(d)) v, all (B,heads,N,d); mask (B,1,1,N) True = may be attended to."""
+    if q.device.type == "cpu":    # written out: the fused kernel's backward is 5 times slower there
+        s = (q * q.shape[-1] ** -0.5) @ k.mT                                     # (B,heads,N,N)
+        s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+        return s.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        widen = nn.ModuleDict(dict(proj=nn.Linear(D, 4 * D)))
+        self.net = nn.ModuleList([widen, nn.Identity(), nn.Linear(4 * D, D)])        # names: 0, 2
+
+    def forward(self, x):
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Self-attention of the image tokens or, with `joint`, of image and context as one sequence."""
+
+    def __init__(self, D, heads, head_dim, qk_norm, joint, last):
+        super().__init__()
+        self.head_dim, self.last = head_dim, last
+        inner = heads * head_dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, inner) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, D)])
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+                nn.Linear(D, inner) for _ in range(3))
+            if not last:
+                self.to_add_out = nn.Linear(inner, D)
+
+        def qk():
+            return RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q, self.norm_k = qk(), qk()
+        if joint:
+            self.norm_added_q, self.norm_added_k = qk(), qk()
+
+    def heads(self, q, k, v, norm_q, norm_k):
+        q, k, v = (a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for a in (q, k, v))
+        return norm_q(q), norm_k(k), v                                               # (B,heads,N,d)
+
+    def forward(self, x, ctx=None, mask=None):
+        N = x.shape[1]
+        qkv = self.heads(self.to_q(x), self.to_k(x), self.to_v(x), self.norm_q, self.norm_k)
+        if ctx is not None:
+            added = self.heads(self.add_q_proj(ctx), self.add_k_proj(ctx), self.add_v_proj(ctx),
+                               self.norm_added_q, self.norm_added_k)
+            qkv = [torch.cat(pair, 2) for pair in zip(qkv, added)]                 # (B,heads,N+L,d)
+        y = attend(*qkv, mask).transpose(1, 2).flatten(2)                            # (B,N+L,inner)
+        x = self.to_out[0](y[:, :N])
+        if ctx is None:
+            return x                                                                 # (B,N,D)
+        return x, None if self.last else self.to_add_out(y[:, N:])                   # + (B,L,D)
+
+
+class Block(nn.Module):
+    """One MMDiT block: two streams with their own weights, which meet in the attention.
+    `dual`: a second attention among image tokens only. `last`: the context ends here."""
+
+    def __init__(self, D, heads, head_dim, qk_norm, dual, last):
+        super().__init__()
+        self.dual, self.last = dual, last
+        self.norm1 = AdaLN(D, 9 if dual else 6)
+        self.norm1_context = AdaLN(D, 2 if last else 6)
+        self.attn = Attention(D, heads, head_dim, qk_norm, joint=True, last=last)
+        if dual:
+            self.attn2 = Attention(D, heads, head_dim, qk_norm, joint=False, last=last)
+        self.ff = FeedForward(D)
+        if not last:
+            self.ff_context = FeedForward(D)
+
+    def forward(self, x, ctx, c, mask, x_mask):
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *extra = self.norm1(c)
+        if self.last:                              # in this layer alone scale stands before shift
+            c_scale, c_shift = self.norm1_context(c)
+        else:
+            c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = self.norm1_context(c)
+
+        x_norm = norm(x)
+        y, c_y = self.attn(modulate(x_norm, shift, scale), modulate(norm(ctx), c_shift, c_scale),
+                           mask)
+        x = x + gate * y
+        if self.dual:
+            shift2, scale2, gate2 = extra
+            x = x + gate2 * self.attn2(modulate(x_norm, shift2, scale2), mask=x_mask)
+        x = x + gate_ff * self.ff(modulate(norm(x), shift_ff, scale_ff))
+        if not self.last:
+            ctx = ctx + c_gate * c_y
+            ctx = ctx + c_gate_ff * self.ff_context(modulate(norm(ctx), c_shift_ff, c_scale_ff))
+        return x, ctx
+
+
+class MMDiT(nn.Module):
+    """SD3's multimodal DiT (Esser et al. 2024, fig. 2), SD3.5's when it has dual attention."""
+
+    def __init__(self, sample_size=128, patch_size=2, in_channels=16, num_layers=18,
+                 attention_head_dim=64, num_attention_heads=18, joint_attention_dim=4096,
+                 caption_projection_dim=1152, pooled_projection_dim=2048, out_channels=16,
+                 pos_embed_max_size=96, dual_attention_layers=(), qk_norm=None):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        D = num_attention_heads * attention_head_dim
+        assert caption_projection_dim == D, "context and image share one attention, so one width"
+        assert qk_norm in (None, "rms_norm"), f"qk_norm is None or 'rms_norm', not {qk_norm!r}"
+        self.config = config
+        self.pos_embed = PatchEmbed(D, in_channels, patch_size, pos_embed_max_size,
+                                    sample_size // patch_size)
+        self.time_text_embed = TimeTextEmbed(D, pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, D)
+        self.transformer_blocks = nn.ModuleList(
+            Block(D, num_attention_heads, attention_head_dim, qk_norm,
+                  dual=i in dual_attention_layers, last=i == num_layers - 1)
+            for i in range(num_layers))
+        self.norm_out = AdaLN(D, 2)
+        self.proj_out = nn.Linear(D, patch_size**2 * out_channels)
+        self.init()
+
+    def init(self):
+        """For training from scratch, as DiT does (adaLN-Zero): every gate starts at 0, so each
+        block is the identity, and proj_out = 0 makes the first velocity 0, not noise."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))    # a Linear in disguise
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        for m in [m.linear for m in self.modules() if isinstance(m, AdaLN)] + [self.proj_out]:
+            nn.init.zeros_(m.weight)
+
+    def append_refs(self, x, refs):
+        """x (B,N,D) and B lists of (C,h,w) -> (B,N+most reference tokens,D), mask or None.
+        As FLUX Kontext and DeepGen: a reference is more image, coded from its own centre; nothing
+        but its content tells it from the target. Ragged rows are padded on the right."""
+        assert len(refs) == len(x), f"{len(refs)} lists of references for a batch of {len(x)}"
+        dtype = self.pos_embed.proj.weight.dtype
+        rows = [torch.cat([x[b], *(self.pos_embed(r[None].to(dtype))[0] for r in refs[b])])
+                for b in range(len(x))]
+        lengths = [len(row) for row in rows]
+        if min(lengths) == max(lengths):
+            return torch.stack(rows), None
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return pad_sequence(rows, batch_first=True), real.to(x.device)
+
+    def forward(self, x, t, ctx, ctx_mask=None, pooled=None, refs=None):
+        """Velocity at x (B,C,H,W) and t in [0,1], scalar or (B,) (diffusers' timestep / 1000).
+        ctx (B,L,Dc); ctx_mask (B,L) True = real, or None if nothing is padded: the fast attention.
+        pooled (B,P) or None = zeros; refs None or B lists of clean latents (C,h,w), any number and
+        size. -> (B,C,H,W) fp32."""
+        p, (H, W) = self.config["patch_size"], x.shape[-2:]
+        dtype = self.context_embedder.weight.dtype
+        assert H % p == 0 and W % p == 0, f"a {H}x{W} latent does not divide into {p}x{p} patches"
+        c = F.silu(self.time_text_embed(per_sample(t, x), pooled))                   # (B,D)
+        ctx = self.context_embedder(ctx.to(dtype))                                   # (B,L,D)
+        x = self.pos_embed(x.to(dtype))                                              # (B,N,D)
+        N, mask, x_mask = x.shape[1], None, None
+        if refs is not None:
+            x, x_mask = self.append_refs(x, refs)                                    # (B,N+refs,D)
+        if ctx_mask is not None or x_mask is not None:         # who may be attended to, as keys
+            ones = [torch.ones(a.shape[:2], dtype=torch.bool, device=x.device) for a in (x, ctx)]
+            mask = torch.cat([ones[0] if x_mask is None else x_mask,
+                              ones[1] if ctx_mask is None else ctx_mask.bool()], 1)
+            mask = mask[:, None, None]                                               # (B,1,1,N+L)
+            x_mask = None if x_mask is None else x_mask[:, None, None]
+        for block in self.transformer_blocks:
+            x, ctx = block(x, ctx, c, mask, x_mask)
+        scale, shift = self.norm_out(c)                        # scale before shift here too
+        x = self.proj_out(modulate(norm(x[:, :N]), shift, scale))                    # (B,N,p*p*C)
+        x = x.view(len(x), H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(x), -1, H, W).float()                                   # (B,C,H,W)
+
+
+# ---------------------------------------------------------------------------------------------
+# From noise to image: when to step, and how to step at random
+
+
+def sigmas(steps, shift=1.0):
+    """(steps+1,) times 1 ... 0, shifted once towards the noise (SD3 eq. 23); the end is exact.
+    diffusers' scheduler shifts its endpoint twice and so stops at .0089 for shift 3, 50 steps."""
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)   # so that rounding keeps 1 at 1
+    return (shift * t / (1 + (shift - 1) * t)).float()
+
+
+def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
+    """One random step t -> t_next < t of the flow, and the log-probability of where it landed.
+
+    v, x (B,C,H,W); t, t_next floats, 0-d or (B,); eta >= 0 scales the fresh noise, 0 = Euler.
+    Draws x_next (from `noise` if given) or re-scores the one given (keep it in fp32).
+    -> x_next, logp (B,), mean (B,C,H,W), std (B,1,1,1).
+    logp is the *mean* over the C*H*W dimensions of the Gaussian log-density: in nats per
+    dimension, so a tempered density. Steps with std 0 (eta = 0, or t_next = 0) have logp 0.
+
+    flow   Flow-GRPO eq. 9: the SDE with g = eta sqrt(t/(1-t))
+    unirl  UniRL-Zero eq. 15: the same SDE for t < 1, written with D = d eta^2 / 2
+    dance  DanceGRPO: the SDE with g = eta
+    cps    DeepGen eq. 6 (Flow-CPS): replaces part of the noise that x holds by fresh noise
+    cps-simple   the same step; logp = -mean((x_next - mean)^2), as DeepGen's code has it
+    With the exact v, the first three keep the marginals of the ODE, up to an error that falls with
+    d = t - t_next (flow and unirl only as d^(eta^2) if eta < 1: the rough first step, at t = 1,
+    is forgotten slowly). cps keeps the noise *level* at every step instead: its marginals are
+    wrong at a fixed eta however small the step, and right only if eta shrinks as sqrt(d).
+    """
+    v, x = v.float(), x.float()
+    t, s = (per_sample(a, x).view(-1, *[1] * (x.ndim - 1)) for a in (t, t_next))     # (B,1,1,1)
+    d = t - s
+    # Departs from eq. 9 and 15, which divide by 1-t = 0 at pure noise: there, and only in the
+    # divisor, t_next stands for t. Anything nearer to 1 explodes (10 steps: .9931 gives -2.55 x).
+    room = 1 - torch.where(t < 1, t, s)
+    if kind == "flow":
+        g2 = eta**2 * t / room                                                       # g^2
+        mean = x * (1 - g2 * d / (2 * t)) - v * (1 + g2 * (1 - t) / (2 * t)) * d
+        std = (g2 * d).sqrt()
+    elif kind == "unirl":
+        # UniRL-Zero's eq. 1 has the v term's sign slipped; eq. 15 (its dt = -d < 0) is right.
+        D = d * eta**2 / 2
+        mean = x * (1 - D / room) - v * (d + D)
+        std = (2 * D * t / room).sqrt()
+    elif kind == "dance":
+        mean = x - v * d - eta**2 * d / (2 * t) * (x + (1 - t) * v)
+        std = eta * d.sqrt()
+    elif kind in ("cps", "cps-simple"):
+        x0, eps = x - t * v, x + (1 - t) * v                   # what v believes x is made of
+        mean = (1 - s) * x0 + s * math.cos(eta * math.pi / 2) * eps
+        std = s * math.sin(eta * math.pi / 2)                  # cos^2 + sin^2 = 1: level stays s
+    else:
+        raise ValueError(f"kind is flow, unirl, dance, cps or cps-simple, not {kind!r}")
+    # The last step adds no noise: it is the plain ODE step, and nothing to learn from.
+    mean = torch.where(s > 0, mean, x - v * d)
+    std = torch.where(s > 0, std, 0)
+    if x_next is None:
+        x_next = mean + std * (torch.randn_like(x) if noise is None else noise)
+    x_next = x_next.float()
+
+    safe = torch.where(std > 0, std, 1)       # no division by 0, not even in an unused gradient
+    miss = (x_next - mean).square()
+    if kind == "cps-simple":
+        logp = -miss
+    else:
+        logp = -miss / (2 * safe**2) - safe.log() - math.log(2 * math.pi) / 2
+    logp = torch.where(std > 0, logp, 0).flatten(1).mean(1)                          # (B,)
+    return x_next, logp, mean, std
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets. Dimensions stand here, so that a preset can be built without any download.
+
+
+@dataclass
+class Config:
+    preset: str = "shapes"
+    # parts: folders or Hub ids in their own ecosystems' formats
+    vlm: str = ""                     # transformers folder
+    dit: str = ""                     # diffusers transformer folder
+    vae: str = ""                     # diffusers AutoencoderKL folder
+    text_encoder: str = ""            # open_clip folder, for bridge `text`
+    # bridge: from VLM hidden states to DiT context
+    bridge: str = "scb"               # last | scb | text
+    layers: tuple = ()                # scb: indices into hidden_states, stacked on channels
+    keep: str = "all"                 # tokens the DiT sees: all (text and queries) | query
+    n_query: int = 8                  # learnable "think" tokens at the end of the VLM's sequence
+    t2i_text: str = "Generate an image: {}"
+    null_prompt: str = ""             # what classifier-free guidance contrasts with
+    vlm_dim: int = 128
+    c_dim: int = 128                  # connector: width, feed-forward width, layers, heads
+    c_ff: int = 512
+    c_layers: int = 2
+    c_heads: int = 4
+    # flow
+    size: int = 64                    # pixels
+    vae_factor: int = 4               # pixels per latent, one side
+    train_shift: float = 1.0          # time shift while training the flow
+    t_mean: float = 0.0               # t = sigmoid(N(t_mean, 1)): > 0 favours noisy times
+    sample_shift: float = 1.0
+    mmdit: dict = field(default_factory=dict)   # MMDiT's own arguments
+
+
+PRESETS = {
+    # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
+    "shapes": Config(
+        preset="shapes", vlm="data/shapes/vlm", dit="data/shapes/dit", vae="data/shapes/vae",
+        text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=0.7,
+        sample_shift=3.0,
+        mmdit=dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
+                   attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128,
+                   joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
+                   qk_norm="rms_norm"),
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Bridge: what the VLM understood -> what the DiT is conditioned on
+
+
+@dataclass
+class Cond:
+    """A condition of B samples. Guidance is a weighted sum over several, weights adding to 1."""
+
+    ctx: torch.Tensor                           # (B,L,Dc)
+    mask: torch.Tensor | None = None            # (B,L) True = real; None: nothing is padded
+    pooled: torch.Tensor | None = None          # (B,P)
+    refs: list | None = None                    # B lists of clean latents (C,h,w)
+
+    def map(self, f):
+        """f of every tensor, e.g. a choice of rows or a repetition."""
+        keep = [None if a is None else f(a) for a in (self.ctx, self.mask, self.pooled)]
+        assert self.refs is None, "rows of references are chosen by their owner"
+        return Cond(*keep)
+
+    def repeat(self, n):
+        return self.map(lambda a: a.repeat_interleave(n, 0))
+
+    def rows(self, index):
+        return self.map(lambda a: a[index])
+
+
+class ConnectorLayer(nn.Module):
+    """A bidirectional pre-norm encoder layer with SigLIP's names, as DeepGen, UniPic2, OpenUni."""
+
+    def __init__(self, D, ff, heads):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.self_attn = nn.ModuleDict(
+            {k: nn.Linear(D, D) for k in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, ff), fc2=nn.Linear(ff, D)))
+
+    def forward(self, x, mask):
+        y = self.layer_norm1(x)
+        q, k, v = (self.self_attn[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for n in ("q_proj", "k_proj", "v_proj"))                      # (B,heads,L,d)
+        x = x + self.self_attn["out_proj"](attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x)),
+                                       approximate="tanh"))
+
+
+class Bridge(nn.Module):
+    """Learnable queries enter the VLM's own sequence; the connector turns hidden states to context.
+
+    last  the last hidden state (MetaQuery, OpenUni, UniPic2, UniRL-Zero)
+    scb   chosen layers stacked on channels (DeepGen eq. 1; its "two-layer MLP" is one Linear in the
+          released code and so here)
+    text  no bridge: the DiT's own text encoder speaks (Flow-GRPO, UniPic2-Kontext)
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        if cfg.bridge == "text":
+            return
+        d_in = cfg.vlm_dim * (len(cfg.layers) if cfg.bridge == "scb" else 1)
+        self.meta_queries = nn.Parameter(torch.randn(cfg.n_query, cfg.vlm_dim) * cfg.vlm_dim**-0.5)
+        self.projector_1 = nn.Linear(d_in, cfg.c_dim)
+        self.connector = nn.ModuleDict(dict(layers=nn.ModuleList(
+            ConnectorLayer(cfg.c_dim, cfg.c_ff, cfg.c_heads) for _ in range(cfg.c_layers))))
+        self.projector_2 = nn.Linear(cfg.c_dim, cfg.mmdit["pooled_projection_dim"])
+        self.projector_3 = nn.Linear(cfg.c_dim, cfg.mmdit["joint_attention_dim"])
+        for m in (self.projector_2, self.projector_3):     # as DeepGen: start from "no prompt"
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, hidden, lengths):
+        """hidden: the VLM's tuple of (B,L,d), right-padded; lengths: B ints, queries included."""
+        cfg = self.cfg
+        h = torch.cat([hidden[i] for i in cfg.layers], -1) if cfg.bridge == "scb" else hidden[-1]
+        if cfg.keep == "query":                            # the last n_query tokens of each row
+            at = torch.tensor([[n - cfg.n_query + i for i in range(cfg.n_query)] for n in lengths])
+            h = h.gather(1, at.to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
+            lengths = [cfg.n_query] * len(lengths)
+        mask = None
+        if min(lengths) < max(lengths):                    # decided on the host: no GPU sync
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]   # (B,L)
+            mask = mask.to(h.device)
+        keys = None if mask is None else mask[:, None, None]
+        x = self.projector_1(h)                                                  # (B,L,c_dim)
+        for layer in self.connector["layers"]:
+            x = layer(x, keys)
+        # Departs from DeepGen, which averages pads too: its outputs depend on the other rows.
+        real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+        mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)          # (B,c_dim)
+        return Cond(self.projector_3(x).float(), mask, self.projector_2(mean).float())
+
+
+# ---------------------------------------------------------------------------------------------
+# The unified model
+
+
+class Unified(nn.Module):
+    """VLM + bridge + DiT + VAE. Everything is frozen until a script says what learns."""
+
+    def __init__(self, cfg, vlm, tokenizer, dit, vae, text_encoder=None):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.vlm, self.bridge, self.dit, self.vae = vlm, Bridge(cfg), dit, vae
+        self.text_encoder = text_encoder
+        self.eval().requires_grad_(False)
+        self.bf16 = has_bf16()
+        self.trained = set()                   # parts that checkpoints of ours have changed
+
+    @classmethod
+    def from_preset(cls, name="shapes", init=None, **changes):
+        """Build a preset from its parts and, with `init`, a checkpoint of ours on top."""
+        if name not in PRESETS:
+            fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+        cfg = replace(PRESETS[name], **changes)
+        for part in ("dit", "vae") + (("text_encoder",) if cfg.bridge == "text" else ("vlm",)):
+            if cfg.preset == "shapes" and not Path(getattr(cfg, part)).is_dir():
+                fail(f"{getattr(cfg, part)} is missing: run from the repository's root, or make it "
+                     f"with python -m data.shapes.prepare")
+        vae = AutoencoderKL.from_pretrained(cfg.vae)
+        dit = MMDiT(**cfg.mmdit)
+        weights = load_file(Path(cfg.dit) / "diffusion_pytorch_model.safetensors")
+        dit.load_state_dict({k: v.float() for k, v in weights.items()})
+        vlm = tokenizer = text_encoder = None
+        if cfg.bridge == "text":
+            text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
+        else:
+            # Eager attention on a CPU: the fused kernel's backward is 3 times slower there.
+            vlm = AutoModelForImageTextToText.from_pretrained(
+                cfg.vlm, dtype=torch.float32,
+                attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+            tokenizer = AutoTokenizer.from_pretrained(cfg.vlm)
+        model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder)
+        if init:
+            model.load_trained(init)
+        return model
+
+    @classmethod
+    def load(cls, path):
+        """A checkpoint of ours names its own preset: the path is enough."""
+        cfg = read_checkpoint(path)[1]
+        return cls.from_preset(cfg.pop("preset"), init=path, **cfg)
+
+    def load_trained(self, path):
+        tensors, cfg = read_checkpoint(path)
+        if cfg["preset"] != self.cfg.preset:
+            fail(f"{path} is a checkpoint of preset {cfg['preset']!r}, not {self.cfg.preset!r}")
+        own = self.state_dict()
+        parts = {k.split(".")[0] for k in tensors}
+        want = {k for k in own if k.split(".")[0] in parts}
+        wrong = sorted(want ^ set(tensors)) or sorted(
+            k for k in want if own[k].shape != tensors[k].shape)
+        if wrong:
+            fail(f"{path} does not fit preset {self.cfg.preset!r}: {len(wrong)} keys differ, "
+                 f"first {', '.join(wrong[:10])}")
+        self.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+        self.trained |= parts
+
+    @property
+    def device(self):
+        return next(self.dit.parameters()).device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    # ---- text -> condition
+
+    def encode(self, prompts, images=None, task="t2i", layer_noise=None):
+        """B prompts -> Cond. A causal VLM, padded on the right: no row sees another's length."""
+        if self.cfg.bridge == "text":
+            return self.encode_text(prompts)
+        user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+        ids = [self.tokenizer(user.format(self.cfg.t2i_text.format(p)))["input_ids"]
+               for p in prompts]
+        lengths = [len(i) + self.cfg.n_query for i in ids]
+        lm, queries = self.vlm.model.language_model, self.bridge.meta_queries
+        embed = lm.get_input_embeddings()
+        rows = [torch.cat([embed(torch.tensor(i, device=self.device)), queries]) for i in ids]
+        x = pad_sequence(rows, batch_first=True)                                 # (B,L,d)
+        # Explicit positions: left to itself, a VLM remembers the last image's offset.
+        pos = torch.arange(x.shape[1], device=self.device).expand(3, len(x), -1)
+        with self.autocast():
+            out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
+                     output_hidden_states=True)
+            return self.bridge(out.hidden_states, lengths)
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """As SD3: the text tower's last-but-one states as context, its sentence as pooled."""
+        clip, ids = self.text_encoder, self.tokenizer(prompts)                   # (B,context)
+        n = (ids != clip.text_eos_id).sum(1) + 1                                 # one end-of-text
+        mask = torch.arange(int(n.max())) < n[:, None]                           # (B,L)
+        L, n, mask, ids = mask.shape[1], *(a.to(self.device) for a in (n, mask, ids))
+        with self.autocast():
+            x = clip.token_embedding(ids[:, :L]) + clip.positional_embedding[:L]
+            for block in clip.transformer.resblocks:
+                last_but_one, x = x, block(x, attn_mask=clip.attn_mask[:L, :L])  # causal
+            end = clip.ln_final(x[torch.arange(len(x), device=self.device), n - 1])
+            pooled = end @ clip.text_projection
+            return Cond(clip.ln_final(last_but_one).float(), mask, pooled.float())
+
+    def null(self, n):
+        """The condition of guidance: n rows of the preset's null prompt."""
+        return self.encode([self.cfg.null_prompt]).repeat(n)
+
+    def guided(self, cond, guidance):
+        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards."""
+        null = [] if guidance == 1 else [(1 - guidance, self.null(len(cond.ctx)))]
+        return [(guidance, cond), *null]
+
+    # ---- condition -> image
+
+    def velocity(self, x, t, branches):
+        """sum_k w_k v(x, t, cond_k), branches = [(w_k, Cond), ...] with sum w_k = 1. fp32."""
+        with self.autocast():
+            return sum(w * self.dit(x, t, c.ctx, c.mask, c.pooled, c.refs) for w, c in branches)
+
+    def noise(self, keys, size=None):
+        """(B,C,H,W) standard normal, row b drawn from keys[b] alone: any batch, any rank, same."""
+        side = (size or self.cfg.size) // self.cfg.vae_factor
+        shape, g = (self.cfg.mmdit["in_channels"], side, side), torch.Generator()
+        return torch.stack([torch.randn(shape, generator=g.manual_seed(k)) for k in keys]
+                           ).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, branches, steps, size=None, noise=None, trajectory=False):
+        """Euler along the ODE from `noise`. -> latents (B,C,H,W), or all of them (T+1,B,C,H,W)."""
+        x = self.noise(range(len(branches[0][1].ctx)), size) if noise is None else noise
+        xs, ts = [x], sigmas(steps, self.cfg.sample_shift).tolist()
+        for t, s in zip(ts, ts[1:]):
+            xs.append(xs[-1] - (t - s) * self.velocity(xs[-1], t, branches))
+        return torch.stack(xs) if trajectory else xs[-1]
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, steps=10, guidance=1.0):
+        """B prompts and B seeds -> uint8 (B,3,H,W)."""
+        branches = self.guided(self.encode(prompts), guidance)
+        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
+
+    @torch.no_grad()
+    def to_latents(self, images):
+        """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
+        x = (images.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        with self.autocast():
+            z = self.vae.encode(x).latent_dist.mode()
+        return (z.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def to_images(self, z):
+        """Latents -> uint8 (B,3,H,W)."""
+        z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        with self.autocast():
+            x = self.vae.decode(z.to(memory_format=torch.channels_last)).sample
+        return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+# ---------------------------------------------------------------------------------------------
+# Run helpers: nothing below learns
+
+
+def fail(message):
+    """A user's error: one line, non-zero exit, nothing written."""
+    sys.exit(f"error: {message}")
+
+
+def has_bf16():
+    """bf16 where the hardware computes in it; elsewhere it would be emulated, slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def parse(Args, description):
+    """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
+    field is its help."""
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
+    names = ["--" + f.name.replace("_", "-") for f in fields(Args)]
+    p.error = lambda message: fail(                    # one line instead of the whole usage
+        message + (f"; there are: {' '.join(names)}" if "unrecognized" in message else ""))
+    for f, name in zip(fields(Args), names):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        p.add_argument(name, default=f.default, **kind,
+                       help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
+    return Args(**vars(p.parse_args()))
+
+
+def setup():
+    """-> rank, world, device. Under torchrun: one process per GPU, or gloo on the CPU."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else 0)
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ or world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device if cuda else torch.device("cpu")
+
+
+def all_mean(values):
+    """Mean over ranks of a list of numbers; every rank calls it."""
+    v = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        v = v.cuda() if dist.get_backend() == "nccl" else v
+        dist.all_reduce(v)
+        v /= dist.get_world_size()
+    return v.tolist()
+
+
+def sum_grads(params):
+    """Add gradients over ranks, once per update. No wrapper around the model: RL samples it bare
+    and calls backward many times; the price is no overlap of computing and sending."""
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(g.view_as(p))
+
+
+def key(seed, step, index):
+    """One integer per (seed, step, global sample index): noise that neither ranks nor a restart
+    change."""
+    return (seed * 1_000_003 + step) * 1_000_003 + index
+
+
+def open_run(out, args, resume, start, rank):
+    """Make the run's folder; never write into another run's. -> folder, when the run began."""
+    out, begin = Path(out), time.time()
+    if (out / "config.json").exists() and not resume:
+        fail(f"{out} holds another run: choose another --out, or continue it with --resume")
+    all_mean([0])                       # every rank has looked before rank 0 writes
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(asdict(args), indent=1))
+        print(" ".join(f"{k}={v}" for k, v in asdict(args).items()))
+        if resume:    # rows later than the checkpoint will come again; the clock goes on from there
+            rows = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
+            write(out / "log.jsonl", "".join(rows))
+            begin -= json.loads(rows[-1])["at"]
+    return out, begin
+
+
+def write(path, text):
+    """Atomic: a reader sees the old file or the new one."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def log(out, rank, row):
+    """One dict per step, appended to log.jsonl by rank 0."""
+    if rank == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def plot(out, *curves):
+    """curves.png from log.jsonl: one panel per tuple of row names, against minutes."""
+    rows = [json.loads(line) for line in open(out / "log.jsonl")]
+    fig, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.2))
+    for ax, names in zip(axes, curves):
+        for name in names:
+            seen = np.array([(r["at"] / 60, r[name]) for r in rows if r.get(name) is not None])
+            n = len(seen) // 20                                  # many points: their running mean
+            if len(seen):
+                ax.plot(*seen.T, "-" if n > 1 else "o-", ms=3, lw=1, alpha=0.3 if n > 1 else 1,
+                        label=None if n > 1 else name)
+            if n > 1:
+                mean = np.convolve(seen[:, 1], np.ones(n) / n, "valid")
+                ax.plot(seen[n // 2 :][: len(mean), 0], mean, lw=1.5, label=name)
+        ax.set_xlabel("minutes")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out / "curves.tmp", dpi=110, format="png")
+    plt.close(fig)
+    os.replace(out / "curves.tmp", out / "curves.png")
+
+
+def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32):
+    """Atomic: model.safetensors (what was trained, and the config) and the optimiser's state."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if optim is not None:
+        torch.save(dict(optim, step=step), folder / "optim.tmp")
+        os.replace(folder / "optim.tmp", folder / "optim.pt")
+    about = {"config": json.dumps(asdict(cfg)), "step": str(step)}
+    save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
+              folder / "model.tmp", about)
+    os.replace(folder / "model.tmp", folder / "model.safetensors")
+
+
+def read_checkpoint(path):
+    """-> tensors, config dict. path: a checkpoint folder, or a run's folder."""
+    file = next((f for f in (Path(path) / "model.safetensors",
+                             Path(path) / "ckpt" / "model.safetensors") if f.exists()), None)
+    if file is None:
+        fail(f"no checkpoint at {path}: there is no model.safetensors, nor ckpt/model.safetensors")
+    try:
+        with safe_open(file, "pt") as f:
+            cfg = json.loads((f.metadata() or {}).get("config", "null"))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, json.JSONDecodeError) as e:
+        fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
+    if cfg is None:
+        fail(f"{file} is not a checkpoint of ours: it names no preset; try data/convert.py")
+    return tensors, cfg
+
+
+class Ema:
+    """An average of the weights that learn: noisy updates, steady evaluation and checkpoints."""
+
+    def __init__(self, params, decay):
+        self.params, self.decay = params, decay                  # name -> parameter
+        self.mean = {k: p.detach().clone() for k, p in params.items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        d = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - d)
+
+    @contextmanager
+    def applied(self):
+        """The model computes with the average; afterwards with its own weights again."""
+        raw = {k: p.detach().clone() for k, p in self.params.items()}
+        with torch.no_grad():
+            [p.copy_(self.mean[k]) for k, p in self.params.items()]
+            yield
+            [p.copy_(raw[k]) for k, p in self.params.items()]
+
+    def save(self, out, model, step, opt):
+        """The average is the checkpoint, with the parts that --init had changed, so that it stands
+        alone; beside it all that --resume needs."""
+        parts = model.trained | {k.split(".")[0] for k in self.params}
+        whole = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts}
+        raw = {k: p.detach() for k, p in self.params.items()}
+        save_checkpoint(out / "ckpt", whole | self.mean, model.cfg, step,
+                        dict(raw=raw, mean=self.mean, opt=opt.state_dict()))
+
+    def resume(self, out, opt):
+        """Put back raw weights, average and optimiser. -> the next step."""
+        file = Path(out) / "ckpt" / "optim.pt"
+        if not file.exists():
+            fail(f"nothing to resume: {file} is missing; start without --resume in a new --out")
+        try:
+            saved = torch.load(file, weights_only=True, map_location="cpu")
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as e:
+            fail(f"{file} cannot be read, it may be truncated ({str(e).splitlines()[0]})")
+        if saved["raw"].keys() != self.params.keys():
+            fail(f"{file} belongs to a run that trained other weights: give the flags it had")
+        opt.load_state_dict(saved["opt"])
+        with torch.no_grad():
+            for k, p in self.params.items():
+                p.copy_(saved["raw"][k])
+                self.mean[k].copy_(saved["mean"][k])
+        return saved["step"]
+
+
+def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
+    """Endless batches of (uint8 (n,3,H,W), n prompts) from what people have: a folder with
+    metadata.jsonl (file_name, prompt), or WebDataset shards *.tar (png/jpg + json/txt).
+
+    Aspect ratio is kept at the preset's area: each batch is of one bucket of sizes. A record that
+    cannot be read is named and counted; a share of more than bad_share of them ends the run.
+    A resumed run skips the batches it has seen."""
+    folder, rng, good, bad, rows, buckets = Path(folder), random.Random(seed), 0, set(), [], {}
+    shards = sorted(map(str, folder.glob("*.tar")))
+    if not shards and not (folder / "metadata.jsonl").exists():
+        fail(f"{folder} holds neither metadata.jsonl nor *.tar shards"
+             + "; the classroom's: python -m data.shapes.prepare data")
+    for i, line in enumerate([] if shards else (folder / "metadata.jsonl").open(), 1):
+        try:
+            row = json.loads(line)
+            rows.append((row["file_name"], folder / row["file_name"], row["prompt"]))
+        except (ValueError, TypeError, KeyError) as e:
+            fail(f"{folder}/metadata.jsonl line {i}: no file_name or prompt ({e!r})")
+    step = cfg.vae_factor * cfg.mmdit.get("patch_size", 1)       # pixels a side must divide into
+    most = step * cfg.mmdit.get("pos_embed_max_size", 999)       # pixels that have a place
+
+    def unreadable(name, error):
+        if name not in bad:                                      # once, not in every pass
+            bad.add(name)
+            print(f"unreadable: {name} ({len(bad)} of {len(bad) + good}): {error}", file=sys.stderr)
+        if len(bad) > bad_share * (len(bad) + good + 20):
+            fail(f"{len(bad)} of {len(bad) + good} records in {folder} are unreadable")
+        return True                                              # webdataset: go on
+
+    def records():                                               # one pass over the data
+        if not shards:
+            yield from rng.sample(rows, len(rows))
+            return
+        rng.shuffle(shards)
+        # Every rank reads all and takes its share below: no node splitter.
+        for r in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None,
+                                handler=lambda e: unreadable(e.args[-1], e.args[0])
+                                ).shuffle(2000, rng=rng):
+            image = next((r[k] for k in ("png", "jpg", "jpeg", "webp") if k in r), b"")
+            try:
+                text = json.loads(r["json"])["prompt"] if "json" in r else r["txt"].decode()
+                yield r["__key__"], io.BytesIO(image), text
+            except (ValueError, TypeError, KeyError) as e:
+                unreadable(r["__key__"], f"no prompt ({e!r})")
+
+    def batches():
+        nonlocal good, skip
+        while True:
+            for i, (name, source, prompt) in enumerate(records()):
+                if i % world != rank:
+                    continue
+                try:
+                    image = ImageOps.exif_transpose(Image.open(source)).convert("RGB")
+                    good += 1
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+                    unreadable(name, e)
+                    continue
+                if image.size != (cfg.size, cfg.size):
+                    ratio = (image.width / image.height) ** 0.5  # sides that keep shape and area
+                    w, h = (min(most, max(step, round(cfg.size * r / step) * step))
+                            for r in (ratio, 1 / ratio))
+                    image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
+                bucket = buckets.setdefault(image.size, [])
+                bucket.append((torch.from_numpy(np.array(image)).permute(2, 0, 1), prompt))
+                if len(bucket) == n:
+                    buckets[image.size] = []
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield torch.stack([a for a, _ in bucket]), [b for _, b in bucket]
+            if not good:
+                fail(f"{folder} holds no image that rank {rank} of {world} could read")
+
+    return batches()
+
+
+def stop_flag():
+    """SIGTERM sets it; a loop that looks at it saves and exits."""
+    flag = []
+    signal.signal(signal.SIGTERM, lambda *_: flag.append(1))
+    return flag
