@@ -1,0 +1,993 @@
+"""The classroom world: a universe small enough to know completely.
+
+Scenes of coloured shapes, their captions (which err at a stated rate, as web captions do), their
+GenEval metadata, edits, signs to read and riddles, and the training of the small models that live
+in it.  Everything is real: each part is the class that loads the big weights, at small size.
+
+    python -m data.shapes.prepare data     # training shards and prompt files, about a minute
+    python -m data.shapes.prepare vae      # then clip, dit, vlm: see LOG.md for times
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import processors, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+HERE = Path(__file__).parent
+
+# ---------------------------------------------------------------------------------------------
+# Scenes: a scene is a JSON list of things; everything else is derived from it, so truth is known.
+
+SIDE = 64  # pixels
+GROUND = (128, 128, 128)
+PALETTE = {  # GenEval's ten colours
+    "red": (225, 25, 30), "orange": (255, 140, 0), "yellow": (250, 225, 35),
+    "green": (25, 150, 50), "blue": (40, 75, 220), "purple": (125, 35, 165),
+    "pink": (255, 140, 195), "brown": (120, 65, 20), "black": (10, 10, 10),
+    "white": (248, 248, 248),
+}  # fmt: skip
+COLORS = list(PALETTE)
+SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart"]
+SIDES = {"triangle": 3, "square": 4}  # for riddles: both are counts that a scene can hold
+MIXES = {"orange": ("red", "yellow"), "green": ("blue", "yellow"), "purple": ("red", "blue"),
+         "pink": ("red", "white")}  # fmt: skip
+NUMBERS = ["zero", "one", "two", "three", "four"]
+RELATIONS = ["left of", "right of", "above", "below"]
+TAGS = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]  # GenEval
+SIZES = (16, 20, 24)  # pixels across: small, medium, large
+GAP = 2  # pixels kept free between two things
+LATTICE = 8  # pixels: corners stand on this grid, so that a small DiT need not learn every phase
+
+# Never drawn, never captioned in training: a quarter of the colour-shape pairs, and four stars.
+UNSEEN_PAIRS = {(c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES)
+                if (i + 3 * j) % 4 == 0}  # fmt: skip
+UNSEEN_COUNT = ("star", 4)
+
+# Captions contradict their image this often (a wrong shape, colour, count, relation, or a missing
+# object).  A model trained to its plateau then draws correctly about as often as its data was
+# right; what is missing can be learned from reward, not from more of the same data.
+CAPTION_ERROR = 0.25
+
+GLYPHS = {  # 5x7 font, one string of 0/1 per row; sixteen characters that differ clearly
+    "A": "01110 10001 10001 11111 10001 10001 10001",
+    "C": "01111 10000 10000 10000 10000 10000 01111",
+    "E": "11111 10000 10000 11110 10000 10000 11111",
+    "F": "11111 10000 10000 11110 10000 10000 10000",
+    "H": "10001 10001 10001 11111 10001 10001 10001",
+    "K": "10001 10010 10100 11000 10100 10010 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111",
+    "N": "10001 11001 11001 10101 10011 10011 10001",
+    "P": "11110 10001 10001 11110 10000 10000 10000",
+    "T": "11111 00100 00100 00100 00100 00100 00100",
+    "U": "10001 10001 10001 10001 10001 10001 01110",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Y": "10001 10001 01010 00100 00100 00100 00100",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "7": "11111 00001 00010 00010 00100 00100 00100",
+}
+GLYPHS = {c: np.array([[int(b) for b in row] for row in g.split()]) for c, g in GLYPHS.items()}
+PITCH, PLATE_H, MARGIN = 12, 18, 2  # a glyph is drawn twice as large, 10x14, on a plate
+
+
+def shape_mask(shape, size, supersample=8):
+    """Coverage (size, size) in [0,1] of one shape that fills its box, antialiased."""
+    n = size * supersample
+    y, x = np.mgrid[0:n, 0:n] / (n / 2) - 1 + 1 / n  # pixel centres in [-1,1], y down
+    r, angle = np.hypot(x, y), np.arctan2(x, -y)
+    if shape == "circle":
+        inside = r <= 1
+    elif shape == "square":
+        inside = r < 9
+    elif shape == "triangle":
+        inside = np.abs(x) <= (y + 1) / 2
+    elif shape == "star":  # five points: the edge between tip (1) and notch (0.45) in polar form
+        a = np.abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)  # 0 at a tip
+        notch = 0.45
+        inside = r * (np.sin(math.pi / 5 - a) * notch + np.sin(a)) <= notch * math.sin(math.pi / 5)
+    elif shape == "cross":
+        inside = (np.abs(x) <= 0.36) | (np.abs(y) <= 0.36)
+    elif shape == "diamond":
+        inside = np.abs(x) + np.abs(y) <= 1
+    elif shape == "ring":
+        inside = (r <= 1) & (r >= 0.5)
+    elif shape == "heart":
+        lobes = np.hypot(np.abs(x) - 0.5, y + 0.45) <= 0.52
+        inside = lobes | ((y >= -0.25) & (np.abs(x) <= (1 - y) / 1.25 * 0.98))
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    return inside.reshape(size, supersample, size, supersample).mean((1, 3)).astype(np.float32)
+
+
+MASKS = {(s, d): shape_mask(s, d)[:, :, None] for s in SHAPES for d in SIZES}  # (d,d,1)
+
+
+def sign_box(thing):
+    """Width and height in pixels of a sign."""
+    return PITCH * len(thing["text"]) + MARGIN, PLATE_H
+
+
+def box(thing):
+    """(x0, y0, x1, y1) in pixels."""
+    w, h = sign_box(thing) if "text" in thing else (thing["size"], thing["size"])
+    return thing["x"], thing["y"], thing["x"] + w, thing["y"] + h
+
+
+def render(scene):
+    """Scene -> uint8 (64,64,3) RGB."""
+    img = np.empty((SIDE, SIDE, 3), np.float32)
+    img[:] = GROUND
+    for thing in scene:
+        x0, y0, x1, y1 = box(thing)
+        if "text" in thing:
+            img[y0:y1, x0:x1] = PALETTE["white"]
+            for i, c in enumerate(thing["text"]):
+                gx, gy = x0 + MARGIN + PITCH * i, y0 + MARGIN
+                ink = np.kron(GLYPHS[c], np.ones((2, 2)))[:, :, None] > 0
+                patch = img[gy : gy + 14, gx : gx + 10]
+                patch[:] = np.where(ink, PALETTE["black"], patch)
+        else:
+            a, patch = MASKS[thing["shape"], thing["size"]], img[y0:y1, x0:x1]
+            patch += a * (np.array(PALETTE[thing["color"]], np.float32) - patch)
+    return (img + 0.5).astype(np.uint8)
+
+
+def relation(a, b):
+    """The relations (0, 1 or 2) in which box a stands to box b: GenEval's rule.
+
+    d' = sign(d) max(|d| - 0.1 (size_a + size_b), 0) per axis; a relation holds where the component
+    of d' / |d| passes 0.5, so a diagonal satisfies two."""
+    d = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    s = [(a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
+    e = [math.copysign(max(abs(di) - 0.1 * si, 0), di) for di, si in zip(d, s)]
+    if max(abs(e[0]), abs(e[1])) < 1e-3:
+        return set()
+    norm = math.hypot(*d)
+    (x, y), out = (e[0] / norm, e[1] / norm), set()
+    out |= {"left of"} if x < -0.5 else {"right of"} if x > 0.5 else set()
+    out |= {"above"} if y < -0.5 else {"below"} if y > 0.5 else set()
+    return out
+
+
+def place(things, rng, keep=(), ok=lambda scene: True, tries=200):
+    """Give every thing a place: no overlap, GAP pixels apart, and `ok(scene)`; None if crowded."""
+    for _ in range(tries):
+        scene = list(keep)
+        for thing in things:
+            w, h = sign_box(thing) if "text" in thing else (thing["size"],) * 2
+            for _ in range(20):
+                t = dict(thing, x=LATTICE * rng.randint(0, (SIDE - w) // LATTICE),
+                         y=LATTICE * rng.randint(0, (SIDE - h) // LATTICE))
+                a = box(t)
+                if all(a[0] >= b[2] + GAP or b[0] >= a[2] + GAP or a[1] >= b[3] + GAP
+                       or b[1] >= a[3] + GAP for b in map(box, scene)):  # fmt: skip
+                    scene.append(t)
+                    break
+            else:
+                break
+        if len(scene) == len(keep) + len(things) and ok(scene):
+            return scene
+    return None
+
+
+def seen_color(shape, rng, unseen=False):
+    """A random colour for a shape; only held-out evaluation may pass unseen=True."""
+    return rng.choice([c for c in COLORS if ((c, shape) in UNSEEN_PAIRS) == unseen])
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts in GenEval's schema, and the scenes that satisfy them.
+
+def plural(n, shape):
+    return f"{NUMBERS[n]} {shape if n == 1 else shape + ('es' if shape.endswith('s') else 's')}"
+
+
+def article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def make_meta(tag, include, prompt, **more):
+    return dict(tag=tag, include=include, **more, prompt=f"a photo of {prompt}")
+
+
+def sample_meta(tag, rng, unseen=False):
+    """One prompt with its GenEval metadata; rng is a random.Random.
+
+    tag: one of TAGS, or `text`, `reason`, or `scene` (every object of a scene, in full)."""
+    a, b = rng.sample(SHAPES, 2)
+    if tag == "single_object":
+        return make_meta(tag, [{"class": a, "count": 1}], article(a))
+    if tag == "two_object":
+        return make_meta(tag, [{"class": a, "count": 1}, {"class": b, "count": 1}],
+                         f"{article(a)} and {article(b)}")  # fmt: skip
+    if tag == "counting":
+        n = rng.randint(2, 4)
+        if unseen:
+            a, n = UNSEEN_COUNT
+        elif (a, n) == UNSEEN_COUNT:
+            n = rng.randint(2, 3)
+        return make_meta(tag, [{"class": a, "count": n}], plural(n, a),
+                         exclude=[{"class": a, "count": n + 1}])  # fmt: skip
+    if tag == "colors":
+        c = seen_color(a, rng, unseen)
+        return make_meta(tag, [{"class": a, "count": 1, "color": c}], article(f"{c} {a}"))
+    if tag == "position":  # as GenEval: include[0] is the reference B, include[1] is A
+        rel = rng.choice(RELATIONS)
+        return make_meta(tag, [{"class": b, "count": 1},
+                               {"class": a, "count": 1, "position": [rel, 0]}],
+                         f"{article(a)} {rel} {article(b)}")  # fmt: skip
+    if tag == "color_attr":
+        while True:
+            c, d = seen_color(a, rng, unseen), seen_color(b, rng, unseen)
+            if c != d:
+                return make_meta(tag, [{"class": a, "count": 1, "color": c},
+                                       {"class": b, "count": 1, "color": d}],
+                                 f"{article(f'{c} {a}')} and {article(f'{d} {b}')}")  # fmt: skip
+    if tag == "text":
+        text = "".join(rng.choices(list(GLYPHS), k=rng.randint(1, 4)))
+        return make_meta(tag, [], f'a sign "{text}"', text=text)
+    if tag == "reason":
+        if rng.random() < 0.5:
+            s, n = rng.choice(list(SIDES.items()))
+            if (a, n) == UNSEEN_COUNT:
+                a = b
+            return make_meta(tag, [{"class": a, "count": n}],
+                             f"as many {plural(2, a).split()[1]} as {article(s)} has sides",
+                             exclude=[{"class": a, "count": n + 1}],
+                             reasoning=f"{article(s)} has {NUMBERS[n]} sides",
+                             answer=f"a photo of {plural(n, a)}")  # fmt: skip
+        c = rng.choice([c for c in MIXES if (c, a) not in UNSEEN_PAIRS] or ["orange"])
+        if (c, a) in UNSEEN_PAIRS:
+            return sample_meta(tag, rng, unseen)
+        x, y = MIXES[c]
+        return make_meta(tag, [{"class": a, "count": 1, "color": c}],
+                         f"{article(a)} in the color of {x} mixed with {y}",
+                         reasoning=f"{x} mixed with {y} is {c}",
+                         answer=f"a photo of {article(f'{c} {a}')}")  # fmt: skip
+    if tag == "scene":
+        things = [(seen_color(s, rng), s) for s in rng.sample(SHAPES, rng.randint(1, 4))]
+        return make_meta(tag, [{"class": s, "count": 1, "color": c} for c, s in things],
+                         ", ".join(article(f"{c} {s}") for c, s in things))  # fmt: skip
+    raise ValueError(f"unknown tag {tag!r}; known: {', '.join(TAGS)}, text, reason, scene")
+
+
+def scene_for(meta, rng):
+    """A scene that satisfies meta; what the prompt leaves open is drawn at random."""
+    while True:
+        if "text" in meta:
+            return place([{"text": meta["text"]}], rng)
+        things, wants = [], None
+        for group in meta["include"]:
+            if "position" in group:
+                wants = group["position"][0]
+            for _ in range(group["count"]):
+                s = group["class"]
+                things.append(dict(shape=s, color=group.get("color") or seen_color(s, rng),
+                                   size=rng.choice(SIZES)))  # fmt: skip
+        ok = (lambda sc: relation(box(sc[1]), box(sc[0])) == {wants}) if wants else lambda sc: True
+        scene = place(things, rng, ok=ok)
+        if scene:
+            return scene
+
+
+def mistaken(meta, rng):
+    """A copy of meta with one fact wrong, as a careless captioner's photo would have it."""
+    meta = json.loads(json.dumps(meta))
+    if "text" in meta:
+        t, i = meta["text"], rng.randrange(len(meta["text"]))
+        meta["text"] = t[:i] + rng.choice([c for c in GLYPHS if c != t[i]]) + t[i + 1 :]
+        return meta
+    inc = meta["include"]
+    g = rng.choice(inc)
+    faults = ["shape"]
+    faults += ["color"] * 2 if "color" in g else []
+    faults += ["count"] * 4 if "exclude" in meta else []
+    faults += ["missing"] if len(inc) > 1 else []
+    faults += ["relation"] * 4 if meta["tag"] == "position" else []
+    faults += ["binding"] * 4 if meta["tag"] == "color_attr" else []
+    fault = rng.choice(faults)
+    if fault == "relation":
+        inc[1]["position"][0] = rng.choice([r for r in RELATIONS if r != inc[1]["position"][0]])
+    elif fault == "binding":
+        inc[0]["color"], inc[1]["color"] = inc[1]["color"], inc[0]["color"]
+    elif fault == "missing":
+        inc.remove(g)
+        inc[0].pop("position", None)
+    elif fault == "count":
+        g["count"] = rng.choice([n for n in (1, 2, 3, 4) if abs(n - g["count"]) == 1])
+    elif fault == "color":
+        g["color"] = rng.choice([c for c in COLORS if c != g["color"]])
+    else:
+        g["class"] = rng.choice([s for s in SHAPES if s not in [i["class"] for i in inc]])
+    for g in inc:  # a mistake must not leak what is held out
+        if (g.get("color"), g["class"]) in UNSEEN_PAIRS:
+            g["color"] = seen_color(g["class"], rng)
+        if (g["class"], g["count"]) == UNSEEN_COUNT:
+            g["count"] -= 1
+    return meta
+
+
+def phrase(meta):
+    """The words of a prompt, rebuilt from its metadata (after a mistake they differ)."""
+    if "text" in meta:
+        return f'a sign "{meta["text"]}"'
+    words = [plural(g["count"], g["class"]) if "exclude" in meta
+             else article(" ".join(w for w in (g.get("color"), g["class"]) if w))
+             for g in meta["include"]]  # fmt: skip
+    if "position" in meta["include"][-1]:
+        return f"{words[1]} {meta['include'][1]['position'][0]} {words[0]}"
+    return (", " if meta["tag"] == "scene" else " and ").join(words)
+
+
+def holds(meta, scene):
+    """Does the scene show what the metadata asks?  GenEval's rule, on the truth."""
+    if "text" in meta:
+        return any(t.get("text") == meta["text"] for t in scene)
+    groups = []
+    for g in meta["include"]:
+        groups.append([t for t in scene if t.get("shape") == g["class"]
+                       and g.get("color") in (None, t["color"])])  # fmt: skip
+        rel, ref = g.get("position", (None, 0))
+        if len(groups[-1]) < g["count"] or rel and not all(
+                rel in relation(box(a), box(b)) for a in groups[-1] for b in groups[ref]):
+            return False
+    many = meta.get("exclude", [])
+    return all(sum(t.get("shape") == g["class"] for t in scene) < g["count"] for g in many)
+
+
+# Share of each kind of caption among the training images.
+MIXTURE = dict(single_object=1, two_object=2, counting=3, colors=2, position=4, color_attr=4,
+               scene=2, text=1.5, reason=0.5)  # fmt: skip
+
+
+def training_pair(rng, error=CAPTION_ERROR):
+    """(meta, scene): a caption and what its image really shows."""
+    meta = sample_meta(rng.choices(list(MIXTURE), MIXTURE.values())[0], rng)
+    return meta, scene_for(mistaken(meta, rng) if rng.random() < error else meta, rng)
+
+
+# ---------------------------------------------------------------------------------------------
+# Edits: a source scene, a target scene that differs in exactly one thing, and how to say it.
+
+KINDS = ["add", "remove", "recolor", "move", "replace"]
+
+
+def named(thing):
+    return f"{thing['color']} {thing['shape']}"
+
+
+def describe(scene):
+    """Metadata, with caption, that names every thing of a scene of distinct shapes."""
+    return make_meta("scene", [{"class": t["shape"], "count": 1, "color": t["color"]}
+                               for t in scene],
+                     ", ".join(article(named(t)) for t in scene))  # fmt: skip
+
+
+def describe_position(scene):
+    """Metadata of two things by how the second stands to the first (the world's `position`)."""
+    (rel,) = relation(box(scene[1]), box(scene[0]))
+    a, b = scene[1]["shape"], scene[0]["shape"]
+    return make_meta("position", [{"class": b, "count": 1},
+                                  {"class": a, "count": 1, "position": [rel, 0]}],
+                     f"{article(a)} {rel} {article(b)}")  # fmt: skip
+
+
+def edit_scene(source, kind, rng):
+    """Change exactly one thing of `source` (distinct shapes): (target, instruction, inverse), or
+    None where that fails (crowded, or nothing to remove or move)."""
+    i = rng.randrange(len(source))
+    old, rest = source[i], source[:i] + source[i + 1 :]
+    free = [s for s in SHAPES if s not in [t["shape"] for t in source]]
+    add, remove = "add {}".format, "remove the {}".format
+    if kind == "add" and len(source) < 4:
+        shape = rng.choice(free)
+        new = dict(shape=shape, color=seen_color(shape, rng), size=rng.choice(SIZES))
+        target = place([new], rng, keep=source, tries=1)
+        return target and (target, add(article(named(new))), remove(named(new)))
+    if kind == "remove" and len(source) > 1:
+        return rest, remove(named(old)), add(article(named(old)))
+    if kind == "recolor":
+        new = dict(old, color=seen_color(old["shape"], rng))
+        say = f"change the color of the {old['shape']} to {{}}".format
+        same = new["color"] == old["color"]
+        return None if same else (source[:i] + [new] + source[i + 1 :], say(new["color"]),
+                                  say(old["color"]))  # fmt: skip
+    if kind == "replace":
+        shape = rng.choice(free)
+        new = dict(old, shape=shape, color=seen_color(shape, rng))
+        say = "replace the {} with {}".format
+        return (source[:i] + [new] + source[i + 1 :], say(named(old), article(named(new))),
+                say(named(new), article(named(old))))  # fmt: skip
+    if kind == "move" and len(source) == 2:
+        was = relation(box(source[1]), box(source[0]))
+        target = place(source[1:], rng, keep=source[:1], tries=1)
+        now = target and relation(box(target[1]), box(target[0]))
+        if now and len(was) == len(now) == 1 and was != now:
+            say = [f"move the {source[1]['shape']} {'to the ' * r.endswith('of')}{r} "
+                   f"the {source[0]['shape']}" for r in (*now, *was)]  # fmt: skip
+            return target, *say
+    return None
+
+
+def sample_edit(rng, kind=None, source=None):
+    """One edit; rng is a random.Random; kind one of KINDS, or any; source a scene, or a new one.
+
+    dict(kind, source, target: scenes; instruction, inverse: text; source_meta, target_meta:
+    GenEval metadata, whose `prompt` is the caption).  A move's captions name the relation, the
+    others' every thing with its colour."""
+    while True:
+        k = kind or rng.choice(KINDS)
+        for _ in range(50):  # or another kind: a given source may allow no move, no removal ...
+            things = [dict(shape=s, color=seen_color(s, rng), size=rng.choice(SIZES))
+                      for s in rng.sample(SHAPES, 2 if k == "move" else rng.randint(1, 3))]
+            scene = source or place(things, rng)
+            if done := scene and edit_scene(scene, k, rng):
+                target, instruction, inverse = done
+                say = describe_position if k == "move" else describe
+                return dict(kind=k, source=scene, target=target, instruction=instruction,
+                            inverse=inverse, source_meta=say(scene), target_meta=say(target))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: training images as WebDataset shards, prompts as jsonl in GenEval's schema.
+
+SHARDS, PER_SHARD = 30, 1000
+RL_MIX = dict(position=700, counting=500, color_attr=300, colors=100, two_object=100)  # Flow-GRPO's
+
+
+def canonical(meta):
+    """What a prompt asks for, in whatever order it is said: twins stay on one side of a split."""
+    if meta["tag"] in ("text", "reason"):
+        return meta["prompt"]
+    things = [(g["class"], g["count"], g.get("color", "")) for g in meta["include"]]
+    if meta["tag"] != "position":
+        return str(sorted(things))
+    rel = meta["include"][1]["position"][0]
+    if rel in ("right of", "below"):  # "a right of b" is "b left of a"
+        rel, things = {"right of": "left of", "below": "above"}[rel], things[::-1]
+    return f"{things} {rel}"
+
+
+def draw(tag, rng, n, skip=(), distinct=False, unseen=False):
+    """n prompts of a tag, none of whose canonical forms is in `skip`; or all `distinct` ones up
+    to n, where 5,000 tries see every one of a small tag's."""
+    rows, known = [], set(skip)
+    for _ in range(5000 if distinct else 10**9):
+        if len(rows) == n:
+            break
+        meta = sample_meta(tag, rng, unseen)
+        if canonical(meta) not in known:
+            rows.append(meta)
+            known |= {canonical(meta)} if distinct else set()
+    return rows
+
+
+def cycle(rows, n):
+    return [rows[i % len(rows)] for i in range(n)]
+
+
+def make_prompts():
+    """{file name: rows}.  What is evaluated is never trained on by RL, in either order."""
+    rng, files = random.Random(3), dict(eval=[], train=[], unseen=[])
+    for tag in [*TAGS, "text", "reason"]:
+        space = draw(tag, rng, 120, distinct=True)
+        held = space[: 8 if tag == "single_object" else len(space) // 2]  # 60 at most
+        skip = {canonical(m) for m in held}
+        if tag in TAGS:
+            files["eval"] += cycle(held, 60)
+            files["train"] += draw(tag, rng, RL_MIX.get(tag, 0), skip)
+        else:
+            files |= {tag: cycle(held, 60), f"{tag}_train": draw(tag, rng, 500, skip)}
+    for tag in ("colors", "color_attr", "counting"):
+        files["unseen"] += cycle(draw(tag, rng, 20, distinct=True, unseen=True), 20)
+    rng.shuffle(files["train"])
+    return files
+
+
+def write_shard(path, seed):
+    """PER_SHARD images with erring captions, as WebDataset: 000000.png, 000000.json, ..."""
+    rng = random.Random(seed)
+    with tarfile.open(f"{path}.tmp", "w") as tar:
+        for i in range(PER_SHARD):
+            meta, scene = training_pair(rng)
+            png = io.BytesIO()
+            Image.fromarray(render(scene)).save(png, "png")
+            text = json.dumps(dict(prompt=meta["prompt"])).encode()
+            for end, data in (("png", png.getvalue()), ("json", text)):
+                info = tarfile.TarInfo(f"{i:06d}.{end}")  # its time is 0: same seed, same bytes
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    os.replace(f"{path}.tmp", path)
+
+
+def make_data():
+    """train/*.tar (not committed) and prompts/*.jsonl (committed)."""
+    (HERE / "train").mkdir(exist_ok=True)
+    (HERE / "prompts").mkdir(exist_ok=True)
+    whole = hashlib.sha256()
+    for i in tqdm(range(SHARDS), "shards"):
+        path = HERE / "train" / f"{i:05d}.tar"
+        write_shard(path, seed=f"train {i}")
+        whole.update(path.read_bytes())
+    print(f"train/: {SHARDS * PER_SHARD} images, sha256 {whole.hexdigest()[:16]}")
+    for name, rows in make_prompts().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (HERE / "prompts" / f"{name}.jsonl").write_bytes(text)
+        print(f"prompts/{name}.jsonl: {len(rows)} rows, {len(set(text.splitlines()))} distinct, "
+              f"sha256 {hashlib.sha256(text).hexdigest()[:16]}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Training of the parts.  One loop for all of them.
+
+def fit(name, module, loss, steps, lr, muon=0.0, decay=0.995, every=500):
+    """Minimise loss(step) over module's parameters; AdamW, or Muon on the blocks' matrices.
+
+    One-cycle cosine with 2% warm-up, gradient clip 1, EMA weights at the end.  Resumes from
+    out/prepare-<name>.pt, where it stops every `every` steps. Under torchrun ranks share the batch:
+    loss(step) is then each rank's own part."""
+    from model import sum_grads  # here: prepare.py is data for those who only render
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    params = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    inner = [p for k, p in params.items() if p.ndim == 2 and re.search("blocks|layers", k)
+             and "norm1" not in k]  # not AdaLN: one time into many vectors is no map for Muon
+    hidden = inner if muon else []
+    rest = [p for p in params.values() if not any(p is h for h in hidden)]
+    opts = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    if hidden:
+        opts.append(torch.optim.Muon(hidden, lr=muon, weight_decay=0.01))
+
+    def shape(s):
+        return min(1, (s + 1) / (0.02 * steps)) * (0.51 + 0.49 * math.cos(math.pi * s / steps))
+
+    scheds = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in opts]
+    ema = {k: p.detach().clone() for k, p in params.items()}
+    state, start = Path("out") / f"prepare-{name}.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        module.load_state_dict(saved["module"])
+        for o, s in zip(opts + scheds, saved["opts"]):
+            o.load_state_dict(s)
+        ema, start = saved["ema"], saved["step"]
+    state.parent.mkdir(exist_ok=True)
+    bar = tqdm(range(start, steps), name, initial=start, total=steps, disable=rank > 0)
+    begin, mean = time.time(), 0.0
+    for step in bar:
+        value = loss(step) / world
+        value.backward()
+        sum_grads(list(params.values()))
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        for o in opts + scheds:
+            o.step()
+        for o in opts:
+            o.zero_grad(set_to_none=True)
+        d = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - d)
+        mean += value.item() * world
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{mean / 50:.4f}", refresh=False)
+            mean = 0.0
+        if (step + 1) % every == 0 and rank == 0:
+            saved = dict(module=module.state_dict(), opts=[o.state_dict() for o in opts + scheds],
+                         ema=ema, step=step + 1)  # fmt: skip
+            torch.save(saved, f"{state}.tmp")
+            os.replace(f"{state}.tmp", state)
+    for k, p in params.items():
+        p.data.copy_(ema[k])
+    print(f"{name}: {steps - start} steps in {(time.time() - begin) / 60:.1f} minutes")
+
+
+def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """What F.scaled_dot_product_attention computes, as two products: (B,heads,N,d) -> same."""
+    score = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    return (score if attn_mask is None else score + attn_mask).softmax(-1).to(v.dtype) @ v
+
+
+def to_tensor(images):
+    """uint8 (B,64,64,3) numpy -> float (B,3,64,64) in [-1,1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crowd(rng):
+    """As many things as fit: an autoencoder learns little from plain ground."""
+    scene = []
+    for _ in range(8):
+        s = rng.choice(SHAPES)
+        t = dict(shape=s, color=seen_color(s, rng), size=rng.choice(SIZES))
+        scene = place([t], rng, keep=scene, tries=1) or scene
+    return scene
+
+
+def train_vae(steps=6000, batch=16, channels=4, kl=3e-4):
+    """A diffusers AutoencoderKL, f4: 64x64x3 -> 16x16xchannels."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=channels,
+        norm_num_groups=4, sample_size=SIDE, mid_block_add_attention=False, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+    def loss(step):
+        # Plain ground too, or GroupNorm blows its silence up into a garish pattern.
+        scenes = [[], *(training_pair(rng)[1] if i % 2 else crowd(rng) for i in range(batch - 1))]
+        x = to_tensor([render(s) for s in scenes]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            q = vae.encode(x).latent_dist
+            y = vae.decode(q.sample()).sample
+        mean, logvar = q.mean.float(), q.logvar.float()
+        kl_term = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return (y.float() - x).abs().mean() + kl * kl_term
+
+    fit("vae", vae, loss, steps, lr=2e-3)
+    x = to_tensor([render(training_pair(rng)[1]) for _ in range(1024)])
+    with torch.no_grad():
+        z = torch.cat([vae.encode(b).latent_dist.mode() for b in x.split(64)])
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    print("latent mean, std per channel", z.mean((0, 2, 3)), z.std((0, 2, 3)))
+    vae.save_pretrained(HERE / "vae")
+
+
+# ---------------------------------------------------------------------------------------------
+# One vocabulary for CLIP and VLM: byte-level BPE, so that any text tokenises.
+
+# The world's words; each becomes one token, so what the models learn about words is undisturbed
+# by how words happen to split.
+WORDS = f"""a an photo of and as many has sides in the color mixed with sign {' '.join(COLORS)}
+{' '.join(SHAPES)} {' '.join(plural(2, s).split()[1] for s in SHAPES)} {' '.join(NUMBERS)} five
+left right above below is are there does image images show how which what first second third to by
+from it so that both object objects shape shapes add remove move replace recolor change make draw
+edit describe generate yes no think then answer reasoning but not instead should be wrong missing
+too few says read same other another between plain grey ground background text letter digit matches
+match prompt picture better than""".split()
+OPENERS = """a an the is are there does how which what describe generate think edit yes no it
+A An The Is Are There Does How Which What Describe Generate Think Edit Yes No add remove move
+replace recolor change make answer first second zero one two three four user assistant""".split()
+# Qwen2.5-VL's format without its default system prompt.
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+VOCAB = 640  # rows of the embeddings: 613 pieces, 8 specials, and room
+
+
+def tokenizer(end, append_end=False):
+    """transformers tokenizer, Qwen2.5's special tokens; `end` is its eos; pads are <|endoftext|>.
+
+    Digits and capitals outside a capitalised word (the characters of signs) stand alone."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    split = Regex(r" ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "isolated"),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=sorted(alphabet),
+                                  show_progress=False)  # fmt: skip
+    bpe.train_from_iterator([" " + w for w in WORDS] + OPENERS + ["</", "><", ' "'], trainer)
+    bpe.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in SPECIALS])
+    if append_end:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, bpe.token_to_id(end))])
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token="<|endoftext|>",
+                                  clean_up_tokenization_spaces=False)  # fmt: skip
+    assert len(tok) <= VOCAB
+    return tok
+
+
+def train_clip(steps=800, batch=64):
+    """open_clip's CLIP, 64 px, patch 8; every second pair of rows is a scene and its edit."""
+    # On a CPU, the backward of torch's fused attention takes ten times as long as these products.
+    F.scaled_dot_product_attention = plain_attention
+    torch.manual_seed(0)
+    rng, out = random.Random(1), HERE / "clip"
+    tok = tokenizer("<|endoftext|>", append_end=True)
+    tok.save_pretrained(out)
+    end = tok.eos_token_id
+    model = dict(
+        embed_dim=128,
+        vision_cfg=dict(image_size=SIDE, layers=4, width=128, patch_size=8, head_width=64),
+        text_cfg=dict(context_length=32, vocab_size=VOCAB, width=128, heads=4, layers=4,
+                      hf_tokenizer_name="shapes", pool_type="eos", eos_id=end, pad_id=end),
+    )  # fmt: skip
+    clip = CLIP(**model)
+    # open_clip starts these at 0.02 and 0.01, for months of training. In minutes the words would
+    # remain faint ripples on one large common vector, and the DiT reads the words, token by token.
+    torch.nn.init.normal_(clip.token_embedding.weight)
+    torch.nn.init.normal_(clip.positional_embedding, std=0.5)
+
+    def erring(meta, scene):
+        return scene_for(mistaken(meta, rng), rng) if rng.random() < CAPTION_ERROR else scene
+
+    def loss(step):
+        # An edit changes one fact: the two captions are each other's hard negatives. Without
+        # them a batch rarely holds both "red circle, blue square" and "blue circle, red square".
+        pairs = [training_pair(rng) for _ in range(batch // 2)]
+        for e in (sample_edit(rng) for _ in range(batch // 4)):
+            pairs += [(e[k + "_meta"], erring(e[k + "_meta"], e[k])) for k in ("source", "target")]
+        ids = tok([m["prompt"] for m, _ in pairs], padding="max_length", max_length=32,
+                  return_tensors="pt").input_ids  # fmt: skip
+        x = to_tensor([render(s) for _, s in pairs])
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text, scale = clip(x, ids)
+        logits = scale.clamp(max=100) * image.float() @ text.float().T
+        labels = torch.arange(len(pairs))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    fit("clip", clip, loss, steps, lr=1e-3, muon=1e-2)
+    save_file({k: v.bfloat16().contiguous() for k, v in clip.state_dict().items()},
+              out / "open_clip_model.safetensors")  # fmt: skip
+    preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", resize_mode="squash")
+    (out / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=model, preprocess_cfg=preprocess), indent=2) + "\n")
+
+
+def train_dit(steps=9000, batch=64, images=40000):
+    """An MMDiT on the text tower's states (bridge `text`), as SD3.5 was on CLIP and T5.
+
+    torchrun --nproc-per-node 2 shares the batch; captions err, a tenth is withheld for guidance."""
+    from model import PRESETS, Cond, MMDiT, Unified, key, setup  # here: model.py needs none of this
+
+    rank, world, device = setup()
+    torch.manual_seed(0)
+    cfg = replace(PRESETS["shapes"], bridge="text")
+    clip = open_clip.create_model(f"local-dir:{HERE / 'clip'}")
+    words = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
+    vae = AutoencoderKL.from_pretrained(HERE / "vae").to(memory_format=torch.channels_last)
+    model = Unified(cfg, None, words, MMDiT(**cfg.mmdit), vae, clip).to(device)
+    model.dit.requires_grad_(True)
+    rng, captions, latents = random.Random(1000 + rank), [], []
+    for _ in tqdm(range(images // 128), "latents", disable=rank > 0):
+        metas, scenes = zip(*[training_pair(rng) for _ in range(128)])
+        captions += [m["prompt"] for m in metas]
+        pixels = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2)
+        latents.append(model.to_latents(pixels).half())
+    latents, n = torch.cat(latents), batch // world
+
+    def loss(step):
+        g = torch.Generator().manual_seed(key(0, step, rank))
+        i = torch.randint(len(latents), (n,), generator=g)
+        x0, eps = latents[i].float(), torch.randn(n, *latents.shape[1:], generator=g).to(device)
+        gone = torch.rand(n, generator=g) < 0.1
+        t = torch.sigmoid(torch.randn(n, generator=g) + cfg.t_mean).to(device)
+        x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+        cond = model.encode(["" if d else captions[k] for d, k in zip(gone, i)])
+        more = 20 - cond.ctx.shape[1]  # one length, one compiled graph: no caption is longer
+        cond = Cond(F.pad(cond.ctx, (0, 0, 0, more)), F.pad(cond.mask, (0, more)), cond.pooled)
+        return (model.velocity(x_t, t, [(1.0, cond)]) - (eps - x0)).square().mean()
+
+    forward = model.dit.forward
+    model.dit.forward = torch.compile(forward, dynamic=False)  # a quarter sooner; needs a compiler
+    fit("dit", model.dit, loss, steps, lr=2e-3, muon=2e-2)
+    model.dit.forward = forward
+    if rank == 0:
+        (HERE / "dit").mkdir(exist_ok=True)
+        save_file({k: v.bfloat16() for k, v in model.dit.state_dict().items()},
+                  HERE / "dit" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        about = dict(_class_name="SD3Transformer2DModel", **cfg.mmdit)
+        (HERE / "dit" / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        from eval import bench_shapes
+
+        for guidance in (1.0, 3.0):
+            r = bench_shapes(lambda p, s: model.draw(p, s, guidance=guidance), 1, 240)
+            print(guidance, {k: round(v, 3) for k, v in r.items()})
+
+
+# ---------------------------------------------------------------------------------------------
+# The VLM: Qwen2.5-VL, small, and what it is asked.
+
+IMAGE = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"  # 64 px: 4x4 merged patches
+USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+DRAW = "Generate an image: {}"
+THINK = "Think, then generate an image: {}"
+SHOWS = IMAGE + "Does the image show {}?"
+MATCH = IMAGE + "Does the image match the prompt: {}?"
+WHICH = IMAGE + IMAGE + "Which image shows {}?"
+TASKS = dict(caption=5, yes_no=4, count=1, compare=4, critique=2, think=3, text=1)  # shares
+
+
+def caption(scene):
+    """All that a scene shows, from left to right: one right answer, so it is learned sooner."""
+    if "text" in scene[0]:
+        return f'a sign "{scene[0]["text"]}"'
+    names = [article(named(t)) for t in sorted(scene, key=lambda t: 2 * t["x"] + t["size"])]
+    shapes = {t["shape"] for t in scene}
+    if len(scene) > 1 and len(shapes) == 1:
+        return plural(len(scene), *shapes)
+    return (" and " if len(scene) == 2 else ", ").join(names)
+
+
+def picture(meta, rng, right):
+    """A scene that shows meta or, half of them narrowly, does not."""
+    while True:
+        other = meta
+        if not right:
+            other = mistaken(meta, rng) if rng.random() < 0.5 else sample_meta(meta["tag"], rng)
+        scene = scene_for(other, rng)
+        if holds(meta, scene) == right:
+            return scene
+
+
+def think(meta, rng):
+    """Reasoning and refined prompt.  Riddles come out wrong half the time: RL has work to do."""
+    if meta["tag"] != "reason":
+        return f"<think>draw {phrase(meta)}</think><answer>{meta['prompt']}</answer>"
+    told = meta
+    if rng.random() < 0.5:
+        told = dict(mistaken(meta, rng), reasoning=sample_meta("reason", rng)["reasoning"])
+    return f"<think>{told['reasoning']}</think><answer>a photo of {phrase(told)}</answer>"
+
+
+def vlm_task(rng, task=None):
+    """(text, answer, scenes): what stands before the loss begins, what is learned, images."""
+    task = task or rng.choices(list(TASKS), TASKS.values())[0]
+    meta = sample_meta(rng.choice([*TAGS, "text", "scene"]), rng)
+    right = rng.random() < 0.5
+    if task == "caption":
+        scenes = [scene_for(meta, rng)]
+        ask, answer = IMAGE + "Describe the image.", f"a photo of {caption(scenes[0])}"
+    elif task == "yes_no":
+        what = meta["prompt"] if rng.random() < 0.5 else phrase(meta)
+        ask, answer = SHOWS.format(what), "yes" if right else "no"
+        scenes = [picture(meta, rng, right)]
+        if meta["tag"] in ("single_object", "colors") and rng.random() < 0.5:
+            ask = IMAGE + f"Is there {phrase(meta)}?"
+    elif task == "count":
+        scenes = [scene_for(sample_meta("counting", rng), rng)]
+        shape = scenes[0][0]["shape"] if rng.random() < 0.8 else rng.choice(SHAPES)
+        ask = IMAGE + f"How many {plural(2, shape).split()[1]} are there?"
+        answer = NUMBERS[sum(t["shape"] == shape for t in scenes[0])]
+    elif task == "compare":
+        scenes = [picture(meta, rng, r) for r in (right, not right)]
+        ask, answer = WHICH.format(meta["prompt"]), "first" if right else "second"
+    elif task == "critique":
+        scenes = [picture(meta, rng, right)]
+        answer = "yes" if right else f"no, the image shows {caption(scenes[0])}"
+        ask = MATCH.format(meta["prompt"])
+    else:
+        meta = sample_meta("reason", rng) if rng.random() < 0.25 else meta
+        ask, answer, scenes = THINK.format(meta["prompt"]), think(meta, rng), []
+        if task == "text":  # language modelling of the prompt itself: its states become rich
+            head, _ = (USER + DRAW).split(" {}")
+            return head, " " + meta["prompt"] + "<|im_end|>", []
+    return USER + ask + ASSISTANT, answer + "<|im_end|>", scenes
+
+
+def padded(rows, fill):
+    """Lists of ids -> (B,L), filled up on the right."""
+    return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill)
+
+
+CELL_LABELS = [*SHAPES, *COLORS, *GLYPHS, "centre"]
+
+
+def cell_labels(scene):
+    """(16, 35) of 0 and 1: what touches each of the 4x4 cells that the VLM sees as one token."""
+    marks = []  # (x0, y0, x1, y1), labels
+    for t in scene:
+        x0, y0, x1, y1 = box(t)
+        if "text" in t:
+            marks += [((x0 + 2 + PITCH * i, y0, x0 + PITCH * (i + 1), y1), [c])
+                      for i, c in enumerate(t["text"])]
+        else:
+            marks.append(((x0, y0, x1, y1), [t["shape"], t["color"]]))
+            x, y = (x0 + x1) // 2, (y0 + y1) // 2
+            marks.append(((x - 4, y - 4, x + 4, y + 4), ["centre"]))
+    cells = [[0.0] * len(CELL_LABELS) for _ in range(16)]
+    for (x0, y0, x1, y1), labels in marks:
+        for i in range(16):  # touches: by 4 pixels or more both ways
+            y, x = 16 * (i // 4), 16 * (i % 4)
+            if min(x1, x + 16) - max(x0, x) >= 4 and min(y1, y + 16) - max(y0, y) >= 4:
+                for label in labels:
+                    cells[i][CELL_LABELS.index(label)] = 1.0
+    return cells
+
+
+def train_vlm(eye_steps=1000, steps=1300, batch=32):
+    """transformers' Qwen2.5-VL: hidden 128, 6 layers; 64 px images are 16 tokens.
+
+    First its eye learns to name what lies under each token (as real VLMs start from a trained
+    ViT): answers alone, a bit or two per image, would take it hours."""
+    torch.manual_seed(0)
+    rng, out, tok = random.Random(2), HERE / "vlm", tokenizer("<|im_end|>")
+    token = tok.convert_tokens_to_ids
+    images = Qwen2VLImageProcessor(
+        patch_size=8, size=dict(shortest_edge=SIDE**2, longest_edge=SIDE**2),
+        image_mean=[0.5] * 3, image_std=[0.5] * 3)  # fmt: skip
+    processor = Qwen2_5_VLProcessor(images, tok, Qwen2VLVideoProcessor(patch_size=8), CHAT)
+    vlm = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]),
+            bos_token_id=None, eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"), initializer_range=0.05),
+        vision_config=dict(
+            depth=3, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=8,
+            window_size=SIDE, fullatt_block_indexes=[0, 1, 2], out_hidden_size=128),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=False,
+    ), attn_implementation="eager")  # fmt: skip
+    torch.nn.init.normal_(vlm.get_input_embeddings().weight)  # as in train_clip: words stand out
+    eye = vlm.model.visual
+    probe = torch.nn.Linear(128, len(CELL_LABELS))  # only the eye's training needs it
+
+    def see(scenes):
+        return images(images=[render(s) for s in scenes], return_tensors="pt")
+
+    def eye_loss(step):
+        scenes = [training_pair(rng)[1] for _ in range(batch)]
+        seen = see(scenes)
+        with torch.autocast("cpu", torch.bfloat16):
+            cells = eye(seen["pixel_values"], seen["image_grid_thw"]).pooler_output  # (16B,128)
+            guess = probe(cells)
+        truth = torch.tensor([cell_labels(s) for s in scenes]).flatten(0, 1)
+        return F.binary_cross_entropy_with_logits(guess.float(), truth)
+
+    def loss(step):
+        rows, scenes = [], []
+        for text, answer, shown in (vlm_task(rng) for _ in range(batch)):
+            rows.append((tok(text).input_ids, tok(answer).input_ids))
+            scenes += shown
+        ids = padded([a + b for a, b in rows], tok.pad_token_id)  # (B,L)
+        labels = padded([[-100] * len(a) + b for a, b in rows], -100)[:, 1:]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = vlm(input_ids=ids, **see(scenes), use_cache=False,
+                         mm_token_type_ids=(ids == vlm.config.image_token_id).int()).logits
+        each = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels, reduction="none")
+        # Between a mean over tokens, in which long answers drown yes and no, and one over answers.
+        return (each.sum(1) / (labels >= 0).sum(1).sqrt()).mean()
+
+    fit("vlm-eye", torch.nn.ModuleList([eye, probe]), eye_loss, eye_steps, lr=2e-3, muon=1e-2)
+    eye.requires_grad_(False)
+    fit("vlm", vlm, loss, steps, lr=2e-3, muon=1e-2)
+    vlm.generation_config = GenerationConfig(
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, max_new_tokens=64)
+    vlm.save_pretrained(out, state_dict={k: v.bfloat16() for k, v in vlm.state_dict().items()})
+    processor.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    parts = dict(data=make_data, vae=train_vae, clip=train_clip, dit=train_dit, vlm=train_vlm)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=parts)
+    parts[parser.parse_args().part]()

@@ -1,0 +1,499 @@
+"""Judges: rewards one trains on and benchmarks one reports are the same functions.
+
+    python eval.py --bench shapes --init data/shapes/sft --out out/eval
+"""
+
+import io
+import json
+import math
+import os
+import textwrap
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from tqdm import tqdm
+
+from data.shapes.prepare import (  # isort: skip
+    COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, SHAPES, SIDE, SIZES, relation)
+from model import Unified, fail, key, parse, setup, write
+
+# N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
+
+# ---------------------------------------------------------------------------------------------
+# The classroom detector: nearest palette colour, connected components, template match.
+
+CANON = 24  # a component is stretched to 24x24 before it is compared: the match ignores size
+
+
+def stretch(mask):
+    """Bool (h,w) -> bool (CANON*CANON,), the mask's bounding box stretched to the full square."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    i = rows[0] + (np.arange(CANON) + 0.5) * (rows[-1] + 1 - rows[0]) / CANON
+    j = cols[0] + (np.arange(CANON) + 0.5) * (cols[-1] + 1 - cols[0]) / CANON
+    return mask[i.astype(int)[:, None], j.astype(int)].reshape(-1)
+
+
+TEMPLATES = np.stack([stretch(MASKS[s, SIZES[-1]][:, :, 0] > 0.5) for s in SHAPES])  # (8, 576)
+
+_levels = np.stack(np.meshgrid(*[np.arange(4, 256, 8)] * 3, indexing="ij"), -1)  # (32,32,32,3)
+_anchors = np.array([GROUND, *PALETTE.values()])  # (11,3): ground is 0, colours from 1
+NEAREST = ((_levels[..., None, :] - _anchors) ** 2).sum(-1).argmin(-1).astype(np.uint8)
+
+
+def detect_shapes(image):
+    """uint8 (64,64,3) -> [{class, color, box (x0,y0,x1,y1), score in [0,1]}], best score first.
+
+    score is the IoU of the component's mask with the template, both stretched to a square."""
+    q = image >> 3
+    label = NEAREST[q[..., 0], q[..., 1], q[..., 2]]  # (64,64): 0 ground, 1.. colours
+    parts, _ = ndimage.label(label > 0)
+    found = []
+    for k, window in enumerate(ndimage.find_objects(parts), 1):
+        part, lab = parts[window] == k, label[window]
+        if part.sum() < 40:
+            continue
+        # Antialiased rims mix with the ground and land on other colours (red on grey reads brown):
+        # only pixels whose four neighbours are foreground vote.
+        p = np.pad(part, 1)
+        core = part & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+        votes = np.bincount(lab[core] if core.any() else lab[part], minlength=len(_anchors))
+        colors = np.flatnonzero(votes > 0.25 * votes.sum())
+        for c in colors:  # more than one: things that touch, told apart by colour
+            mask = part if len(colors) == 1 else part & (lab == c)
+            mine = stretch(mask)
+            inter = TEMPLATES[:, mine].sum(1)
+            iou = inter / (TEMPLATES.sum(1) + mine.sum() - inter)
+            ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            if max(ys[-1] - ys[0], xs[-1] - xs[0]) >= 2 * SIZES[-1]:
+                continue  # a changed ground, not a thing: else a white page is a white square
+            y, x = window[0].start, window[1].start
+            found.append(dict(color=COLORS[c - 1], score=float(iou.max()),
+                              box=(x + xs[0], y + ys[0], x + xs[-1] + 1, y + ys[-1] + 1),
+                              **{"class": SHAPES[iou.argmax()]}))
+    return sorted(found, key=lambda f: -f["score"])
+
+
+# ---------------------------------------------------------------------------------------------
+# The classroom OCR: find the plate, correlate each cell with every glyph.
+
+GLYPH_NAMES = list(GLYPHS)
+LEGIBLE = 0.65  # correlation: glyphs blurred by a pixel reach 0.77 or more, other things 0.59
+
+
+def unit(x):
+    """Last axis to mean 0 and length 1, so that a dot product is a correlation."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
+# The paper around a glyph is part of its template: without it, any white corner reads as L.
+INK = [np.pad(np.kron(g, np.ones((2, 2))), MARGIN) for g in GLYPHS.values()]  # 16 x (18,14)
+ALPHABET = unit(1 - np.stack(INK).reshape(len(INK), -1))  # (16,252), bright paper, dark ink
+SHIFTS = np.stack(np.mgrid[-2:3, -2:3], -1).reshape(-1, 2)  # (25,2) dy, dx tried per cell
+
+
+def read_sign(image):
+    """uint8 (64,64,3) -> the characters on its plate, "" if there is none."""
+    white = image.min(-1).astype(np.float32)  # the darkest channel: only white is bright here
+    # The plate stands out from the ground as paper or as ink; smoothing keeps blur, which mixes
+    # them to grey, from cutting it in pieces, and grows it alike on every side.
+    parts, n = ndimage.label(ndimage.uniform_filter(np.abs(white - GROUND[0]), 5) > 40)
+    if n == 0:
+        return ""
+    light = np.bincount(parts.ravel(), np.maximum(white - GROUND[0], 0).ravel())
+    plate = parts == 1 + light[1:].argmax()
+    rows, cols = plate.sum(1), plate.sum(0)
+    rows = np.flatnonzero(rows > rows.max() / 2)  # half: specks at the rim do not move the box
+    cols = np.flatnonzero(cols > cols.max() / 2)
+    width = cols[-1] + 1 - cols[0] - MARGIN
+    n = max(1, round(width / PITCH))
+    pitch = np.clip(width / n, PITCH - 1, PITCH + 1)  # a drawn plate may be a little stretched
+    y = (rows[0] + rows[-1] + 1 - PLATE_H) // 2
+    x = np.round((cols[0] + cols[-1] + 1 - MARGIN) / 2 + pitch * (np.arange(n) - n / 2)).astype(int)
+
+    border = 16  # so that a cell may reach over the image's edge
+    page = np.pad(white, border, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(page, (PLATE_H, PITCH + MARGIN))
+    at = np.clip(y + SHIFTS[:, 0] + border, 0, windows.shape[0] - 1)[:, None]  # (25,1)
+    to = np.clip(x + SHIFTS[:, 1:] + border, 0, windows.shape[1] - 1)  # (25,n)
+    cells = windows[at, to].reshape(len(SHIFTS), n, -1)  # (25,n,252)
+    match = (unit(cells) @ ALPHABET.T).max(0)  # (n,16), each cell at its best shift
+    return "".join(GLYPH_NAMES[m.argmax()] for m in match if m.max() > LEGIBLE)
+
+
+def edit_distance(a, b):
+    """Levenshtein: the fewest insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def text_match(read, target):
+    """Flow-GRPO's OCR reward in [0,1]: 1 - min(distance, len) / len, without case and spaces.
+
+    A target inside a longer reading counts as read: PaddleOCR also reports what stands around."""
+    read, target = ("".join(s.lower().split()) for s in (read, target))
+    if target in read:
+        return 1.0
+    return 1 - min(edit_distance(read, target), len(target)) / len(target)
+
+
+# ---------------------------------------------------------------------------------------------
+# GenEval's rule (Ghosh et al. 2023, evaluate_images.py): any detector, one metadata row.
+
+SHAPES_THRESHOLDS = (0.5, 0.7)  # least score, and for `counting` (GenEval's Mask2Former: 0.3, 0.9)
+
+
+def clauses(objects, meta, exact):
+    """One score in [0,1] per thing the prompt asks for; objects come best first.
+
+    exact=False: extra objects are ignored (GenEval); True: they are errors (Flow-GRPO)."""
+    terms, groups = [], []
+    for want in meta["include"]:
+        n = want["count"]
+        found = [o for o in objects if o["class"] == want["class"]]
+        found = found if exact else found[:n]
+        # Departs from Flow-GRPO, whose count term is unbounded: 5 found for 1 asked is 0, not -3.
+        terms.append(max(0, 1 - abs(n - len(found)) / n))
+        matched = len(found) == n
+        if not matched and ("color" in want or "position" in want):
+            terms.append(0)
+        if matched and "color" in want:
+            right = sum(o["color"] == want["color"] for o in found)
+            terms.append(right / n)
+            matched = right == n
+        if matched and "position" in want:
+            name, target = want["position"]
+            matched = groups[target] is not None and all(
+                name in relation(a["box"], b["box"]) for a in found for b in groups[target])
+            # Departs from Flow-GRPO, which appends 0 and then also 1 for a wrong position.
+            terms.append(float(matched))
+        groups.append(found if matched else None)
+    return terms
+
+
+def evaluate(detections, meta, thresholds=SHAPES_THRESHOLDS):
+    """Detections [{class, color, box, score}] against one GenEval row -> correct, strict, partial.
+
+    correct  the official rule: per clause the `count` best objects decide, more are ignored unless
+             `exclude` names them
+    strict   every count exact too; classes that the prompt does not name are still ignored
+    partial  Flow-GRPO's training reward in [0,1]: the mean of the exact clauses' scores"""
+    least = thresholds[meta.get("tag") == "counting"]
+    objects = sorted((d for d in detections if d["score"] > least), key=lambda d: -d["score"])
+    allowed = all(sum(o["class"] == no["class"] for o in objects) < no["count"]
+                  for no in meta.get("exclude", []))
+    official, exact = (clauses(objects, meta, e) for e in (False, True))
+    return dict(correct=allowed and set(official) <= {1}, strict=allowed and set(exact) <= {1},
+                partial=sum(exact) / max(1, len(exact)))
+
+
+def extra_objects(detections, meta, least=SHAPES_THRESHOLDS[0]):
+    """How many detected objects the prompt did not ask for, by class; a reward that ignores them
+    invites a collage.  The lower threshold also for `counting`: half-hidden things are extra."""
+    seen = [d for d in detections if d["score"] > least]
+    if "text" in meta:  # a sign itself is seen as white and black things
+        return sum(d["color"] not in ("white", "black") for d in seen)
+    asked = Counter()
+    for want in meta["include"]:
+        asked[want["class"]] += want["count"]
+    return (Counter(d["class"] for d in seen) - asked).total()  # `-` keeps what is above 0
+
+
+def judge(image, meta):
+    """One image (64,64,3) of the classroom world -> dict(correct, strict, partial, extra)."""
+    detections = detect_shapes(image)
+    extra = extra_objects(detections, meta)
+    if "text" not in meta:
+        return dict(evaluate(detections, meta), extra=extra)
+    read = read_sign(image)
+    same = read == meta["text"]
+    return dict(correct=same, strict=same, partial=text_match(read, meta["text"]), extra=extra)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards: reward(images, metas, group) -> float32 (N,) on the CPU; NaN = could not be scored.
+# images uint8 (N,3,H,W), prompt-major: N = P * group; float images in [0,1] are rounded to uint8.
+
+
+def arrays(images):
+    """(N,3,H,W) torch, any device -> (N,H,W,3) uint8 numpy."""
+    if images.is_floating_point():
+        images = (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def jpeg_kb(image):
+    """Size in kB (1000 bytes) as a JPEG of quality 95."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    return file.tell() / 1000
+
+
+def per_image(f, images, metas, field):
+    """f(image, meta) of every image whose meta has what f needs, NaN for the others."""
+    return torch.tensor([f(x, m) if m.get(field) is not None else math.nan
+                         for x, m in zip(arrays(images), metas)], dtype=torch.float32)
+
+
+def geneval(images, metas, group):
+    """Partial GenEval score in [0,1]; of a sign, how well it reads."""
+    return per_image(lambda x, m: judge(x, m)["partial"], images, metas, "include")
+
+
+def geneval_strict(images, metas, group):
+    """1 where every count, colour and position is exact (of a sign, every character), else 0."""
+    return per_image(lambda x, m: judge(x, m)["strict"], images, metas, "include")
+
+
+def ocr(images, metas, group):
+    """Flow-GRPO's text reward in [0,1], for prompts with a `text`."""
+    return per_image(lambda x, m: text_match(read_sign(x), m["text"]), images, metas, "text")
+
+
+def jpeg_compressibility(images, metas, group):
+    """-kB/500 (DDPO, Flow-GRPO): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
+    return torch.tensor([-jpeg_kb(x) / 500 for x in arrays(images)])
+
+
+def jpeg_incompressibility(images, metas, group):
+    """kB/1000: detail wins."""
+    return torch.tensor([jpeg_kb(x) / 1000 for x in arrays(images)])
+
+
+REWARDS = {f.__name__: f for f in (geneval, geneval_strict, ocr, jpeg_compressibility,
+                                   jpeg_incompressibility)}
+
+
+def parse_weights(text):
+    """ "geneval:0.8,jpeg_compressibility:0.2" -> {"*": {name: weight}}; no number means 1."""
+    weights = {}
+    for item in text.split(","):
+        name, _, number = item.strip().partition(":")
+        if name not in REWARDS:
+            raise ValueError(f"unknown reward {name!r}; valid: {', '.join(REWARDS)}")
+        if name in weights:
+            raise ValueError(f"reward {name!r} is given twice")
+        try:
+            weights[name] = float(number or 1)
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"weight of reward {name!r} is not a number: {number!r}")
+    if not any(weights.values()):
+        raise ValueError(f"every weight in {text!r} is 0: nothing to train on")
+    return {"*": weights}
+
+
+def score(images, metas, group, weights):
+    """-> R (N,K) rewards, W (N,K) their weights, names (K).
+
+    weights {category: {name: weight}}; "*" holds for prompts of any other category (a meta's
+    `category`, or its `tag`).  A reward runs only where its weight is not 0; elsewhere, and where
+    it fails, R is NaN, never 0: the caller counts failures as R.isnan() & (W != 0)."""
+    if len(images) != len(metas) or len(images) % group:
+        raise ValueError(f"{len(images)} images, {len(metas)} prompts, groups of {group}")
+    names = list(dict.fromkeys(k for w in weights.values() for k, x in w.items() if x))
+    if unknown := [k for k in names if k not in REWARDS]:
+        raise ValueError(f"unknown reward {unknown[0]!r}; valid: {', '.join(REWARDS)}")
+    mine = []
+    for m in metas:
+        category = m.get("category", m.get("tag"))
+        if category not in weights and "*" not in weights:
+            raise ValueError(f"no reward weights for category {category!r}, and no '*'")
+        mine.append(weights.get(category, weights.get("*")))
+    W = torch.tensor([[float(w.get(k, 0)) for k in names] for w in mine])  # (N,K)
+    R = torch.full_like(W, math.nan)
+    images = images.cpu()  # once, not once per reward
+    for k, name in enumerate(names):
+        rows = W[:, k].nonzero()[:, 0]
+        if len(rows):
+            R[rows, k] = REWARDS[name](images[rows], [metas[i] for i in rows.tolist()], group)
+    return R, W, names
+
+
+# ---------------------------------------------------------------------------------------------
+# The benchmark: GenEval at classroom scale.
+
+PROMPTS = Path(__file__).parent / "data/shapes/prompts"
+
+
+def read_prompts(path):
+    """jsonl in GenEval's schema -> list of rows; a bad line raises ValueError with its number."""
+    rows = []
+    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            good = isinstance(row["prompt"], str) and all(
+                want["count"] > 0 and want["class"] for want in row.get("include", []))
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {i}: not a JSON object with `prompt` and, if it has "
+                             "`include`, `class` and `count` in each part of that")
+        rows.append(row)
+    return rows
+
+
+def by_tag(rows):
+    """-> {tag: indices of its rows}, in the order of the file."""
+    tags = {}
+    for i, row in enumerate(rows):
+        tags.setdefault(row["tag"], []).append(i)
+    return tags
+
+
+def mean_and_error(values, rows):
+    """values (P,n) of n images for each of P rows -> mean of tag means, its standard error.
+
+    Images of one prompt correlate, and rows repeat prompts, so distinct prompts are the independent
+    units: with e an image's difference from its tag's mean, a tag of N images of C prompts has
+    SE_t^2 = C/(C-1) sum_prompts (sum_images e)^2 / N^2, and T tags SE = sqrt(sum_t SE_t^2) / T.
+    Where C = 1 (unseen counting: four stars) that one prompt is meant, and its images are units."""
+    means, variances = [], []
+    for mine in by_tag(rows).values():
+        e = values[mine] - values[mine].mean()  # (P_t,n)
+        means.append(values[mine].mean())
+        sums = {}
+        for i, row_sum in zip(mine, e.sum(1)):
+            sums[rows[i]["prompt"]] = sums.get(rows[i]["prompt"], 0) + row_sum
+        units = np.array(list(sums.values())) if len(sums) > 1 else e.ravel()
+        variances.append((units**2).sum() / e.size**2 * len(units) / max(1, len(units) - 1))
+    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(means))
+
+
+def summary(rows, images):
+    """Metrics of images (P,n,64,64,3) drawn for P rows; x_se is the standard error of x.
+    -> flat dict, and which images are officially correct (P,n)."""
+    P, n = images.shape[:2]
+    verdicts = [[judge(x, r) for x in xs] for r, xs in zip(rows, images)]
+    right, partial, strict, extra = (
+        np.array([[float(v[k]) for v in vs] for vs in verdicts])
+        for k in ("correct", "partial", "strict", "extra"))                          # (P,n) each
+    out = dict(images=P * n)
+
+    def add(name, values, rows=rows):
+        out[name], out[name + "_se"] = mean_and_error(values, rows)
+
+    add("score", right)
+    for tag, mine in by_tag(rows).items():
+        add(tag, right[mine], [rows[i] for i in mine])
+    add("partial", partial)
+    add("strict", strict)
+    add("extra_rate", np.float64(extra > 0))  # share of images with an object not asked for
+    if n > 1:  # RMS pixel distance, 0 ... 1, of all pairs of a row's images
+        i, j = np.triu_indices(n, 1)
+        flat = images.reshape(P, n, -1) / np.float32(255)
+        add("diversity", np.stack([np.sqrt(((f[i] - f[j]) ** 2).mean(1)) for f in flat]))
+    add("jpeg_kb", np.array([[jpeg_kb(x) for x in xs] for xs in images]))
+    return out, right
+
+
+def spread(rows, k):
+    """Indices of (at most) k rows of every tag, evenly spaced: always the same choice."""
+    tags = by_tag(rows).values()
+    return [of[a * len(of) // min(k, len(of))] for of in tags for a in range(min(k, len(of)))]
+
+
+def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
+    """GenEval at classroom scale -> flat dict of metrics, with `unseen` for the held-out pairs.
+
+    draw(prompts, seeds) -> uint8 (N,3,64,64).  An image's seed depends on its prompt's line and its
+    number among n_per_prompt only, so a limited run draws some of the full run's very images.
+    limit: at most so many images, equally many per tag, and no unseen split; n_per_prompt=1 then
+    gives the smallest error.  png: a grid of four prompts per tag, right framed green."""
+    results = {}
+    for split in ["eval"] if limit else ["eval", "unseen"]:
+        rows = read_prompts(PROMPTS / f"{split}.jsonl")
+        k = limit // n_per_prompt // len(by_tag(rows)) if limit else len(rows)
+        assert k, f"limit={limit} images do not reach every tag with {n_per_prompt} per prompt"
+        chosen = spread(rows, k)
+        todo = [(rows[i]["prompt"], 1000 * i + j) for i in chosen for j in range(n_per_prompt)]
+        images = []
+        for a in tqdm(range(0, len(todo), 64), split, unit="batch", disable=None):
+            images.append(draw(*map(list, zip(*todo[a : a + 64]))).cpu())
+        images = arrays(torch.cat(images)).reshape(-1, n_per_prompt, SIDE, SIDE, 3)
+        rows = [rows[i] for i in chosen]
+        out, right = summary(rows, images)
+        results |= out if split == "eval" else {split: out}
+        if png and split == "eval":
+            show = spread(rows, 4)
+            grid(images[show, 0], [rows[i]["prompt"] for i in show], png, right[show, 0] == 1)
+    return results
+
+
+def grid(images, captions, path, frames=None, columns=8):
+    """PNG of images, uint8 (N,3,H,W) torch or (N,H,W,3) numpy, captions below; frames: N of True
+    (green), False (red) or None."""
+    images = arrays(images) if torch.is_tensor(images) else images
+    H, W = images.shape[1:3]
+    zoom, font = max(1, 128 // W), ImageFont.load_default(11)
+    text = ["\n".join(textwrap.wrap(c, max(8, zoom * W // 6))) for c in captions]
+    lines = max(t.count("\n") + 1 for t in text)
+    w, h, columns = zoom * W + 12, zoom * H + 12 + 14 * lines, min(columns, len(images))
+    page = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
+    pen = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        x, y = i % columns * w + 6, i // columns * h + 6
+        if frames is not None and frames[i] is not None:
+            color = (30, 160, 60) if frames[i] else (220, 40, 40)
+            pen.rectangle((x - 3, y - 3, x + zoom * W + 2, y + zoom * H + 2), fill=color)
+        page.paste(Image.fromarray(image).resize((zoom * W, zoom * H), Image.NEAREST), (x, y))
+        pen.multiline_text((x, y + zoom * H + 4), text[i], "black", font, spacing=2)
+    page.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+def show_table(runs):
+    """{name: results} side by side, each with its unseen split behind it."""
+    columns = [(f"{name} {kind}".strip(), r) for name, results in runs.items()
+               for kind, r in (("", results), ("unseen", results.get("unseen"))) if r]
+    print(f"{'':15}" + "".join(f"{name:>17}" for name, _ in columns))
+    for k in [k for k in columns[0][1] if k + "_se" in columns[0][1]]:
+        cells = [f"{r[k]:9.3f} ± {r[k + '_se']:5.3f}" if k in r else "" for _, r in columns]
+        print(f"{k:15}" + "".join(f"{c:>17}" for c in cells))
+
+
+BENCHMARKS = {"shapes": bench_shapes}
+
+
+@dataclass
+class Args:
+    bench: str = "shapes"             # which benchmark
+    init: str = "data/shapes/sft"     # checkpoint folder
+    out: str = ""                     # folder for results.json and samples.png; empty: print only
+    steps: int = 10                   # ODE steps, a forward each
+    guidance: float = 1.0             # 1 = none, half the forwards
+    seed: int = 0                     # another seed, other noise
+
+
+def main():
+    args = parse(Args, __doc__)
+    if args.bench not in BENCHMARKS:
+        fail(f"unknown benchmark {args.bench!r}; there are: {', '.join(BENCHMARKS)}")
+    out = Path(args.out) if args.out else None
+    if out and (out / "results.json").exists():
+        fail(f"{out} holds the results of another run: choose another --out")
+    device = setup()[2]
+    model = Unified.load(args.init).to(device)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    results = BENCHMARKS[args.bench](
+        lambda prompts, seeds: model.draw(prompts, [key(args.seed, 0, s) for s in seeds],
+                                          args.steps, args.guidance),
+        png=out and out / "samples.png")
+    show_table({"held out": results})
+    if out:
+        write(out / "results.json", json.dumps(asdict(args) | results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

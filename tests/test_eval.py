@@ -1,0 +1,373 @@
+"""Judges are tested against the truth: the scene that was rendered, or boxes written by hand."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+import eval as judges
+from data.shapes.prepare import (
+    SHAPES,
+    TAGS,
+    place,
+    relation,
+    render,
+    sample_meta,
+    scene_for,
+)
+from eval import (
+    bench_shapes,
+    evaluate,
+    extra_objects,
+    grid,
+    judge,
+    main,
+    mean_and_error,
+    parse_weights,
+    read_prompts,
+    read_sign,
+    score,
+    spread,
+    text_match,
+)
+
+
+def thing(name, color="red", x=0, y=0, score=0.9, size=10):
+    return dict(color=color, score=score, box=(x, y, x + size, y + size), **{"class": name})
+
+
+def want(name, count=1, **more):
+    return dict(count=count, **more, **{"class": name})
+
+
+def row(tag, *include, **more):
+    return dict(tag=tag, include=list(include), **more)
+
+
+def torch_images(images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def pixels(x):
+    return np.clip(x + 0.5, 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# GenEval's rule on boxes written by hand
+
+
+def test_position_rule():
+    b = (0, 0, 10, 10)
+    assert relation((4, 0, 14, 10), b) == set()           # within the dead zone
+    assert relation((4.1, 0, 14.1, 10), b) == {"right of"}
+    assert relation(b, (4.1, 0, 14.1, 10)) == {"left of"}
+    assert relation(b, b) == set()
+    assert relation((20, 20, 30, 30), b) == {"right of", "below"}      # a diagonal is both
+    assert relation((0, -20, 10, -10), b) == {"above"}
+
+
+RED = row("colors", want("ring", color="red"))
+ROUND, BOTH = want("circle"), [want("circle"), want("square")]
+LEFT = row("position", want("square"), want("circle", position=["left of", 0]))
+THREE = row("counting", want("star", 3), exclude=[want("star", 4)])
+RED_BLUE = row("color_attr", want("circle", color="red"), want("square", color="blue"))
+
+
+@pytest.mark.parametrize("name, meta, found, correct, strict, partial", [
+    ("single", row("single_object", ROUND), [thing("circle")], 1, 1, 1),
+    ("single, absent", row("single_object", ROUND), [], 0, 0, 0),
+    ("single, another class", row("single_object", ROUND), [thing("square")], 0, 0, 0),
+    ("single, unsure", row("single_object", ROUND), [thing("circle", score=0.5)], 0, 0, 0),
+    ("single, one too many", row("single_object", ROUND), [thing("circle")] * 2, 1, 0, 0),
+    ("single, five: clipped, not -3", row("single_object", ROUND), [thing("circle")] * 5, 1, 0, 0),
+    ("two", row("two_object", *BOTH), [thing("square"), thing("circle")], 1, 1, 1),
+    ("two, one missing", row("two_object", *BOTH), [thing("square")], 0, 0, 1 / 2),
+    ("counting", THREE, [thing("star")] * 3, 1, 1, 1),
+    ("counting, one less", THREE, [thing("star")] * 2, 0, 0, 2 / 3),
+    ("counting, one more", THREE, [thing("star")] * 4, 0, 0, 2 / 3),
+    ("counting, unsure at 0.7", THREE, [thing("star")] * 2 + [thing("star", score=0.7)],
+     0, 0, 2 / 3),
+    ("counting, other classes do not count", THREE, [thing("star")] * 3 + [thing("ring")], 1, 1, 1),
+    ("colors", RED, [thing("ring")], 1, 1, 1),
+    ("colors, wrong", RED, [thing("ring", "blue")], 0, 0, 1 / 2),
+    ("colors, absent", RED, [], 0, 0, 0),
+    ("colors, the surest decides", RED,
+     [thing("ring", "blue", score=0.8), thing("ring", "red", score=0.9)], 1, 0, 0),
+    ("colors, one of two", row("colors", want("ring", 2, color="red")),
+     [thing("ring"), thing("ring", "blue")], 0, 0, 3 / 4),
+    ("color_attr", RED_BLUE, [thing("circle"), thing("square", "blue")], 1, 1, 1),
+    ("color_attr, swapped", RED_BLUE, [thing("circle", "blue"), thing("square")], 0, 0, 1 / 2),
+    ("position", LEFT, [thing("circle"), thing("square", x=20)], 1, 1, 1),
+    ("position, swapped: 0 once", LEFT, [thing("square"), thing("circle", x=20)], 0, 0, 2 / 3),
+    ("position, same place", LEFT, [thing("circle"), thing("square")], 0, 0, 2 / 3),
+    ("position, no target", LEFT, [thing("circle")], 0, 0, 1 / 3),
+    ("position, two targets", LEFT,
+     [thing("circle"), thing("square", x=20), thing("square", x=40, score=0.8)], 1, 0, 1 / 3),
+    ("position, nothing", LEFT, [], 0, 0, 0),
+    ("position waits for its target's colour",
+     row("position", want("square", color="blue"), want("circle", position=["left of", 0])),
+     [thing("circle"), thing("square", "red", x=20)], 0, 0, 1 / 2),
+    ("excluded class", row("two_object", ROUND, exclude=[want("star")]),
+     [thing("circle"), thing("star")], 0, 0, 1),
+    ("only an excluded class", dict(include=[], exclude=[want("star")]), [], 1, 1, 0),
+])  # fmt: skip
+def test_geneval_rule(name, meta, found, correct, strict, partial):
+    v = evaluate(found[::-1], meta)  # the order of detections does not matter, their scores do
+    assert (v["correct"], v["strict"]) == (correct, strict)
+    assert v["partial"] == pytest.approx(partial)
+
+
+def test_thresholds_of_another_detector():
+    found = [thing("star", score=0.8)] * 3
+    assert evaluate(found, THREE)["correct"] and not evaluate(found, THREE, (0.3, 0.9))["correct"]
+
+
+def test_extra_objects():
+    assert extra_objects([thing("star")] * 3, THREE) == 0
+    assert extra_objects([thing("star", score=0.6)] * 4 + [thing("ring")], THREE) == 2
+    assert extra_objects([thing("circle")], LEFT) == 0      # a missing object is not an extra one
+    assert extra_objects([thing("ring", score=0.4)], LEFT) == 0
+    sign = [thing("square", "white"), thing("cross", "black")]
+    assert extra_objects(sign, row("text", text="A")) == 0
+    assert extra_objects(sign + [thing("ring")], row("text", text="A")) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# On rendered scenes
+
+
+def drawn(tag, n, seed=0, unseen=False):
+    rng = random.Random(seed)
+    metas = [sample_meta(tag, rng, unseen) for _ in range(n)]
+    return metas, [render(scene_for(m, rng)) for m in metas]
+
+
+@pytest.mark.parametrize("tag", [*TAGS, "text", "reason", "scene"])
+def test_a_right_scene_is_right(tag):
+    for meta, image in zip(*drawn(tag, 60)):
+        want = dict(correct=True, strict=True, partial=1, extra=0)
+        assert judge(image, meta) == want, meta
+
+
+def test_an_extra_object():
+    rng = random.Random(1)
+    for tag, correct in [("single_object", True), ("counting", False)]:
+        meta, scene = sample_meta(tag, rng), None
+        while scene is None:                                     # until there is room for another
+            scene = scene_for(meta, rng)
+            scene = place([dict(scene[0], size=16)], rng, keep=scene)
+        v = judge(render(scene), meta)
+        assert (v["correct"], v["strict"], v["extra"]) == (correct, False, 1)
+
+
+def test_swapped_objects():
+    rng = random.Random(2)
+    meta = sample_meta("position", rng)
+    a, b = scene_for(meta, rng)
+    v = judge(render([dict(a, shape=b["shape"]), dict(b, shape=a["shape"])]), meta)
+    assert v == dict(correct=False, strict=False, partial=pytest.approx(2 / 3), extra=0)
+
+
+def test_nothing_scores_nothing_and_a_collage_is_seen():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    blank = np.stack([np.full((64, 64, 3), c, np.uint8) for c in (0, 90, 128, 255)])
+    for tag in [*TAGS, "text"]:
+        meta = sample_meta(tag, random.Random(3))
+        for image in [*noise, *blank]:
+            assert judge(image, meta) == dict(correct=False, strict=False, partial=0, extra=0)
+    rng = random.Random(4)
+    collage = render(place([dict(shape=s, color="red", size=16) for s in SHAPES], rng, tries=10**4))
+    v = judge(collage, sample_meta("two_object", rng))
+    assert v["correct"] and v["strict"] and v["extra"] == 6      # only `extra` notices
+
+
+def test_text():
+    for read, expect in [("HELLO WORLD", 1), ("Helo World", 0.9), ("", 0), ("x" * 40, 0)]:
+        assert text_match(read, "Hello World") == pytest.approx(expect)
+    metas, images = drawn("text", 500)
+    assert [read_sign(i) for i in images] == [m["text"] for m in metas]
+    noise = np.random.default_rng(0).normal(0, 20, (64, 64, 3))
+    stretch = (1, 1.06, 1)
+
+    def blur(image):
+        return ndimage.gaussian_filter(image.astype(np.float32), (0.8, 0.8, 0))
+    for worse in (lambda i: i + noise, blur, lambda i: blur(i) + noise,
+                  lambda i: 128 + 0.6 * (i - 128.0), lambda i: np.roll(i, 1, 2) * 1.0,
+                  lambda i: ndimage.zoom(i.astype(np.float32), stretch, order=1)):
+        right = [read_sign(pixels(worse(i))) == m["text"] for i, m in zip(images[:100], metas)]
+        assert np.mean(right) >= 0.97
+    assert not any(read_sign(i) for i in drawn("scene", 100)[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Rewards
+
+
+def test_jpeg():
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    images = torch_images([np.full((512, 512, 3), 128, np.uint8), noise])
+    R, _, names = score(images, [{}, {}], 1, {"*": {n: 1 for n in judges.REWARDS if "jpeg" in n}})
+    assert names == ["jpeg_compressibility", "jpeg_incompressibility"]
+    assert R[:, 0].tolist() == pytest.approx([-0.0094, -0.62], rel=0.02)
+    assert R[:, 1].tolist() == pytest.approx([0.0047, 0.31], rel=0.02)
+
+
+def mixed(seed=0):
+    """Prompts of every tag in groups of two; each third image shows another prompt."""
+    metas = [m for tag in [*TAGS, "text"] for m in drawn(tag, 1, seed)[0] for _ in range(2)]
+    images = [render(scene_for(m, random.Random(i))) for i, m in enumerate(metas)]
+    for i in range(0, len(images), 3):
+        images[i] = images[i - 2]
+    return torch_images(images), metas
+
+
+def test_rewards_do_not_depend_on_batch_order_or_dtype():
+    images, metas = mixed()
+    weights = {"*": dict.fromkeys(judges.REWARDS, 1.0)}
+    R, W, names = score(images, metas, 2, weights)
+    assert R.shape == W.shape == (len(metas), 5) and R.dtype == torch.float32 and W.all()
+    assert 0 < R[:, 0].mean() < 1                                # some right, some wrong
+    same = dict(rtol=0, atol=0, equal_nan=True)
+    floats = score(images / 255, metas, 2, weights)[0]
+    torch.testing.assert_close(floats, R, **same)
+    order = torch.randperm(len(metas), generator=torch.Generator().manual_seed(0))
+    shuffled = score(images[order], [metas[i] for i in order], 1, weights)[0]
+    torch.testing.assert_close(shuffled, R[order], **same)
+    alone = torch.cat([score(images[i : i + 1], metas[i : i + 1], 1, weights)[0]
+                       for i in range(len(metas))])
+    torch.testing.assert_close(alone, R, **same)
+
+
+def test_score_weights():
+    images, metas = mixed()
+    weights = {"*": {"geneval": 0.8, "ocr": 0.0}, "text": {"ocr": 0.7, "geneval": 0.3},
+               "counting": {"jpeg_compressibility": 1.0}}
+    R, W, names = score(images, metas, 2, weights)
+    assert names == ["geneval", "ocr", "jpeg_compressibility"]
+    tags = [m["tag"] for m in metas]
+    for tag, expect in [("colors", [0.8, 0, 0]), ("text", [0.3, 0.7, 0]), ("counting", [0, 0, 1])]:
+        i = tags.index(tag)
+        assert W[i].tolist() == pytest.approx(expect)
+        assert R[i].isnan().tolist() == [w == 0 for w in expect]     # run only where it counts
+    metas[0] = dict(metas[0], category="text")                       # category before tag
+    assert score(images, metas, 1, weights)[1][0].tolist() == pytest.approx([0.3, 0.7, 0])
+    # What cannot be judged is NaN with its weight on, not 0.
+    R, W, _ = score(images[:2], [{"prompt": "a cat"}, metas[1]], 1, {"*": {"geneval": 1, "ocr": 1}})
+    assert R.isnan().tolist() == [[True, True], [False, True]] and W.all()
+
+
+def test_score_refuses():
+    images, metas = mixed()
+    for weights, group, words in [({"*": {"beauty": 1}}, 1, "beauty.*geneval, geneval_strict"),
+                                  ({"text": {"ocr": 1}}, 1, "single_object"),
+                                  ({"*": {"geneval": 1}}, 4, "groups of 4")]:
+        with pytest.raises(ValueError, match=words):
+            score(images, metas, group, weights)
+
+
+def test_parse_weights():
+    assert parse_weights("geneval") == {"*": {"geneval": 1.0}}
+    assert parse_weights("geneval:0.8, ocr:.2") == {"*": {"geneval": 0.8, "ocr": 0.2}}
+    for text, words in [("beauty", "valid: geneval"), ("geneval:x", "not a number"),
+                        ("geneval:nan", "not a number"), ("", "unknown"), ("ocr:0", "is 0"),
+                        ("ocr,ocr", "twice")]:
+        with pytest.raises(ValueError, match=words):
+            parse_weights(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_mean_and_error():
+    def rows(*names):                                            # "a1" is prompt 1 of tag a
+        return [dict(tag=n[0], prompt=n) for n in names]
+    values = np.array([[1, 1.0], [0, 0], [1, 0], [1, 1]])
+    mean, error = mean_and_error(values, rows("a1", "a2", "a3", "b1"))
+    assert mean == pytest.approx((0.5 + 1) / 2)                  # of tags, not of images
+    assert error == pytest.approx(math.sqrt(0.25 / 3) / 2)       # prompts are the units: 1, 0, 0.5
+    # A prompt that fills two rows is one unit still, not two.
+    twice = np.repeat(values[:3], 2, 0)
+    names = rows("a1", "a1", "a2", "a2", "a3", "a3")
+    assert mean_and_error(twice, names) == pytest.approx((0.5, math.sqrt(0.25 / 3)))
+    one = mean_and_error(np.array([[1, 0], [1, 0.0]]), rows("b1", "b1"))
+    assert one == pytest.approx((0.5, math.sqrt((1 / 3) / 4)))   # one prompt: its images are
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    rows = {"eval": [sample_meta(t, rng) for t in TAGS for _ in range(5)],
+            "unseen": [sample_meta(t, rng, unseen=True) for t in ("colors", "counting")]}
+    for name, r in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(m) + "\n" for m in r))
+    monkeypatch.setattr(judges, "PROMPTS", tmp_path)
+    return rows
+
+
+def test_bench(prompts, tmp_path, capsys, monkeypatch):
+    by_prompt = {m["prompt"]: m for split in prompts.values() for m in split}
+    drawn = []
+
+    def draw(texts, seeds):                              # a painter who never draws a square right
+        drawn.extend(zip(texts, seeds))
+        return torch_images([np.full((64, 64, 3), 128, np.uint8) if "square" in t else
+                             render(scene_for(by_prompt[t], random.Random(s)))
+                             for t, s in zip(texts, seeds)])
+    full = bench_shapes(draw, png=tmp_path / "grid.png")
+    right = [["square" not in m["prompt"] for m in prompts["eval"] if m["tag"] == t] for t in TAGS]
+    assert full["score"] == full["strict"] == pytest.approx(np.mean(right))
+    assert full["position"] == pytest.approx(np.mean(right[TAGS.index("position")]))
+    assert full["images"] == 30 * 4 and full["unseen"]["images"] == 2 * 4
+    assert full["unseen"]["counting"] == 1 and full["extra_rate"] == 0
+    assert full["score_se"] > 0 and 0 < full["diversity"] < 1 and 0.3 < full["jpeg_kb"] < 5
+    assert len(set(drawn)) == len(drawn) == 128 and (tmp_path / "grid.png").stat().st_size > 1000
+
+    class Painter:
+        load = classmethod(lambda cls, path: cls())
+        to = draw = lambda self, *args: self if len(args) == 1 else draw(*args[:2])
+    monkeypatch.setattr(judges, "Unified", Painter)
+    monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])
+    main()                                               # the command line finds the same
+    assert "extra_rate" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved | full == saved and saved["guidance"] == 1
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"results.json", "samples.png"}
+
+    images = set(drawn)                                  # drawn twice, and the same
+    assert len(images) == 128
+    drawn.clear()
+    quick = bench_shapes(draw, n_per_prompt=1, limit=20)         # 3 of each of six tags
+    assert quick["images"] == len(drawn) == 18 and "unseen" not in quick
+    assert set(drawn) <= images                                  # the full run's very images
+    drawn.clear()
+    assert bench_shapes(draw, 1, 20) == quick
+    assert spread(prompts["eval"], 2)[:4] == [0, 2, 5, 7]
+
+
+def test_bad_prompt_line(tmp_path):
+    for bad in ['{"prompt": ', "", "[]", "3", '{"tag": "x"}', '{"prompt": "a", "include": [{}]}']:
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + bad + "\n")
+        with pytest.raises(ValueError, match="line 2"):
+            read_prompts(tmp_path / "p.jsonl")
+
+
+def test_grid(tmp_path):
+    images = torch.zeros(3, 3, 512, 768, dtype=torch.uint8)
+    grid(images, ["a photo of a wide cat " * 20, "", "b"], tmp_path / "a.png", [True, False, None])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]     # no temporary file is left
+
+
+def test_command_line(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("{}")
+    for argv, words in [(["--bench", "shape"], "there are: shapes"),
+                        (["--init", "no/such/folder"], "no/such/folder"),
+                        (["--out", str(tmp_path)], "another run"),
+                        (["--ini", "x"], "--ini")]:              # no abbreviations
+        monkeypatch.setattr("sys.argv", ["eval.py", *argv])
+        with pytest.raises(SystemExit, match=words):
+            main()
