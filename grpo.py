@@ -1,0 +1,304 @@
+"""Stage 3, reinforcement learning: draw, score, compare with the group, draw better.
+
+Flow-GRPO (Liu et al. 2025) with what makes it cheap: few steps, no guidance, noise on a window of
+steps only, that window trained in one batched forward, one update per rollout.
+
+    torchrun grpo.py --reward geneval               # the classroom: see README for time and score
+    python grpo.py --reward jpeg_compressibility    # UniRL-Zero fig. 2
+    torchrun --nproc-per-node 2 grpo.py             # prompts are shared out; the result is the same
+
+One iteration (DiT forwards per optimised image: at most T + 3 x window, a backward counting two):
+
+    1  draw B prompts, encode each once, repeat it G times
+    2  roll out: Euler steps, except in the window, which steps at random and keeps its log-probs
+    3  score the images; advantage = how much better than the group, in standard deviations
+    4  climb the clipped surrogate over the window's steps; groups that all agree cost nothing
+    5  log; now and then look at pictures and score held-out prompts
+"""
+
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from eval import bench_shapes, parse_weights, read_prompts, score, show_table
+from model import (Ema, Unified, all_mean, fail, key, log, open_run, parse, plot, sde_step, setup,
+                   sigmas, stop_flag, sum_grads, write)
+
+
+KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
+
+
+@dataclass
+class Args:
+    task: str = "t2i"                 # t2i: the DiT learns from pictures
+    preset: str = "shapes"            # which model: see PRESETS in model.py
+    init: str = "data/shapes/sft"     # checkpoint to start from
+    reward: str = "geneval"           # a name, or a mix: geneval:0.8,jpeg_compressibility:0.2
+    prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
+    out: str = "out/grpo"             # run folder
+    steps: int = 300                  # updates
+    B: int = 16                       # prompts per update, over all ranks
+    G: int = 8                        # images per prompt, the group that is compared
+    T: int = 10                       # denoising steps while training (evaluation: --eval-T)
+    window: int = 3                   # consecutive steps that are random and trained
+    window_start: int = 0             # first step a window may start at
+    window_stop: int = 3              # last step it may start at; drawn anew for each update
+    kind: str = "flow"                # kernel of the random steps: flow, unirl, dance, cps
+    eta: float = 0.9                  # size of the fresh noise; 0 = nothing to explore
+    shared_noise: bool = True         # one initial noise per group: its spread is then all actions
+    guidance: float = 1.0             # the same in rollout and update; 1 = none, half the forwards
+    train: str = "dit"                # what learns: dit, bridge (and its queries) or both
+    lr: float = 3e-4                  # AdamW; constant after 5 steps of warm-up
+    wd: float = 0.0                   # weight decay
+    clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
+    updates: int = 1                  # optimiser steps per rollout; 1: the ratio is exactly 1
+    beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
+    kl: str = "mean"                  # mean: between step means, closed form | velocity
+    ema: float = 0.9                  # decay of the averaged weights that are evaluated and kept
+    micro: int = 0                    # window rows per backward; 0: all. Gradients are equal
+    eval_every: int = 50              # updates between quick scores on held-out prompts
+    eval_T: int = 10                  # ODE steps in evaluation
+    seed: int = 0
+    resume: bool = False              # continue the run in --out
+
+
+def check(args, world):
+    """Every error a user can make, before anything is loaded or written."""
+    if args.task != "t2i":
+        fail(f"unknown task {args.task!r}; there is: t2i")
+    if args.G < 2:
+        fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
+    if args.B % world:
+        fail(f"--B {args.B} prompts cannot be shared by {world} ranks: choose a multiple")
+    if not (args.window > 0 <= args.window_start <= args.window_stop < args.T - args.window):
+        fail(f"a window of {args.window} steps starting at {args.window_start} to "
+             f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
+             "noise")
+    for name, value, valid in (("train", args.train, ("dit", "bridge", "both")),
+                               ("kl", args.kl, ("mean", "velocity")),
+                               ("kind", args.kind, KERNELS)):
+        if value not in valid:
+            fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
+    try:
+        return parse_weights(args.reward)
+    except ValueError as e:
+        fail(e)
+
+
+@torch.no_grad()
+def rollout(model, guided, ts, window, args, keys, shared=1):
+    """Denoise from noise keyed by keys[b] = (initial noise, fresh noise). ts: T+1 floats, 1 ... 0.
+    shared: so many images in a row have one prompt and one initial noise, and so are one image
+    until the window tells them apart.
+
+    -> latents x_0 (N,C,H,W) and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N), fp32."""
+    x = model.noise([k[0] for k in keys[::shared]])                              # (N/shared,C,H,W)
+    rows = [(w, c.rows(slice(None, None, shared))) for w, c in guided]
+    xs, logps = [], []
+    for k, (t, s) in enumerate(zip(ts, ts[1:])):
+        if k == window[0]:
+            x, rows = x.repeat_interleave(shared, 0), guided                     # (N,C,H,W)
+        v = model.velocity(x, t, rows)
+        if k in window:
+            fresh = model.noise([b + k for _, b in keys])
+            xs.append(x)
+            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=fresh)
+            logps.append(logp)
+            if k == window[-1]:
+                xs.append(x)
+        else:
+            x = x - (t - s) * v
+    return x, torch.stack(xs), torch.stack(logps)
+
+
+def group_advantage(R, W, G):
+    """Rewards R (N,K), NaN = not scored, with weights W (N,K) -> advantages (N,).
+
+    DeepGen's reward-wise normalisation: each reward is z-scored within its group of G, so that none
+    outweighs another by its spread; `main` then z-scores the weighted sum over the batch. A group
+    that agrees gets exactly 0."""
+    # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
+    r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
+    mean = r.nanmean(1, keepdim=True)
+    std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
+    z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
+    return (z * W).sum(1).float()
+
+
+def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, ref=None):
+    """The clipped objective (Flow-GRPO eq. 5); calls backward, once per micro-batch.
+
+    guided: branches of conditions of distinct prompts; prompt (n,) says whose image b is; path xs
+    (w+1,n,C,H,W), old log-probs (w,n), advantages A (n,). The sum over rows is divided by the fixed
+    global denominator: neither micro-batches, ranks nor dropped groups change the gradient.
+    -> largest |ratio - 1|, share of clipped rows, KL."""
+    w, n = old.shape
+    stats, size = [], args.micro or w * n
+    # Fold the window into the batch: row (k, b) is step window[k] of image b.
+    t = torch.tensor(ts, device=A.device)[list(window)].repeat_interleave(n)     # (w n,)
+    s = torch.tensor(ts, device=A.device)[[k + 1 for k in window]].repeat_interleave(n)
+    x, x_next = xs[:-1].flatten(0, 1), xs[1:].flatten(0, 1)                      # (w n,C,H,W)
+    prompt, A, old = prompt.repeat(w), A.repeat(w), old.flatten()
+    for i in torch.arange(w * n, device=A.device).split(size):
+        rows = [(weight, c.rows(prompt[i])) for weight, c in guided]
+        v = model.velocity(x[i], t[i], rows)
+        _, logp, mean, std = sde_step(v, x[i], t[i], s[i], args.eta, args.kind, x_next=x_next[i])
+        ratio = (logp - old[i]).exp()                                            # 1 at first
+        gain = torch.min(ratio * A[i], ratio.clamp(1 - args.clip, 1 + args.clip) * A[i])
+        loss = -gain.sum() / denominator
+        kl = A.new_zeros(())
+        if args.beta:
+            with torch.no_grad():
+                dit, model.dit = model.dit, ref
+                v_ref = model.velocity(x[i], t[i], rows)
+                model.dit = dit
+                mean_ref = sde_step(v_ref, x[i], t[i], s[i], args.eta, args.kind, x_next[i])[2]
+            if args.kl == "mean":         # closed form between Gaussians of one std, mean over D
+                kl = ((mean - mean_ref).square() / (2 * std**2)).mean((1, 2, 3))
+            else:
+                kl = (v - v_ref).square().mean((1, 2, 3))
+            loss = loss + args.beta * kl.sum() / denominator
+        loss.backward()
+        with torch.no_grad():
+            off = (ratio - 1).abs()
+            stats.append(torch.stack([off.max(), (off > args.clip).float().mean(), kl.mean()]))
+    off, clipped, kl = torch.stack(stats).T
+    return off.max(), clipped.mean(), kl.mean()
+
+
+def main():
+    args = parse(Args, __doc__)
+    rank, world, device = setup()
+    weights = check(args, world)
+    try:
+        metas = read_prompts(args.prompts)
+    except (OSError, ValueError) as e:
+        fail(e)
+    if not metas:
+        fail(f"{args.prompts} holds no prompts")
+    model = Unified.from_preset(args.preset, args.init).to(device)
+    for part in ("dit", "bridge") if args.train == "both" else (args.train,):
+        getattr(model, part).requires_grad_(True)
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    ref = copy.deepcopy(model.dit).requires_grad_(False) if args.beta else None
+    opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
+    ema = Ema(params, args.ema)
+    start = ema.resume(args.out, opt) if args.resume else 0
+    out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
+
+    ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
+    D = math.prod(model.noise([0]).shape)
+    B, G = args.B // world, args.G                       # B from here on: prompts of this rank
+    stop = stop_flag()
+
+    def look(step):
+        """Held-out prompts at fixed noise: a grid to look at, a quick score. -> metrics"""
+        with ema.applied():
+            r = bench_shapes(lambda p, s: model.draw(p, s, args.eval_T, args.guidance), 1, 96,
+                             out / "samples" / f"step_{step:05d}.png")
+        return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
+
+    def conditions(prompts):
+        """Branches of encoded prompts, and leaves of the same values: micro-batches of the update
+        add their gradients there, then one backward goes on into the bridge, so that each prompt is
+        encoded once whatever learns."""
+        with torch.set_grad_enabled(args.train != "dit"):
+            encoded = model.guided(model.encode(prompts), args.guidance)
+        return encoded, [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
+                         for w, c in encoded]
+
+    shown = look(0) if rank == 0 and not args.resume else {}
+    if not args.resume:
+        log(out, rank, dict(step=0, at=0.0, **shown))
+    bar = tqdm(range(start, args.steps), "grpo", initial=start, total=args.steps, disable=rank > 0)
+    for step in bar:
+        # 1  draw B prompts, encode each once, repeat it G times
+        g = torch.Generator().manual_seed(key(args.seed, step, 0))
+        chosen = torch.randperm(len(metas), generator=g)[: args.B].tolist()
+        first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
+        window = range(first, first + args.window)
+        mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
+        batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(G)]
+        clock = [time.time()]
+        encoded, guided = conditions([m["prompt"] for m in batch[::G]])          # B conditions
+
+        # 2  roll out: Euler steps, except in the window
+        index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
+        keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
+                 key(args.seed, step, n * 100 + 1)) for n in index]
+        x0, xs, old = rollout(model, [(w, c.repeat(G)) for w, c in guided], ts, window, args, keys,
+                              G if args.shared_noise else 1)
+        clock.append(time.time())
+        images = model.to_images(x0).cpu()                                       # (N,3,H,W) uint8
+        clock.append(time.time())
+
+        # 3  score the images; compare each with its own group
+        R, W, names = score(images, batch, G, weights)                           # (N,K) each
+        A = group_advantage(R, W, G)                                             # (N,), mean 0
+        A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)          # batch z-score
+        keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
+        clock.append(time.time())
+
+        # 4  climb the clipped surrogate; groups that all agree cost no forward
+        for u in range(args.updates):
+            if u and args.train != "dit":                # the bridge has learned: once more
+                encoded, guided = conditions([m["prompt"] for m in batch[::G]])
+            off = clipped = kl = torch.zeros(())
+            if len(keep):
+                k = keep.to(device)
+                off, clipped, kl = surrogate(
+                    model, guided, k // G, xs[:, k], old[:, k], A[keep].to(device), ts, window,
+                    args.B * G * args.window, args, ref)
+            if args.train != "dit" and len(keep):
+                for (_, e), (_, c) in zip(encoded, guided):
+                    torch.autograd.backward((e.ctx, e.pooled), (c.ctx.grad, c.pooled.grad))
+            sum_grads(list(params.values()))
+            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+            for group in opt.param_groups:
+                group["lr"] = args.lr * min(1, (step + 1) / 5)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        ema.update(step)
+        clock.append(time.time())
+
+        # 5  one row per step; held-out prompts and a place to restart, now and then
+        mean = all_mean([*R.nanmean(0).tolist(), len(keep) / len(A), off, clipped, kl, bool(stop)])
+        row = dict(step=step + 1, at=round(time.time() - begin, 1),
+                   **{f"reward_{name}": m for name, m in zip(names, mean)},
+                   **dict(zip(("kept", "ratio_off", "clipped", "kl"), mean[len(names):])),
+                   clip_nats=args.clip * D, grad_norm=norm.item(),
+                   **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
+                       ("rollout", "decode", "reward", "update"), clock, clock[1:])})
+        last = step + 1 == args.steps or mean[-1] > 0            # all ranks stop together
+        if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
+            shown = look(step + 1)
+            row |= shown
+            ema.save(out, model, step + 1, opt)
+        log(out, rank, row)
+        if rank == 0 and "score" in row:
+            plot(out, [f"reward_{n}" for n in names], ["score", "extra"], ["grad_norm"])
+        bar.set_postfix({"reward": f"{mean[0]:.3f}", "held out": f"{shown.get('score', 0):.3f}",
+                         "norm": f"{norm.item():.2f}"}, refresh=False)
+        if last:
+            break
+
+    # 6  the whole benchmark, before and after, on the same noise
+    if rank == 0 and args.preset == "shapes" and not stop:
+        results = {}
+        base = Unified.from_preset(args.preset, args.init).to(device)
+        with ema.applied():
+            for name, m in (("before", base), ("after", model)):
+                results[name] = bench_shapes(
+                    lambda p, s, m=m: m.draw(p, s, args.eval_T, args.guidance),
+                    png=out / "samples" / f"{name}.png")
+        show_table(results)
+        write(out / "results.json", json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

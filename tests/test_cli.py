@@ -1,0 +1,262 @@
+"""Bad input gets one clear line and a non-zero exit, and nothing is written over."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import grpo
+import pretrain
+import sample
+import sft
+from model import Config, pairs
+
+SFT = tiny.ROOT / "data/shapes/sft"
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def complaint(run, *args):
+    """What a run that must fail tells the user."""
+    with pytest.raises(SystemExit) as e:
+        run(*args)
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: "), e.value.code
+    assert "\n" not in e.value.code
+    return e.value.code
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, jpeg_c"),
+    ("--reward geneval:x", "not a number"),
+    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --init --reward"),
+    ("--steps three", "--steps: invalid int value: 'three'"),
+    ("--task vqa", "unknown task 'vqa'"), ("--train vlm", "there are: dit, bridge, both"),
+    ("--kind ddpm", "there are: flow, unirl, dance, cps"), ("--kl k3", "mean, velocity"),
+    ("--G 1", "a group of one has nothing to compare with"),
+    ("--B 3", "--B 3 prompts cannot be shared by 2 ranks: choose a multiple"),
+    ("--window 9", "must end before the last"), ("--window 0", "a window of 0 steps"),
+    ("--window-start 3 --window-stop 2", "starting at 3 to 2"),
+    ("--prompts BAD", "bad.jsonl, line 2: "),
+    ("--prompts NONE", "No such file"), ("--prompts EMPTY", "holds no prompts"),
+    ("--init NONE", "no checkpoint at "), ("--init CUT", "may be truncated"),
+    ("--init OTHER", "is a checkpoint of preset 'deepgen', not 'shapes'"),
+    ("--init SHAPE", "does not fit preset 'shapes': 1 keys differ, first dit.proj_out.bias"),
+    ("--init FOREIGN", "not a checkpoint of ours"),
+    ("--resume", "nothing to resume"),
+])
+def test_grpo_refuses(parts, tmp_path, monkeypatch, flags, words):
+    """Nothing is written: not even a run folder, which would refuse the corrected command."""
+    if "--B" in flags:
+        monkeypatch.setattr(grpo, "setup", lambda: (0, 2, torch.device("cpu")))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    good = parts / "sft" / "model.safetensors"
+    if "--init" in flags:
+        for name in ("cut", "other", "shape", "foreign"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "cut/model.safetensors").write_bytes(good.read_bytes()[:-100])
+        weights, about = load_file(good), json.loads((parts / "config.json").read_text())
+        for name, meta in [("other", {"config": json.dumps(about | dict(preset="deepgen"))}),
+                           ("foreign", {"format": "pt"}), ("shape", {"config": json.dumps(about)})]:
+            if name == "shape":
+                weights["dit.proj_out.bias"] = torch.zeros(3)
+            save_file(weights, tmp_path / name / "model.safetensors", meta)
+    places = dict(BAD="bad.jsonl", NONE="none", EMPTY="empty.jsonl", CUT="cut", OTHER="other",
+                  SHAPE="shape", FOREIGN="foreign")
+    flags = [str(tmp_path / places[f]) if f in places else f for f in flags.split()]
+    before = files(tmp_path)
+    assert words in complaint(tiny.play, parts, tmp_path / "run", *flags)
+    assert files(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_written_over(parts, tmp_path):
+    run = tmp_path / "run"
+    tiny.play(parts, run, "--steps", 1)
+    before = files(run)
+    for main in (grpo.main, sft.main, pretrain.main):
+        argv = [] if main is grpo.main else ["--data", folder_of(tmp_path, [])]
+        assert "holds another run: choose another --out" in complaint(
+            lambda: tiny.play(parts, run, *argv, main=main))
+        assert files(run) == before
+    optim = run / "ckpt/optim.pt"
+    optim.write_bytes(optim.read_bytes()[:-5000])
+    assert "may be truncated" in complaint(tiny.play, parts, run, "--steps", 2, "--resume")
+    optim.write_bytes(before[optim])
+    assert "trained other weights" in complaint(
+        tiny.play, parts, run, "--steps", 2, "--resume", "--train", "bridge")
+    assert files(run) == before
+
+
+def test_a_process_prints_one_line(tmp_path):
+    """Seen from the shell: exit code, one line, no traceback."""
+    done = subprocess.run([sys.executable, "grpo.py", "--G", "1", "--out", tmp_path / "run"],
+                          capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.returncode == 1 and not done.stdout and not (tmp_path / "run").exists()
+    assert done.stderr == ("error: --G 1: a group of one has nothing to compare with, "
+                           "every advantage is 0; try 8\n")
+
+
+def test_sample_refuses(tmp_path, monkeypatch):
+    for argv, words in [(["x", "--out", "a.jpg"], ".png"), (["x", "--trajectory"], ".gif"),
+                        (["x", "--nn", "3"], "unrecognized"), ([], "required: prompts"),
+                        (["x", "--init", str(tmp_path)], "no checkpoint at")]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
+        assert words in complaint(sample.main)
+
+
+# --- data that people have ---
+
+
+def photo(path, w, h, seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (h, w, 3), np.uint8)).save(path)
+
+
+def folder_of(folder, names):
+    (folder / "metadata.jsonl").write_text("".join(
+        json.dumps(dict(file_name=n, prompt=f"a photo, {n}")) + "\n" for n in names))
+    return folder
+
+
+def collect(folder, batches, n=2, **more):
+    data = pairs(folder, Config(mmdit=tiny.MMDIT), n, seed=0, **more)
+    return [next(data) for _ in range(batches)]
+
+
+def test_photos_of_any_shape(tmp_path):
+    """Sides become multiples of what the DiT needs, at about the preset's area and aspect."""
+    sizes = {"a.png": (640, 480), "b.jpg": (30, 90), "c.png": (64, 64), "d.webp": (2000, 40),
+             "e.png": (65, 63)}
+    for name, (w, h) in sizes.items():
+        photo(tmp_path / name, w, h)
+    Image.open(tmp_path / "c.png").convert("LA").save(tmp_path / "f.png")
+    upright = Image.open(tmp_path / "a.png")
+    exif = upright.getexif()
+    exif[0x0112] = 6                                      # a phone held upright: to be turned
+    upright.save(tmp_path / "g.jpg", exif=exif)
+    seen = {}
+    for images, prompts in collect(folder_of(tmp_path, [*sizes, "f.png", "g.jpg"]), 40):
+        assert images.dtype == torch.uint8 and images.shape[:2] == (2, 3)
+        for p in prompts:
+            seen[p.removeprefix("a photo, ")] = (images.shape[3], images.shape[2])
+    assert seen == {"a.png": (72, 56), "b.jpg": (40, 112), "c.png": (64, 64), "d.webp": (128, 8),
+                    "e.png": (64, 64), "f.png": (64, 64), "g.jpg": (56, 72)}
+
+
+def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
+    names = [f"{i}.png" for i in range(12)]
+    for i, name in enumerate(names):
+        photo(tmp_path / name, 64, 64, i)
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[:2000])
+    collect(folder_of(tmp_path, names), 20)              # one in twelve: the run goes on
+    said = capsys.readouterr().err
+    assert said.count("3.png") == 1 and "unreadable: 3.png (1 of " in said
+    (tmp_path / "4.png").write_text("not an image")
+    (tmp_path / "5.png").unlink()
+    (tmp_path / "6.png").write_bytes(whole[:60] + bytes(100) + whole[160:])
+    words = complaint(collect, tmp_path, 20)             # a third: it ends, as soon as that shows
+    n = int(words.split()[1])
+    assert n >= 3 and words.endswith(f" records in {tmp_path} are unreadable")
+    said = capsys.readouterr().err
+    named = sum(f"unreadable: {i}.png (" in said for i in (3, 4, 5, 6))
+    assert named == n == said.count("\n")
+
+
+def test_data_that_cannot_be_used(tmp_path):
+    assert "neither metadata.jsonl nor *.tar" in complaint(collect, tmp_path, 1)
+    folder_of(tmp_path, [])
+    assert "no image that rank 0 of 1 could read" in complaint(collect, tmp_path, 1)
+    photo(tmp_path / "a.png", 64, 64)
+    folder_of(tmp_path, ["a.png"])                       # one photo for two ranks: no endless wait
+    assert "no image that rank 1 of 2" in complaint(lambda: collect(tmp_path, 1, rank=1, world=2))
+    for bad in ("{", "[1]", '{"file_name": "a.png"}'):
+        (tmp_path / "metadata.jsonl").write_text(
+            '{"file_name": "a.png", "prompt": "x"}\n' + bad + "\n")
+        assert "metadata.jsonl line 2: no file_name or prompt" in complaint(collect, tmp_path, 1)
+
+
+def test_training_on_missing_data_leaves_nothing(parts, tmp_path):
+    for main in (pretrain.main, sft.main):
+        words = complaint(lambda: tiny.play(parts, tmp_path / "run", "--data", tmp_path, main=main))
+        assert "neither" in words and not (tmp_path / "run").exists()
+
+
+def test_tar_shards(tmp_path, capsys):
+    names = [f"{i:02}" for i in range(40)]
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard:05}.tar", "w") as tar:
+            for name in names[shard * 10 : shard * 10 + 10]:
+                photo(tmp_path / f"{name}.png", 64, 64, int(name))
+                (tmp_path / f"{name}.txt").write_text(f"photo {name}")
+                tar.add(tmp_path / f"{name}.png", f"{name}.png")
+                if name != "17":                         # an image without its caption
+                    tar.add(tmp_path / f"{name}.txt", f"{name}.txt")
+    a, b = (collect(tmp_path, 18) for _ in range(2))
+    texts = [t for _, prompts in a for t in prompts]
+    assert len(set(texts[:36])) == 36 and "photo 17" not in texts    # a pass meets each once
+    assert texts != sorted(texts)                        # shuffled, and the same each time
+    assert all(torch.equal(x, y) and p == q for (x, p), (y, q) in zip(a, b))
+    for images, prompts in a[:3]:                        # image and caption belong together
+        for image, text in zip(images, prompts):
+            file = Image.open(tmp_path / f"{text.removeprefix('photo ')}.png")
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(file))
+    # A restart skips what was seen; two ranks share one pass without overlap.
+    rest = collect(tmp_path, 3, skip=5)
+    assert [p for _, p in rest] == [p for _, p in a[5:8]]
+    shares = [{t for _, ps in collect(tmp_path, 9, rank=r, world=2) for t in ps} for r in (0, 1)]
+    assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 36
+    assert "unreadable: 17 (1 of" in capsys.readouterr().err
+    whole = (tmp_path / "00002.tar").read_bytes()
+    (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    collect(tmp_path, 14)                                # a broken shard is named as well
+    assert "00002.tar" in capsys.readouterr().err
+
+
+def test_two_stages_then_rl_then_pictures(parts, tmp_path, monkeypatch):
+    """What the README chains: each script starts from the folder that the last one wrote."""
+    names = [f"{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        photo(tmp_path / name, 80, 60, i)
+    folder_of(tmp_path, names)
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    few = ["--data", tmp_path, "--batch", 2, "--steps", 2]
+    one = tiny.play(parts, a, *few, "--init", "", main=pretrain.main)
+    two = tiny.play(parts, b, *few, "--init", a, main=sft.main)
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2]
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in two)
+    tiny.play(parts, c, "--init", b, "--steps", 1)
+    kept = [load_file(x / "ckpt/model.safetensors") for x in (a, b, c)]
+    assert [{k.split(".")[0] for k in k_} for k_ in kept] == [
+        {"bridge"}, {"bridge", "dit"}, {"bridge", "dit"}]  # what learned, now or before
+    moved = {k for k, v in kept[1].items() if not torch.equal(v, kept[2][k])}
+    assert "dit.proj_out.weight" in moved and all(k.startswith("dit") for k in moved)
+    for argv in (["a red circle", "b", "--n", "2", "--steps", "2", "--out", tmp_path / "s.png"],
+                 ["a", "--n", "1", "--steps", "2", "--trajectory", "--out", tmp_path / "s.gif"]):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["sample.py", "--init", c, *argv])))
+        sample.main()
+    assert Image.open(tmp_path / "s.gif").n_frames == 3
+    assert Image.open(tmp_path / "s.png").width > 2 * 128
+
+
+@pytest.mark.skipif(not SFT.exists(), reason="data/shapes/sft is still being trained")
+def test_shipped_checkpoint(tmp_path):
+    """The README's command on the shipped weights, two updates of it, under a real torchrun."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*map(str, [sys.executable, "-m", "torch.distributed.run", "grpo.py", "--reward",
+                    "geneval", "--steps", 1, "--B", 2, "--G", 4, "--out", tmp_path / "run"])],
+        capture_output=True, text=True, cwd=tiny.ROOT, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert rows[0]["score"] > 0.4 and rows[1]["ratio_off"] < 2e-4

@@ -1,0 +1,117 @@
+"""The classroom's parts once more: the real classes with few random weights, made in a second.
+
+    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them
+"""
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))          # where torchrun does not look
+
+import eval as judges  # noqa: E402
+import grpo  # noqa: E402
+import model  # noqa: E402
+from data.shapes.prepare import tokenizer  # noqa: E402
+from model import Config, MMDiT, Unified, save_checkpoint  # noqa: E402
+
+MMDIT = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+             attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+             joint_attention_dim=32, pooled_projection_dim=16, pos_embed_max_size=16,
+             qk_norm="rms_norm")
+# One update of 4 prompts x 4 images, 3 of 6 steps random.
+FLAGS = "--B 4 --G 4 --T 6 --window-stop 2 --eval-T 2 --reward blue".split()
+
+
+def randomise(module):
+    """Zero-initialised layers would hide errors: every matrix is random and matters."""
+    for p in module.parameters():
+        p.data.normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.2)
+
+
+def make(folder):
+    """Writes vlm/, vae/, dit/, sft/ (a checkpoint) and prompts.jsonl. -> their Config"""
+    torch.manual_seed(0)
+    tok = tokenizer("<|im_end|>")
+    tok.save_pretrained(folder / "vlm")
+    pad, image = tok.pad_token_id, tok.convert_tokens_to_ids("<|image_pad|>")
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    text = dict(vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                rope_parameters=rope, bos_token_id=None, eos_token_id=tok.eos_token_id,
+                pad_token_id=pad, tie_word_embeddings=True, initializer_range=0.2)
+    vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8,
+                  window_size=64, fullatt_block_indexes=[0], out_hidden_size=32)
+    Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, tie_word_embeddings=True,
+    )).save_pretrained(folder / "vlm")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4, layers_per_block=1,
+        norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=1.2, shift_factor=0.1, sample_size=64)
+    vae.save_pretrained(folder / "vae")
+    dit = MMDiT(**MMDIT)
+    randomise(dit)
+    (folder / "dit").mkdir()
+    save_file(dit.state_dict(), folder / "dit" / "diffusion_pytorch_model.safetensors")
+    cfg = Config(**{part: str(folder / part) for part in ("vlm", "vae", "dit")},
+                 text_encoder=str(ROOT / "data/shapes/clip"), layers=(2, 1), n_query=3, vlm_dim=32,
+                 c_dim=32, c_ff=64, c_layers=1, mmdit=MMDIT)
+    rows = (ROOT / "data/shapes/prompts/train.jsonl").read_text().splitlines()[:4]
+    rows = [json.loads(line) | dict(flat=i == 1) for i, line in enumerate(rows)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    full = build(cfg)
+    randomise(full.bridge)
+    trained = {k: p for k, p in full.state_dict().items() if k.startswith(("bridge", "dit"))}
+    save_checkpoint(folder / "sft", trained, cfg, 0)
+    (folder / "config.json").write_text(json.dumps(asdict(cfg)))
+    return cfg
+
+
+def build(cfg, bf16=False, init=None):
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(model.PRESETS, "shapes", cfg)
+        m.setattr(model, "has_bf16", lambda: bf16)
+        return Unified.from_preset("shapes", init)
+
+
+def blue(images, metas, group):
+    """How many of its group an image beats in blueness: no pixel's rounding changes that. Prompts
+    marked `flat` get 1/3 whatever is drawn."""
+    b = images[:, 2].float().mean((1, 2)).view(-1, group)
+    r = b.argsort(1).argsort(1).flatten() / (group - 1)
+    return torch.where(torch.tensor([m["flat"] for m in metas]), torch.tensor(1 / 3), r)
+
+
+def play(folder, out, *flags, bf16=False, main=grpo.main):
+    """A script's own main on the tiny model, in this process. -> rows of its log"""
+    cfg = Config(**json.loads((folder / "config.json").read_text()))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(model.PRESETS, "shapes", cfg)
+        m.setattr(model, "has_bf16", lambda: bf16)
+        m.setitem(judges.REWARDS, "blue", blue)
+        m.setattr(sys.modules[main.__module__], "bench_shapes",      # one image per tag is enough
+                  lambda draw, n=4, limit=None, png=None: judges.bench_shapes(draw, 1, 6, png))
+        rl = [*FLAGS, "--prompts", folder / "prompts.jsonl"] if main is grpo.main else []
+        argv = ["x.py", "--init", folder / "sft", "--out", out, *rl, *flags]
+        m.setattr(sys, "argv", list(map(str, argv)))
+        try:
+            main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+if __name__ == "__main__":
+    play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
