@@ -41,7 +41,7 @@ class Args:
     reward: str = "geneval"           # a name, or a mix: geneval:0.8,jpeg_compressibility:0.2
     prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
     out: str = "out/grpo"             # run folder
-    steps: int = 300                  # updates
+    steps: int = 200                  # updates
     B: int = 16                       # prompts per update, over all ranks
     G: int = 8                        # images per prompt, the group that is compared
     T: int = 10                       # denoising steps while training (evaluation: --eval-T)
@@ -53,15 +53,15 @@ class Args:
     shared_noise: bool = True         # one initial noise per group: its spread is then all actions
     guidance: float = 1.0             # the same in rollout and update; 1 = none, half the forwards
     train: str = "dit"                # what learns: dit, bridge (and its queries) or both
-    lr: float = 3e-4                  # AdamW; constant after 5 steps of warm-up
+    lr: float = 2e-4                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     updates: int = 1                  # optimiser steps per rollout; 1: the ratio is exactly 1
     beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
     kl: str = "mean"                  # mean: between step means, closed form | velocity
-    ema: float = 0.9                  # decay of the averaged weights that are evaluated and kept
+    ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
     micro: int = 0                    # window rows per backward; 0: all. Gradients are equal
-    eval_every: int = 50              # updates between quick scores on held-out prompts
+    eval_every: int = 20              # updates between quick scores on held-out prompts
     eval_T: int = 10                  # ODE steps in evaluation
     seed: int = 0
     resume: bool = False              # continue the run in --out
@@ -260,7 +260,7 @@ def main():
             sum_grads(list(params.values()))
             norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
             for group in opt.param_groups:
-                group["lr"] = args.lr * min(1, (step + 1) / 5)
+                group["lr"] = args.lr * min(1, (step + 1) / 5) * (1 - 0.9 * step / args.steps)
             opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)

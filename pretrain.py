@@ -25,14 +25,14 @@ class Args:
     init: str = ""                    # a checkpoint of ours to start from
     data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
     out: str = "out/pretrain"         # run folder
-    steps: int = 2000                 # optimiser steps
+    steps: int = 900                  # optimiser steps
     batch: int = 64                   # images per step, over all ranks
     lr: float = 2e-3                  # peak learning rate
     warmup: int = 50                  # steps of linear warm-up before the cosine
     wd: float = 0.01                  # weight decay, on matrices only
     drop: float = 0.1                 # share of captions replaced by the null prompt, for guidance
     ema: float = 0.99                 # decay of the averaged weights that are evaluated and kept
-    eval_every: int = 500             # steps between sample grids, quick scores and checkpoints
+    eval_every: int = 450             # steps between sample grids, quick scores and checkpoints
     seed: int = 0
     resume: bool = False              # continue the run in --out
 

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -322,13 +323,17 @@ def saved(out):
     return torch.cat([p.flatten() for part in ("raw", "mean") for p in state[part].values()])
 
 
-def test_resume_continues_as_if_never_stopped(parts, tmp_path):
-    every = ["--train", "both", "--updates", 2, "--beta", 0.01, "--eval-every", 2]
-    whole = tiny.play(parts, tmp_path / "a", "--steps", 4, *every)
-    first = tiny.play(parts, tmp_path / "b", "--steps", 2, *every)
-    with open(tmp_path / "b" / "log.jsonl", "a") as f:               # logged, then killed
-        f.write(json.dumps(first[-1] | dict(step=3)) + "\n")
-    again = tiny.play(parts, tmp_path / "b", "--steps", 4, *every, "--resume")
+def test_resume_continues_as_if_never_stopped(parts, tmp_path, monkeypatch):
+    flags = ["--steps", 4, "--train", "both", "--updates", 2, "--beta", 0.01, "--eval-every", 2]
+    whole = tiny.play(parts, tmp_path / "a", *flags)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        steps = iter(range(3))
+        m.setattr(grpo, "rollout", lambda *a: rollout(*a) if next(steps, None) is not None else
+                  signal.raise_signal(signal.SIGINT))                # killed in the fourth update
+        tiny.play(parts, tmp_path / "b", *flags)
+    rows = (tmp_path / "b" / "log.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 3                         # of which no checkpoint knows
+    again = tiny.play(parts, tmp_path / "b", *flags, "--resume")
     assert torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
     assert not torch.equal(saved(tmp_path / "a")[:1000], torch.zeros(1000))
 
