@@ -60,7 +60,7 @@ class Args:
     beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
     kl: str = "mean"                  # mean: between step means, closed form | velocity
     ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
-    micro: int = 0                    # window rows per backward; 0: all. Gradients are equal
+    micro: int = 64                   # window rows per backward; 0: all. Gradients are equal
     eval_every: int = 20              # updates between quick scores on held-out prompts
     eval_T: int = 10                  # ODE steps in evaluation
     seed: int = 0

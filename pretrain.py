@@ -54,14 +54,13 @@ def main():
     n, cfg, stop = args.batch // world, model.cfg, stop_flag()
     data = pairs(args.data, cfg, n, args.seed, rank, world, skip=start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
+    faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
     bar = tqdm(range(start, args.steps), "pretrain", initial=start, total=args.steps,
                disable=rank > 0)
     shown = {}
     for step in bar:
         # 1  a batch of images and captions; some captions are withheld, so that guidance can work
         images, prompts = next(data)                                             # (n,3,H,W) uint8
-        if step == start:
-            faces = prompts[:16]                               # what the sample grids always show
         rng = torch.Generator().manual_seed(key(args.seed, step, rank))
         gone = torch.rand(n, generator=rng) < args.drop
         prompts = [cfg.null_prompt if g else p for g, p in zip(gone, prompts)]
