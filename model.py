@@ -826,7 +826,7 @@ def read_checkpoint(path):
     except (SafetensorError, json.JSONDecodeError) as e:
         fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
     if cfg is None:
-        fail(f"{file} is not a checkpoint of ours: it names no preset; try data/convert.py")
+        fail(f"{file} is not a checkpoint of ours: it names no preset")
     return tensors, cfg
 
 

@@ -28,6 +28,14 @@ def test_twins_do_not_drift():
                 assert seen.setdefault(node.name, source) == source, f"{file}: {node.name} drifted"
 
 
+def test_stages_1_and_2_share_their_loop():
+    """pretrain.py and sft.py differ in what learns and in defaults; flow matching is the same."""
+    loops = [[ast.unparse(n) for n in ast.walk(ast.parse((ROOT / f).read_text()))
+              if isinstance(n, ast.For) and ast.unparse(n.target) == "step"]
+             for f in ("pretrain.py", "sft.py")]
+    assert len(loops[0]) == 1 and loops[0] == loops[1]
+
+
 def test_scripts_import_only_model_and_eval():
     for file in [*SCRIPTS, "sample.py"]:
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
