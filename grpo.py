@@ -20,6 +20,7 @@ import copy
 import json
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class Args:
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     updates: int = 1                  # optimiser steps per rollout; 1: the ratio is exactly 1
+    shuffle: bool = False             # control row: rewards dealt out at random within their group
     beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
     kl: str = "mean"                  # mean: between step means, closed form | velocity
     ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
@@ -91,23 +93,25 @@ def check(args, world):
 
 
 @torch.no_grad()
-def rollout(model, guided, ts, window, args, keys, shared=1):
-    """Denoise from noise keyed by keys[b] = (initial noise, fresh noise). ts: T+1 floats, 1 ... 0.
-    shared: so many images in a row have one prompt and one initial noise, and so are one image
-    until the window tells them apart.
+def rollout(model, guided, ts, window, args, keys):
+    """G images for each of B prompts. guided: branches of their B conditions; ts: T+1 floats,
+    1 ... 0; noise keyed by keys[b] = (initial noise, fresh noise), a group's images in a row.
+    With shared noise a group is one image until the window tells its members apart.
 
-    -> latents x_0 (N,C,H,W) and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N), fp32."""
-    x = model.noise([k[0] for k in keys[::shared]])                              # (N/shared,C,H,W)
-    rows = [(w, c.rows(slice(None, None, shared))) for w, c in guided]
+    -> latents x_0 (N,C,H,W), N = B G, and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N),
+    fp32."""
+    n = args.G if args.shared_noise else 1
+    x = model.noise([initial for initial, _ in keys[::n]])                       # (N/n,C,H,W)
+    rows = [(weight, c.repeat(args.G // n)) for weight, c in guided]
     xs, logps = [], []
     for k, (t, s) in enumerate(zip(ts, ts[1:])):
         if k == window[0]:
-            x, rows = x.repeat_interleave(shared, 0), guided                     # (N,C,H,W)
+            x, rows = x.repeat_interleave(n, 0), [(weight, c.repeat(n)) for weight, c in rows]
         v = model.velocity(x, t, rows)
         if k in window:
-            fresh = model.noise([b + k for _, b in keys])
+            noise = model.noise([fresh + k for _, fresh in keys])                # (N,C,H,W)
             xs.append(x)
-            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=fresh)
+            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=noise)
             logps.append(logp)
             if k == window[-1]:
                 xs.append(x)
@@ -130,12 +134,21 @@ def group_advantage(R, W, G):
     return (z * W).sum(1).float()
 
 
-def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, ref=None):
+@contextmanager
+def swapped(model, ref):
+    """For a while the reference policy: ref = (DiT, bridge) in place of those that learn."""
+    own, (model.dit, model.bridge) = (model.dit, model.bridge), ref
+    yield
+    model.dit, model.bridge = own
+
+
+def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None):
     """The clipped objective (Flow-GRPO eq. 5); calls backward, once per micro-batch.
 
     guided: branches of conditions of distinct prompts; prompt (n,) says whose image b is; path xs
     (w+1,n,C,H,W), old log-probs (w,n), advantages A (n,). The sum over rows is divided by the fixed
     global denominator: neither micro-batches, ranks nor dropped groups change the gradient.
+    anchor: for --beta, the reference's (DiT, bridge) and its own branches of conditions.
     -> largest |ratio - 1|, share of clipped rows, KL."""
     w, n = old.shape
     stats, size = [], args.micro or w * n
@@ -153,10 +166,10 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
         loss = -gain.sum() / denominator
         kl = A.new_zeros(())
         if args.beta:
-            with torch.no_grad():
-                dit, model.dit = model.dit, ref
-                v_ref = model.velocity(x[i], t[i], rows)
-                model.dit = dit
+            ref, guided_ref = anchor
+            with torch.no_grad(), swapped(model, ref):
+                rows_ref = [(weight, c.rows(prompt[i])) for weight, c in guided_ref]
+                v_ref = model.velocity(x[i], t[i], rows_ref)
                 mean_ref = sde_step(v_ref, x[i], t[i], s[i], args.eta, args.kind, x_next[i])[2]
             if args.kl == "mean":         # closed form between Gaussians of one std, mean over D
                 kl = ((mean - mean_ref).square() / (2 * std**2)).mean((1, 2, 3))
@@ -185,7 +198,9 @@ def main():
     for part in ("dit", "bridge") if args.train == "both" else (args.train,):
         getattr(model, part).requires_grad_(True)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    ref = copy.deepcopy(model.dit).requires_grad_(False) if args.beta else None
+    # The reference of the KL is the initial policy: a frozen DiT, and a frozen bridge if it learns.
+    ref = [copy.deepcopy(part).requires_grad_(False) if args.train in (name, "both") else part
+           for name, part in (("dit", model.dit), ("bridge", model.bridge))] if args.beta else None
     opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
@@ -212,7 +227,7 @@ def main():
         return encoded, [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
                          for w, c in encoded]
 
-    shown = look(0) if rank == 0 and not args.resume else {}
+    stopped, shown = False, look(0) if rank == 0 and not args.resume else {}
     if not args.resume:
         log(out, rank, dict(step=0, at=0.0, **shown))
     bar = tqdm(range(start, args.steps), "grpo", initial=start, total=args.steps, disable=rank > 0)
@@ -225,20 +240,27 @@ def main():
         mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
         batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(G)]
         clock = [time.time()]
-        encoded, guided = conditions([m["prompt"] for m in batch[::G]])          # B conditions
+        prompts = [m["prompt"] for m in batch[::G]]
+        encoded, guided = conditions(prompts)                                    # B conditions
+        anchor = None
+        if ref:
+            with torch.no_grad(), swapped(model, ref):
+                anchor = ref, model.guided(model.encode(prompts), args.guidance)
 
         # 2  roll out: Euler steps, except in the window
         index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
         keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
                  key(args.seed, step, n * 100 + 1)) for n in index]
-        x0, xs, old = rollout(model, [(w, c.repeat(G)) for w, c in guided], ts, window, args, keys,
-                              G if args.shared_noise else 1)
+        x0, xs, old = rollout(model, guided, ts, window, args, keys)
         clock.append(time.time())
         images = model.to_images(x0).cpu()                                       # (N,3,H,W) uint8
         clock.append(time.time())
 
         # 3  score the images; compare each with its own group
         R, W, names = score(images, batch, G, weights)                           # (N,K) each
+        if args.shuffle:
+            order = torch.rand(args.B, G, generator=g).argsort(1)[rank * B : rank * B + B]
+            R = R.view(B, G, -1).take_along_dim(order[..., None], 1).view_as(R)
         A = group_advantage(R, W, G)                                             # (N,), mean 0
         A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)          # batch z-score
         keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
@@ -247,13 +269,13 @@ def main():
         # 4  climb the clipped surrogate; groups that all agree cost no forward
         for u in range(args.updates):
             if u and args.train != "dit":                # the bridge has learned: once more
-                encoded, guided = conditions([m["prompt"] for m in batch[::G]])
+                encoded, guided = conditions(prompts)
             off = clipped = kl = torch.zeros(())
             if len(keep):
                 k = keep.to(device)
                 off, clipped, kl = surrogate(
                     model, guided, k // G, xs[:, k], old[:, k], A[keep].to(device), ts, window,
-                    args.B * G * args.window, args, ref)
+                    args.B * G * args.window, args, anchor)
             if args.train != "dit" and len(keep):
                 for (_, e), (_, c) in zip(encoded, guided):
                     torch.autograd.backward((e.ctx, e.pooled), (c.ctx.grad, c.pooled.grad))
@@ -274,7 +296,8 @@ def main():
                    clip_nats=args.clip * D, grad_norm=norm.item(),
                    **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("rollout", "decode", "reward", "update"), clock, clock[1:])})
-        last = step + 1 == args.steps or mean[-1] > 0            # all ranks stop together
+        stopped = mean[-1] > 0                                   # any rank: all stop together
+        last = step + 1 == args.steps or stopped
         if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
             shown = look(step + 1)
             row |= shown
@@ -288,7 +311,7 @@ def main():
             break
 
     # 6  the whole benchmark, before and after, on the same noise
-    if rank == 0 and args.preset == "shapes" and not stop:
+    if rank == 0 and args.preset == "shapes" and not stopped:
         results = {}
         base = Unified.from_preset(args.preset, args.init).to(device)
         with ema.applied():

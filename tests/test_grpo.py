@@ -34,12 +34,12 @@ def model(parts):
 
 def case(model, **changes):
     """The first update's inputs, made as main makes them: (args, guided, [what surrogate takes])"""
-    args = replace(Args(T=6, eta=0.9, guidance=3.0), **changes)
+    args = replace(Args(T=6, G=G, eta=0.9, guidance=3.0), **changes)
     with torch.no_grad():
         guided = model.guided(model.encode(PROMPTS), args.guidance)
     ts, window = sigmas(args.T).tolist(), range(1, 1 + args.window)
     keys = [(key(0, 0, n // G * 100), key(0, 0, n * 100 + 1)) for n in range(len(PROMPTS) * G)]
-    _, xs, old = rollout(model, [(w, c.repeat(G)) for w, c in guided], ts, window, args, keys, G)
+    _, xs, old = rollout(model, guided, ts, window, args, keys)
     assert old.dtype == xs.dtype == torch.float32
     A = torch.randn(len(keys), generator=torch.Generator().manual_seed(0))
     return args, guided, [torch.arange(len(keys)) // G, xs, old, A, ts, window, old.numel(), args]
@@ -49,7 +49,7 @@ def gradient(model, guided, rest, ref=None):
     """-> what surrogate reports, the DiT's gradient as one vector"""
     model.dit.requires_grad_(True)
     model.dit.zero_grad()
-    stats = surrogate(model, guided, *rest, ref)
+    stats = surrogate(model, guided, *rest, ref and ((ref, model.bridge), guided))
     return stats, torch.cat([p.grad.flatten() for p in model.dit.parameters()
                              if p.grad is not None]).clone()
 
@@ -278,14 +278,15 @@ def test_an_image_depends_on_its_key_alone(model):
     """Whatever batch it is drawn in, by sampling or by rollout."""
     with torch.no_grad():
         cond = model.encode([PROMPTS[0]]).repeat(4)
-        keys, args = [(10, 101), (10, 102), (11, 103), (11, 104)], Args(T=6)
+        keys, args = [(10, 101), (10, 102), (11, 103), (11, 104)], Args(T=6, G=1)
         ts, window = sigmas(6).tolist(), range(1, 3)
         x0, xs, old = rollout(model, [(1.0, cond)], ts, window, args, keys)
         for k in range(4):
             one = rollout(model, [(1.0, cond.rows([k]))], ts, window, args, keys[k : k + 1])
             for a, b in zip(one, (x0[[k]], xs[:, [k]], old[:, [k]])):
                 torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        pair = rollout(model, [(1.0, cond)], ts, window, args, keys, shared=2)
+        two = [(1.0, cond.rows([0, 2]))]
+        pair = rollout(model, two, ts, window, replace(args, G=2), keys)
         for a, b in zip(pair, (x0, xs, old)):              # drawn once until the window
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         start = model.noise([a for a, _ in keys])
@@ -297,6 +298,40 @@ def test_an_image_depends_on_its_key_alone(model):
         draw = model.draw(PROMPTS, [5, 6, 7], 4).int()
         for i in (0, 1, 2):
             assert (model.draw([PROMPTS[i]], [5 + i], 4).int() - draw[i]).abs().max() <= 1
+
+
+def test_shuffled_rewards_stay_in_their_group(parts, tmp_path, monkeypatch):
+    """The control row: the same rewards and spread, but credit to the wrong images."""
+    seen = []
+
+    def spy(R, W, n):
+        seen.append(R.view(-1, n))
+        return group_advantage(R, W, n)
+    monkeypatch.setattr(grpo, "group_advantage", spy)
+    tiny.play(parts, tmp_path / "a", "--steps", 1)
+    tiny.play(parts, tmp_path / "b", "--steps", 1, "--shuffle")
+    right, wrong = seen
+    assert not torch.equal(right, wrong) and torch.equal(right.sort(1)[0], wrong.sort(1)[0])
+
+
+def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monkeypatch):
+    """--beta with --train both: the KL's other side must not follow the bridge that learns."""
+    seen = []
+
+    def spy(model, *inputs):
+        (dit, bridge), guided = inputs[-1]
+        with grpo.swapped(model, (dit, bridge)):
+            assert model.bridge is bridge and model.dit is dit
+        assert model.bridge is not bridge and model.dit is not dit
+        seen.append((guided[0][1].ctx, inputs[0][0][1].ctx))
+        return surrogate(model, *inputs)
+    monkeypatch.setattr(grpo, "surrogate", spy)
+    (parts / "one.jsonl").write_text((parts / "prompts.jsonl").read_text().splitlines()[0] + "\n")
+    tiny.play(parts, tmp_path / "run", "--steps", 3, "--train", "both", "--beta", 1.0, "--lr", 0.05,
+              "--prompts", parts / "one.jsonl")
+    (ref, own), *_, (last_ref, last_own) = seen
+    torch.testing.assert_close(ref, own)                       # both start as one policy
+    assert torch.equal(ref, last_ref) and (own - last_own).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("shared", [True, False])
