@@ -406,9 +406,9 @@ PRESETS = {
     # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
     "shapes": Config(
         preset="shapes", vlm="data/shapes/vlm", dit="data/shapes/dit", vae="data/shapes/vae",
-        text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=0.7,
+        text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=1.2,
         sample_shift=3.0,
-        mmdit=dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
+        mmdit=dict(sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=6,
                    attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128,
                    joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
                    qk_norm="rms_norm"),
