@@ -26,14 +26,14 @@ class Args:
     init: str = "out/pretrain"        # a checkpoint of ours to start from
     data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
     out: str = "out/sft"              # run folder
-    steps: int = 1600                 # optimiser steps
+    steps: int = 3000                 # optimiser steps
     batch: int = 64                   # images per step, over all ranks
     lr: float = 7e-4                  # peak learning rate
     warmup: int = 50                  # steps of linear warm-up before the cosine
     wd: float = 0.01                  # weight decay, on matrices only
     drop: float = 0.1                 # share of captions replaced by the null prompt, for guidance
     ema: float = 0.99                 # decay of the averaged weights that are evaluated and kept
-    eval_every: int = 400             # steps between sample grids, quick scores and checkpoints
+    eval_every: int = 500             # steps between sample grids, quick scores and checkpoints
     seed: int = 0
     resume: bool = False              # continue the run in --out
 
