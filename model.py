@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import webdataset as wds
-from diffusers import AutoencoderKL
+from diffusers import AutoModel
 from matplotlib import pyplot as plt
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -309,6 +309,15 @@ def sigmas(steps, shift=1.0):
     return (shift * t / (1 + (shift - 1) * t)).float()
 
 
+def train_times(n, cfg, rng):
+    """(n,) times at which the preset learns the flow, shifted once as in sampling."""
+    if cfg.t_dist == "uniform":
+        t = torch.rand(n, generator=rng)
+    else:
+        t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean)
+    return cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+
+
 def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     """One random step t -> t_next < t of the flow, and the log-probability of where it landed.
 
@@ -396,8 +405,9 @@ class Config:
     # flow
     size: int = 64                    # pixels
     vae_factor: int = 4               # pixels per latent, one side
+    t_dist: str = "logit-normal"      # training times: sigmoid(N(t_mean, 1)) | uniform
+    t_mean: float = 0.0               # > 0 favours noisy times
     train_shift: float = 1.0          # time shift while training the flow
-    t_mean: float = 0.0               # t = sigmoid(N(t_mean, 1)): > 0 favours noisy times
     sample_shift: float = 1.0
     mmdit: dict = field(default_factory=dict)   # MMDiT's own arguments
 
@@ -535,7 +545,7 @@ class Unified(nn.Module):
             if cfg.preset == "shapes" and not Path(getattr(cfg, part)).is_dir():
                 fail(f"{getattr(cfg, part)} is missing: run from the repository's root, or make it "
                      f"with python -m data.shapes.prepare")
-        vae = AutoencoderKL.from_pretrained(cfg.vae)
+        vae = AutoModel.from_pretrained(cfg.vae)               # AutoencoderKL | AutoencoderDC
         dit = MMDiT(**cfg.mmdit)
         weights = load_file(Path(cfg.dit) / "diffusion_pytorch_model.safetensors")
         dit.load_state_dict({k: v.float() for k, v in weights.items()})
@@ -578,6 +588,10 @@ class Unified(nn.Module):
     @property
     def device(self):
         return next(self.dit.parameters()).device
+
+    @property
+    def vae_shift(self):
+        return self.vae.config.get("shift_factor") or 0.0                        # DC-AE has none
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -661,13 +675,14 @@ class Unified(nn.Module):
         """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
         x = (images.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         with self.autocast():
-            z = self.vae.encode(x).latent_dist.mode()
-        return (z.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            z = self.vae.encode(x, return_dict=False)[0]
+        z = z if torch.is_tensor(z) else z.mode()          # AutoencoderDC | AutoencoderKL
+        return (z.float() - self.vae_shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def to_images(self, z):
         """Latents -> uint8 (B,3,H,W)."""
-        z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        z = z / self.vae.config.scaling_factor + self.vae_shift
         with self.autocast():
             x = self.vae.decode(z.to(memory_format=torch.channels_last)).sample
         return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval import bench_shapes, grid
 from model import (Ema, Unified, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
-                   stop_flag, sum_grads)
+                   stop_flag, sum_grads, train_times)
 
 
 @dataclass
@@ -68,8 +68,7 @@ def main():
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
         eps = torch.randn(x0.shape, generator=rng).to(device)
-        t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean).to(device)     # (n,)
-        t = cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+        t = train_times(n, cfg, rng).to(device)                                  # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
         # 3  the velocity that leads from one to the other
