@@ -255,8 +255,9 @@ def main():
                     model, guided, k // G, xs[:, k], old[:, k], A[keep].to(device), ts, window,
                     args.B * G * args.window, args, ref)
             if args.train != "dit" and len(keep):
-                for (_, e), (_, c) in zip(encoded, guided):
-                    torch.autograd.backward((e.ctx, e.pooled), (c.ctx.grad, c.pooled.grad))
+                ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided)
+                        for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
+                torch.autograd.backward(*zip(*ends))
             sum_grads(list(params.values()))
             norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
             for group in opt.param_groups:

@@ -63,7 +63,7 @@ def main():
         images, prompts = next(data)                                             # (n,3,H,W) uint8
         rng = torch.Generator().manual_seed(key(args.seed, step, rank))
         gone = torch.rand(n, generator=rng) < args.drop
-        prompts = [cfg.null_prompt if g else p for g, p in zip(gone, prompts)]
+        prompts = [None if g else p for g, p in zip(gone, prompts)]
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
