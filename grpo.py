@@ -172,7 +172,7 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
 
 
 def main():
-    args = parse(Args, __doc__)
+    args = parse(Args, __doc__, "stage3")
     rank, world, device = setup()
     weights = check(args, world)
     try:
@@ -289,7 +289,7 @@ def main():
             break
 
     # 6  the whole benchmark, before and after, on the same noise
-    if rank == 0 and args.preset == "shapes" and not stop:
+    if rank == 0 and args.preset.startswith("shapes") and not stop:
         results = {}
         base = Unified.from_preset(args.preset, args.init).to(device)
         with ema.applied():

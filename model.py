@@ -432,15 +432,53 @@ class Config:
     sample_shift: float = 1.0
     mmdit: dict = field(default_factory=dict)   # the DiT's own arguments: MMDiT's
     sana: dict = field(default_factory=dict)    # or SanaDiT's
+    # the paper's values for the flags of pretrain.py, sft.py and RL; None: it has no such stage
+    stage1: dict | None = field(default_factory=dict)
+    stage2: dict | None = field(default_factory=dict)
+    stage3: dict | None = field(default_factory=dict)
 
     @property
     def dit_config(self):
         return self.mmdit or self.sana
 
 
-PRESETS = {
+# Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
+SD35M = dict(
+    size=512, vae_factor=8, sample_shift=3.0,
+    mmdit=dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
+               attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536,
+               joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384,
+               dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+)  # fmt: skip
+# SANA 1.6B, on the latents of a DC-AE: .41407 z
+SANA = dict(sample_size=32, patch_size=1, in_channels=32, out_channels=32, num_layers=20,
+            num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20,
+            cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
+            mlp_ratio=2.5)  # fmt: skip
+QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048)      # 36 layers
+QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584)      # 28 layers
+# OpenUni's way to ask InternVL3 (28 layers); its ViT takes 448 x 448 pixels, whatever the image.
+INTERNVL_2B = dict(
+    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange",
+    image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"), suffix="<img>", null="turn",
+    null_prompt="Generate an image.", null_edit="Keep the image as it is.",
+    c_dim=1536, c_ff=8960, c_layers=6, c_heads=24, vae_factor=32, t_dist="uniform",
+    sample_shift=3.0, vae="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
+)  # fmt: skip
+BLURRY = ("blurry, low quality, low resolution, distorted, deformed, broken content, missing parts,"
+          " damaged details, artifacts, glitch, noise, pixelated, grainy, compression artifacts, "
+          "bad composition, wrong proportion, incomplete editing, unfinished, unedited areas.")
+# AdamW (.9, .95), cosine, clipped at norm 1, no average of the weights.
+FLOW = dict(wd=0.05, ema=0.0, eval_every=1000)
+# Flow-GRPO trains each of 10 steps but the last, which adds no noise. Its beta belongs to a KL that
+# lacks the step size (1/10 on average): 0.04 there is 4e-3 here.
+RL = dict(init="out/sft", T=10, window=9, window_stop=0, eta=0.7, shared_noise=False, clip=1e-4,
+          ema=0.0)  # fmt: skip
+UNIPIC2_RL = RL | dict(B=16, G=16, guidance=3.5, lr=3e-4, beta=4e-3, lora_rank=32, lora_alpha=64)
+
+PRESETS = {c.preset: c for c in (
     # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
-    "shapes": Config(
+    Config(
         preset="shapes", vlm="data/shapes/vlm", dit="data/shapes/dit", vae="data/shapes/vae",
         text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=0.7,
         sample_shift=3.0,
@@ -449,7 +487,103 @@ PRESETS = {
                    joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
                    qk_norm="rms_norm"),
     ),
-}  # fmt: skip
+    Config(
+        preset="shapes-sana", vlm="data/shapes/vlm", dit="data/shapes/sana/dit",
+        vae="data/shapes/vae", text_encoder="data/shapes/clip", bridge="lim",
+        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=0.7, sample_shift=3.0,
+        sana=dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
+                  num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
+                  cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
+                  mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
+        stage3=dict(init="data/shapes/sana/sft"),
+    ),
+    # UniRL-Zero (2510.17937), appendix A and its scripts. Bridge and DiT learn together from the
+    # start: `sft.py`. References are added to the DiT's input.
+    Config(
+        preset="unirl-zero", **QWEN_3B, bridge="last", keep="query", n_query=256, edit_queries=True,
+        dit="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/transformer",
+        vae="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/vae",
+        system="You are a helpful assistant.", vit_scale=672 / 1024, pos="arange", null="zeros",
+        t2i_text="Please generate image based on the following caption: {}",
+        edit_text="{images}\nPlease edit the given image based on the folllowing instruction: {}.",
+        c_style="rms", c_dim=2048, c_ff=4096, c_layers=12, c_heads=8,
+        size=1024, vae_factor=32, sample_shift=3.0, sana=SANA | dict(ref="add"),
+        stage1=None,
+        stage2=FLOW | dict(init="", steps=240_000, batch=128, lr=1e-4, warmup=720, wd=0.0),
+        stage3=RL | dict(B=8, G=8, kind="unirl", guidance=3.5, train="both", lr=1e-5, beta=4e-3),
+    ),
+    # DeepGen 1.0, tables 9 and 10 (warm-up: the table's 1%, not the text's 20,000 steps). Not here:
+    # LoRA on the VLM in stage 2; in stage 3 the SFT loss (1e-4) and the mix of rewards (table 11).
+    # It trains 30 random steps of 50, here 30 in a row.
+    Config(
+        preset="deepgen", **QWEN_3B, **SD35M, bridge="scb", layers=tuple(range(35, 0, -6)),
+        keep="all", n_query=128, vit_scale=28 / 32, null_edit=BLURRY,
+        dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
+        vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
+        c_dim=2048, c_ff=11946, c_layers=6, c_heads=32, t_dist="uniform", train_shift=3.0,
+        stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000),
+        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000),
+        stage3=dict(init="out/sft", steps=1500, B=32, G=8, T=50, window=30, window_stop=19,
+                    kind="cps-simple", eta=1.0, lr=2e-6, clip=1e-4, beta=5e-7, kl="velocity",
+                    ema=0.0, eval_T=50),
+    ),
+    # Flow-GRPO, config geneval_sd3: RL only, on SD3.5-M as it is. Not here: its groups' rewards are
+    # divided by the batch's std, and a rollout makes two updates, each on its half.
+    Config(
+        preset="flow-grpo", **SD35M, bridge="text", text="sd3", t5_tokens=128,
+        dit="stabilityai/stable-diffusion-3.5-medium/transformer",
+        vae="stabilityai/stable-diffusion-3.5-medium/vae",
+        text_encoder="stabilityai/stable-diffusion-3.5-medium",
+        stage1=None, stage2=None,
+        stage3=RL | dict(init="", B=48, G=24, guidance=4.5, lr=3e-4, wd=1e-4, beta=4e-3, ema=0.987,
+                         micro=9, eval_T=40, lora_rank=32, lora_alpha=64),
+    ),
+    # UniPic 2.0, section 4.1: first the DiT learns to edit, and RL starts from there ...
+    Config(
+        preset="unipic2-kontext", **SD35M, bridge="text", text="sd3", null_edit=BLURRY,
+        dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
+        vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
+        text_encoder="Skywork/UniPic2-SD3.5M-Kontext-2B", t_dist="uniform", train_shift=3.0,
+        stage1=None,
+        stage2=FLOW | dict(init="", steps=200_000, batch=128, lr=4e-5, warmup=2000),
+        stage3=UNIPIC2_RL | dict(init=""),
+    ),
+    # ... then a VLM learns to speak to it. Its training code is not public: times are DeepGen's.
+    Config(
+        preset="unipic2", **QWEN_7B, **SD35M, bridge="last", keep="query", n_query=256,
+        dit="Skywork/UniPic2-Metaquery-9B/transformer", vae="Skywork/UniPic2-Metaquery-9B/vae",
+        edit_text="{images}{}", vit_scale=28 / 32, pos="arange", null_edit=BLURRY,
+        c_dim=1536, c_ff=8960, c_layers=24, c_heads=24, t_dist="uniform", train_shift=3.0,
+        stage1=FLOW | dict(steps=500_000, batch=1024, lr=1e-4, warmup=5000),
+        stage2=FLOW | dict(steps=200_000, batch=128, lr=4e-5, warmup=2000),
+        stage3=UNIPIC2_RL,
+    ),
+    # ParaUni, section 4.1; its code is OpenUni's, and so are steps and warm-up (in that code stage
+    # 2's lr is 1e-5). What the paper leaves open in stage 3 is Flow-GRPO's for PickScore.
+    Config(
+        preset="parauni", **INTERNVL_2B, bridge="lim", layers=tuple(range(1, 29)), size=1024,
+        dit="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer",
+        sana=SANA | dict(qk_norm="rms_norm_across_heads"),
+        stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
+        stage2=FLOW | dict(steps=10_000, batch=512, lr=1e-4, warmup=100),
+        stage3=RL | dict(B=32, G=16, guidance=4.5, train="both", lr=1e-4, wd=0.05, beta=1e-3),
+    ),
+    # OpenUni-L-512, its configs.
+    Config(
+        preset="openuni", **INTERNVL_2B, bridge="last", size=512,
+        dit="Efficient-Large-Model/Sana_1600M_512px_diffusers/transformer",
+        sana=SANA | dict(sample_size=16),
+        stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
+        stage2=FLOW | dict(steps=10_000, batch=256, lr=1e-5, warmup=100),
+        stage3=None,
+    ),
+)}  # fmt: skip
+
+
+def preset(name):
+    if name not in PRESETS:
+        fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,9 +784,7 @@ class Unified(nn.Module):
     @classmethod
     def from_preset(cls, name="shapes", init=None, **changes):
         """Build a preset from its parts and, with `init`, a checkpoint of ours on top."""
-        if name not in PRESETS:
-            fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
-        cfg = replace(PRESETS[name], **changes)
+        cfg = replace(preset(name), **changes)
         for part in ("dit", "vae") + (("text_encoder",) if cfg.bridge == "text" else ("vlm",)):
             if cfg.preset.startswith("shapes") and not Path(getattr(cfg, part)).is_dir():
                 fail(f"{getattr(cfg, part)} is missing: run from the repository's root, or make it "
@@ -877,9 +1009,9 @@ def has_bf16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def parse(Args, description):
+def parse(Args, description, stage=None):
     """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help."""
+    field is its help. Precedence: the dataclass < the preset's values for `stage` < a flag."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
@@ -890,7 +1022,17 @@ def parse(Args, description):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         p.add_argument(name, default=f.default, **kind,
                        help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    return Args(**vars(p.parse_args()))
+    args = p.parse_args()
+    if stage:
+        paper = getattr(preset(args.preset), stage)
+        if paper is None:
+            fail(f"the paper of preset {args.preset!r} has no {stage}: see PRESETS in model.py")
+        lacks = ["--" + k.replace("_", "-") for k in paper if k not in vars(args)]
+        if lacks:
+            fail(f"preset {args.preset!r} needs {', '.join(lacks)}, which this script lacks")
+        p.set_defaults(**paper)
+        args = p.parse_args()
+    return Args(**vars(args))
 
 
 def setup():

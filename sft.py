@@ -39,7 +39,7 @@ class Args:
 
 
 def main():
-    args = parse(Args, __doc__)
+    args = parse(Args, __doc__, "stage2")
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
@@ -97,7 +97,7 @@ def main():
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")
-                if cfg.preset == "shapes":
+                if cfg.preset.startswith("shapes"):
                     shown = dict(score=bench_shapes(model.draw, 1, 96)["score"])
                     row |= shown
             ema.save(out, model, step + 1, opt)
