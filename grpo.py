@@ -185,7 +185,7 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
 
 
 def main():
-    args = parse(Args, __doc__)
+    args = parse(Args, __doc__, "stage3")
     rank, world, device = setup()
     weights = check(args, world)
     try:
@@ -277,8 +277,9 @@ def main():
                     model, guided, k // G, xs[:, k], old[:, k], A[keep].to(device), ts, window,
                     args.B * G * args.window, args, anchor)
             if args.train != "dit" and len(keep):
-                for (_, e), (_, c) in zip(encoded, guided):
-                    torch.autograd.backward((e.ctx, e.pooled), (c.ctx.grad, c.pooled.grad))
+                ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided)
+                        for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
+                torch.autograd.backward(*zip(*ends))
             sum_grads(list(params.values()))
             norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
             for group in opt.param_groups:
@@ -311,7 +312,7 @@ def main():
             break
 
     # 6  the whole benchmark, before and after, on the same noise
-    if rank == 0 and args.preset == "shapes" and not stopped:
+    if rank == 0 and args.preset.startswith("shapes") and not stopped:
         results = {}
         base = Unified.from_preset(args.preset, args.init).to(device)
         with ema.applied():

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import getsource
+from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -24,14 +25,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import webdataset as wds
-from diffusers import AutoencoderKL
+from diffusers import AutoModel
 from matplotlib import pyplot as plt
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+)
 
 # B batch, N image tokens, L context tokens, D width, C H W latent, h w one reference's latent size
 # Flow: x_t = (1-t) x_0 + t eps, v = eps - x_0, so t = 1 is noise and t = 0 is the image.
@@ -309,6 +316,15 @@ def sigmas(steps, shift=1.0):
     return (shift * t / (1 + (shift - 1) * t)).float()
 
 
+def train_times(n, cfg, rng):
+    """(n,) times at which the preset learns the flow, shifted once as in sampling."""
+    if cfg.t_dist == "uniform":
+        t = torch.rand(n, generator=rng)
+    else:
+        t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean)
+    return cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+
+
 def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     """One random step t -> t_next < t of the flow, and the log-probability of where it landed.
 
@@ -376,35 +392,93 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
 @dataclass
 class Config:
     preset: str = "shapes"
-    # parts: folders or Hub ids in their own ecosystems' formats
-    vlm: str = ""                     # transformers folder
-    dit: str = ""                     # diffusers transformer folder
-    vae: str = ""                     # diffusers AutoencoderKL folder
-    text_encoder: str = ""            # open_clip folder, for bridge `text`
+    # parts in their ecosystems' formats: folders, or owner/repo[/subfolder] on the Hub
+    vlm: str = ""                     # transformers: Qwen2.5-VL or InternVL3 (-hf)
+    dit: str = ""                     # diffusers transformer
+    vae: str = ""                     # diffusers AutoencoderKL or AutoencoderDC
+    text_encoder: str = ""            # bridge `text`: open_clip folder, or an SD3 pipeline
     # bridge: from VLM hidden states to DiT context
-    bridge: str = "scb"               # last | scb | text
-    layers: tuple = ()                # scb: indices into hidden_states, stacked on channels
-    keep: str = "all"                 # tokens the DiT sees: all (text and queries) | query
+    bridge: str = "scb"               # last | scb | lim | text
+    layers: tuple = ()                # scb, lim: indices into hidden_states (0 = embeddings)
+    keep: str = "all"                 # tokens the DiT sees: all (images, text, queries) | query
     n_query: int = 8                  # learnable "think" tokens at the end of the VLM's sequence
-    t2i_text: str = "Generate an image: {}"
-    null_prompt: str = ""             # what classifier-free guidance contrasts with
+    edit_queries: bool = False        # edits have queries of their own
     vlm_dim: int = 128
-    c_dim: int = 128                  # connector: width, feed-forward width, layers, heads
+    c_style: str = "ln"               # connector: ln (SigLIP's block) | rms (UniRL-Zero's)
+    c_dim: int = 128                  # its width, feed-forward width, layers, heads
     c_ff: int = 512
     c_layers: int = 2
     c_heads: int = 4
+    text: str = "clip"                # bridge text: clip (open_clip) | sd3 | sd3-no-t5 (zeros)
+    t5_tokens: int = 256
+    # what the VLM is told; {} is the prompt, {images} the references
+    system: str = ""
+    t2i_text: str = "Generate an image: {}"
+    edit_text: str = "{images}\n{}"
+    suffix: str = ""                  # opens the assistant's turn
+    image_tokens: tuple = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    vit_scale: float = 0.0            # a reference's size for the VLM, 1 = as it is; 0: a fixed one
+    pos: str = "mrope"                # position ids: mrope | arange
+    # what classifier-free guidance contrasts with
+    null: str = "prompt"              # null_prompt within t2i_text (prompt), as the user's whole
+    null_prompt: str = ""             # turn (turn), or zeros after the connector (zeros)
+    null_edit: str = ""               # the prompt for edits, which keep their images
     # flow
     size: int = 64                    # pixels
     vae_factor: int = 4               # pixels per latent, one side
+    t_dist: str = "logit-normal"      # training times: sigmoid(N(t_mean, 1)) | uniform
+    t_mean: float = 0.0               # > 0 favours noisy times
     train_shift: float = 1.0          # time shift while training the flow
-    t_mean: float = 0.0               # t = sigmoid(N(t_mean, 1)): > 0 favours noisy times
     sample_shift: float = 1.0
-    mmdit: dict = field(default_factory=dict)   # MMDiT's own arguments
+    mmdit: dict = field(default_factory=dict)   # the DiT's own arguments: MMDiT's
+    sana: dict = field(default_factory=dict)    # or SanaDiT's
+    # the paper's values for the flags of pretrain.py, sft.py and RL; None: it has no such stage
+    stage1: dict | None = field(default_factory=dict)
+    stage2: dict | None = field(default_factory=dict)
+    stage3: dict | None = field(default_factory=dict)
+
+    @property
+    def dit_config(self):
+        return self.mmdit or self.sana
 
 
-PRESETS = {
+# Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
+SD35M = dict(
+    size=512, vae_factor=8, sample_shift=3.0,
+    mmdit=dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
+               attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536,
+               joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384,
+               dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+)  # fmt: skip
+# SANA 1.6B, on the latents of a DC-AE: .41407 z
+SANA = dict(sample_size=32, patch_size=1, in_channels=32, out_channels=32, num_layers=20,
+            num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20,
+            cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
+            mlp_ratio=2.5)  # fmt: skip
+QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048)      # 36 layers
+QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584)      # 28 layers
+# OpenUni's way to ask InternVL3 (28 layers); its ViT takes 448 x 448 pixels, whatever the image.
+INTERNVL_2B = dict(
+    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange",
+    image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"), suffix="<img>", null="turn",
+    null_prompt="Generate an image.", null_edit="Keep the image as it is.",
+    c_dim=1536, c_ff=8960, c_layers=6, c_heads=24, vae_factor=32, t_dist="uniform",
+    sample_shift=3.0, vae="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
+)  # fmt: skip
+BLURRY = ("blurry, low quality, low resolution, distorted, deformed, broken content, missing parts,"
+          " damaged details, artifacts, glitch, noise, pixelated, grainy, compression artifacts, "
+          "bad composition, wrong proportion, incomplete editing, unfinished, unedited areas.")
+# AdamW (.9, .95), cosine, clipped at norm 1, no average of the weights.
+FLOW = dict(wd=0.05, ema=0.0, eval_every=1000)
+# Flow-GRPO trains each of 10 steps but the last, which adds no noise. Its beta belongs to a KL that
+# lacks the step size (1/10 on average): 0.04 there is 4e-3 here.
+RL = dict(init="out/sft", T=10, window=9, window_stop=0, eta=0.7, shared_noise=False, clip=1e-4,
+          ema=0.0)  # fmt: skip
+UNIPIC2_RL = RL | dict(B=16, G=16, guidance=3.5, lr=3e-4, beta=4e-3, lora_rank=32, lora_alpha=64)
+
+PRESETS = {c.preset: c for c in (
     # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
-    "shapes": Config(
+    Config(
         preset="shapes", vlm="data/shapes/vlm", dit="data/shapes/dit", vae="data/shapes/vae",
         text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=1.2,
         sample_shift=3.0,
@@ -413,7 +487,103 @@ PRESETS = {
                    joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
                    qk_norm="rms_norm"),
     ),
-}  # fmt: skip
+    Config(
+        preset="shapes-sana", vlm="data/shapes/vlm", dit="data/shapes/sana/dit",
+        vae="data/shapes/vae", text_encoder="data/shapes/clip", bridge="lim",
+        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=0.7, sample_shift=3.0,
+        sana=dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
+                  num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
+                  cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
+                  mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
+        stage3=dict(init="data/shapes/sana/sft"),
+    ),
+    # UniRL-Zero (2510.17937), appendix A and its scripts. Bridge and DiT learn together from the
+    # start: `sft.py`. References are added to the DiT's input.
+    Config(
+        preset="unirl-zero", **QWEN_3B, bridge="last", keep="query", n_query=256, edit_queries=True,
+        dit="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/transformer",
+        vae="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/vae",
+        system="You are a helpful assistant.", vit_scale=672 / 1024, pos="arange", null="zeros",
+        t2i_text="Please generate image based on the following caption: {}",
+        edit_text="{images}\nPlease edit the given image based on the folllowing instruction: {}.",
+        c_style="rms", c_dim=2048, c_ff=4096, c_layers=12, c_heads=8,
+        size=1024, vae_factor=32, sample_shift=3.0, sana=SANA | dict(ref="add"),
+        stage1=None,
+        stage2=FLOW | dict(init="", steps=240_000, batch=128, lr=1e-4, warmup=720, wd=0.0),
+        stage3=RL | dict(B=8, G=8, kind="unirl", guidance=3.5, train="both", lr=1e-5, beta=4e-3),
+    ),
+    # DeepGen 1.0, tables 9 and 10 (warm-up: the table's 1%, not the text's 20,000 steps). Not here:
+    # LoRA on the VLM in stage 2; in stage 3 the SFT loss (1e-4) and the mix of rewards (table 11).
+    # It trains 30 random steps of 50, here 30 in a row.
+    Config(
+        preset="deepgen", **QWEN_3B, **SD35M, bridge="scb", layers=tuple(range(35, 0, -6)),
+        keep="all", n_query=128, vit_scale=28 / 32, null_edit=BLURRY,
+        dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
+        vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
+        c_dim=2048, c_ff=11946, c_layers=6, c_heads=32, t_dist="uniform", train_shift=3.0,
+        stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000),
+        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000),
+        stage3=dict(init="out/sft", steps=1500, B=32, G=8, T=50, window=30, window_stop=19,
+                    kind="cps-simple", eta=1.0, lr=2e-6, clip=1e-4, beta=5e-7, kl="velocity",
+                    ema=0.0, eval_T=50),
+    ),
+    # Flow-GRPO, config geneval_sd3: RL only, on SD3.5-M as it is. Not here: its groups' rewards are
+    # divided by the batch's std, and a rollout makes two updates, each on its half.
+    Config(
+        preset="flow-grpo", **SD35M, bridge="text", text="sd3", t5_tokens=128,
+        dit="stabilityai/stable-diffusion-3.5-medium/transformer",
+        vae="stabilityai/stable-diffusion-3.5-medium/vae",
+        text_encoder="stabilityai/stable-diffusion-3.5-medium",
+        stage1=None, stage2=None,
+        stage3=RL | dict(init="", B=48, G=24, guidance=4.5, lr=3e-4, wd=1e-4, beta=4e-3, ema=0.987,
+                         micro=9, eval_T=40, lora_rank=32, lora_alpha=64),
+    ),
+    # UniPic 2.0, section 4.1: first the DiT learns to edit, and RL starts from there ...
+    Config(
+        preset="unipic2-kontext", **SD35M, bridge="text", text="sd3", null_edit=BLURRY,
+        dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
+        vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
+        text_encoder="Skywork/UniPic2-SD3.5M-Kontext-2B", t_dist="uniform", train_shift=3.0,
+        stage1=None,
+        stage2=FLOW | dict(init="", steps=200_000, batch=128, lr=4e-5, warmup=2000),
+        stage3=UNIPIC2_RL | dict(init=""),
+    ),
+    # ... then a VLM learns to speak to it. Its training code is not public: times are DeepGen's.
+    Config(
+        preset="unipic2", **QWEN_7B, **SD35M, bridge="last", keep="query", n_query=256,
+        dit="Skywork/UniPic2-Metaquery-9B/transformer", vae="Skywork/UniPic2-Metaquery-9B/vae",
+        edit_text="{images}{}", vit_scale=28 / 32, pos="arange", null_edit=BLURRY,
+        c_dim=1536, c_ff=8960, c_layers=24, c_heads=24, t_dist="uniform", train_shift=3.0,
+        stage1=FLOW | dict(steps=500_000, batch=1024, lr=1e-4, warmup=5000),
+        stage2=FLOW | dict(steps=200_000, batch=128, lr=4e-5, warmup=2000),
+        stage3=UNIPIC2_RL,
+    ),
+    # ParaUni, section 4.1; its code is OpenUni's, and so are steps and warm-up (in that code stage
+    # 2's lr is 1e-5). What the paper leaves open in stage 3 is Flow-GRPO's for PickScore.
+    Config(
+        preset="parauni", **INTERNVL_2B, bridge="lim", layers=tuple(range(1, 29)), size=1024,
+        dit="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer",
+        sana=SANA | dict(qk_norm="rms_norm_across_heads"),
+        stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
+        stage2=FLOW | dict(steps=10_000, batch=512, lr=1e-4, warmup=100),
+        stage3=RL | dict(B=32, G=16, guidance=4.5, train="both", lr=1e-4, wd=0.05, beta=1e-3),
+    ),
+    # OpenUni-L-512, its configs.
+    Config(
+        preset="openuni", **INTERNVL_2B, bridge="last", size=512,
+        dit="Efficient-Large-Model/Sana_1600M_512px_diffusers/transformer",
+        sana=SANA | dict(sample_size=16),
+        stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
+        stage2=FLOW | dict(steps=10_000, batch=256, lr=1e-5, warmup=100),
+        stage3=None,
+    ),
+)}  # fmt: skip
+
+
+def preset(name):
+    if name not in PRESETS:
+        fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -443,23 +613,33 @@ class Cond:
 
 
 class ConnectorLayer(nn.Module):
-    """A bidirectional pre-norm encoder layer with SigLIP's names, as DeepGen, UniPic2, OpenUni."""
+    """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
+    ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
 
-    def __init__(self, D, ff, heads):
+    def __init__(self, D, ff, heads, style):
         super().__init__()
-        self.heads = heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.heads, self.rms = heads, style == "rms"
+        Norm = RMSNorm if self.rms else nn.LayerNorm
+        self.layer_norm1, self.layer_norm2 = Norm(D, eps=1e-6), Norm(D, eps=1e-6)
         self.self_attn = nn.ModuleDict(
             {k: nn.Linear(D, D) for k in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, ff), fc2=nn.Linear(ff, D)))
+        if self.rms:
+            self.self_attn.update({k: RMSNorm(D // heads, eps=1e-6) for k in ("q_norm", "k_norm")})
+            self.mlp["gate"] = nn.Linear(D, ff)
 
     def forward(self, x, mask):
+        attn, mlp = self.self_attn, self.mlp
         y = self.layer_norm1(x)
-        q, k, v = (self.self_attn[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = (attn[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for n in ("q_proj", "k_proj", "v_proj"))                      # (B,heads,L,d)
-        x = x + self.self_attn["out_proj"](attend(q, k, v, mask).transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x)),
-                                       approximate="tanh"))
+        if self.rms:
+            q, k = attn["q_norm"](q), attn["k_norm"](k)
+        x = x + attn["out_proj"](attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        y = self.layer_norm2(x)
+        wide = mlp["fc1"](y)                                                     # (B,L,ff)
+        wide = F.silu(wide) * mlp["gate"](y) if self.rms else F.gelu(wide, approximate="tanh")
+        return x + mlp["fc2"](wide)
 
 
 class Bridge(nn.Module):
@@ -468,6 +648,7 @@ class Bridge(nn.Module):
     last  the last hidden state (MetaQuery, OpenUni, UniPic2, UniRL-Zero)
     scb   chosen layers stacked on channels (DeepGen eq. 1; its "two-layer MLP" is one Linear in the
           released code and so here)
+    lim   each layer through one shared connector and LayerNorm, then the mean (ParaUni eq. 4, 5)
     text  no bridge: the DiT's own text encoder speaks (Flow-GRPO, UniPic2-Kontext)
     """
 
@@ -476,21 +657,38 @@ class Bridge(nn.Module):
         self.cfg = cfg
         if cfg.bridge == "text":
             return
-        d_in = cfg.vlm_dim * (len(cfg.layers) if cfg.bridge == "scb" else 1)
-        self.meta_queries = nn.Parameter(torch.randn(cfg.n_query, cfg.vlm_dim) * cfg.vlm_dim**-0.5)
-        self.projector_1 = nn.Linear(d_in, cfg.c_dim)
+        d, D = cfg.vlm_dim * (len(cfg.layers) if cfg.bridge == "scb" else 1), cfg.c_dim
+        ctx_dim = cfg.mmdit["joint_attention_dim"] if cfg.mmdit else cfg.sana["caption_channels"]
+        for name in ("meta_queries", "edit_queries") if cfg.edit_queries else ("meta_queries",):
+            queries = torch.randn(cfg.n_query, cfg.vlm_dim) * cfg.vlm_dim**-0.5
+            self.register_parameter(name, nn.Parameter(queries))
+        self.projector_1 = nn.Identity() if d == D else nn.Linear(d, D)
         self.connector = nn.ModuleDict(dict(layers=nn.ModuleList(
-            ConnectorLayer(cfg.c_dim, cfg.c_ff, cfg.c_heads) for _ in range(cfg.c_layers))))
-        self.projector_2 = nn.Linear(cfg.c_dim, cfg.mmdit["pooled_projection_dim"])
-        self.projector_3 = nn.Linear(cfg.c_dim, cfg.mmdit["joint_attention_dim"])
-        for m in (self.projector_2, self.projector_3):     # as DeepGen: start from "no prompt"
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
+            ConnectorLayer(D, cfg.c_ff, cfg.c_heads, cfg.c_style) for _ in range(cfg.c_layers))))
+        if cfg.c_style == "rms":
+            self.connector["norm"] = RMSNorm(D, eps=1e-6)
+        if cfg.mmdit:                                      # SANA takes no summary of the prompt
+            self.projector_2 = nn.Linear(D, cfg.mmdit["pooled_projection_dim"])
+        self.projector_3 = nn.Linear(D, ctx_dim)
+        if cfg.bridge == "lim":
+            self.agglayer_norm = nn.LayerNorm(ctx_dim)
+        elif cfg.mmdit:                                    # as DeepGen: start from "no prompt"
+            for m in (self.projector_2, self.projector_3):
+                nn.init.zeros_(m.weight)
+                nn.init.zeros_(m.bias)
 
-    def forward(self, hidden, lengths):
-        """hidden: the VLM's tuple of (B,L,d), right-padded; lengths: B ints, queries included."""
-        cfg = self.cfg
-        h = torch.cat([hidden[i] for i in cfg.layers], -1) if cfg.bridge == "scb" else hidden[-1]
+    def forward(self, hidden, lengths, layer_noise=None):
+        """hidden: the VLM's tuple of (B,L,d), right-padded; lengths: B ints, queries included.
+        layer_noise (layers,) multiplies the c_i of bridge lim (ParaUni's LDAM, eq. 6)."""
+        cfg, B = self.cfg, len(lengths)
+        assert layer_noise is None or cfg.bridge == "lim", "only bridge lim has one c_i per layer"
+        if cfg.bridge == "scb":
+            h = torch.cat([hidden[i] for i in cfg.layers], -1)                   # (B,L,layers*d)
+        elif cfg.bridge == "lim":
+            h = torch.cat([hidden[i] for i in cfg.layers])                       # (layers*B,L,d)
+        else:
+            h = hidden[-1]                                                       # (B,L,d)
+        lengths = lengths * (len(h) // B)
         if cfg.keep == "query":                            # the last n_query tokens of each row
             at = torch.tensor([[n - cfg.n_query + i for i in range(cfg.n_query)] for n in lengths])
             h = h.gather(1, at.to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
@@ -503,10 +701,68 @@ class Bridge(nn.Module):
         x = self.projector_1(h)                                                  # (B,L,c_dim)
         for layer in self.connector["layers"]:
             x = layer(x, keys)
-        # Departs from DeepGen, which averages pads too: its outputs depend on the other rows.
-        real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
-        mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)          # (B,c_dim)
-        return Cond(self.projector_3(x).float(), mask, self.projector_2(mean).float())
+        if cfg.c_style == "rms":
+            x = self.connector["norm"](x)
+        ctx, pooled = self.projector_3(x), None                                  # (B,L,Dc)
+        if cfg.bridge == "lim":
+            c = self.agglayer_norm(ctx).unflatten(0, (-1, B))                    # (layers,B,L,Dc)
+            ctx = (c if layer_noise is None else c * layer_noise.view(-1, 1, 1, 1)).mean(0)
+        if cfg.mmdit:
+            # Departs from DeepGen, which averages pads too: its outputs depend on the other rows.
+            real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
+            mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)      # (B,c_dim)
+            pooled = self.projector_2(mean.unflatten(0, (-1, B)).mean(0)).float()
+        return Cond(ctx.float(), None if mask is None else mask[:B], pooled)
+
+
+class SD3Text(nn.Module):
+    """SD3's own text encoders, from a pipeline's folder: CLIP-L, CLIP-G and, unless its 9 GB are
+    to be saved, T5. Every prompt is padded to the same length, and the DiT attends to the pads."""
+
+    def __init__(self, folder, t5, t5_tokens, ctx_dim):
+        super().__init__()
+        clip = CLIPTextModelWithProjection.from_pretrained
+        self.clips = nn.ModuleList(clip(folder, subfolder=f"text_encoder{i}") for i in ("", "_2"))
+        self.t5 = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_3") if t5 else None
+        self.tokenizers = [AutoTokenizer.from_pretrained(folder, subfolder=f"tokenizer{i}")
+                           for i in ("", "_2", "_3")[: 3 if t5 else 2]]
+        self.t5_tokens, self.ctx_dim = t5_tokens, ctx_dim
+
+    @torch.no_grad()
+    def forward(self, prompts):
+        def ids(tokenizer, length):
+            return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+                             return_tensors="pt")["input_ids"].to(self.clips[0].device)
+        length = self.tokenizers[0].model_max_length                             # 77, of both CLIPs
+        seen = [clip(ids(t, length), output_hidden_states=True)
+                for clip, t in zip(self.clips, self.tokenizers)]
+        ctx = torch.cat([s.hidden_states[-2] for s in seen], -1)                 # (B,77,2048)
+        ctx = F.pad(ctx, (0, self.ctx_dim - ctx.shape[-1]))                      # (B,77,Dc)
+        if self.t5:
+            t5 = self.t5(ids(self.tokenizers[2], self.t5_tokens))[0]             # (B,256,Dc)
+        else:
+            t5 = ctx.new_zeros(len(ctx), self.t5_tokens, self.ctx_dim)
+        pooled = torch.cat([s.text_embeds for s in seen], -1)                    # (B,2048)
+        return Cond(torch.cat([ctx, t5], 1).float(), None, pooled.float())
+
+
+def mrope(ids, image_id, grids):
+    """Qwen2.5-VL's position ids (3,L) of one row: time, row, column. Text counts on, alike in all
+    three; an image's tokens share a time and count rows and columns from there; text goes on past
+    the longer side. grids: (rows, columns) of each image."""
+    pos, start, grids = [], 0, iter(grids)
+    for is_image, run in groupby(ids, lambda i: i == image_id):
+        if is_image:
+            rows, columns = next(grids)
+            place = torch.cartesian_prod(
+                torch.arange(1), torch.arange(rows), torch.arange(columns)).T    # (3,n)
+            step = max(rows, columns)
+        else:
+            step = len(list(run))
+            place = torch.arange(step).expand(3, -1)
+        pos.append(start + place)
+        start += step
+    return torch.cat(pos, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,9 +772,9 @@ class Bridge(nn.Module):
 class Unified(nn.Module):
     """VLM + bridge + DiT + VAE. Everything is frozen until a script says what learns."""
 
-    def __init__(self, cfg, vlm, tokenizer, dit, vae, text_encoder=None):
+    def __init__(self, cfg, vlm, tokenizer, dit, vae, text_encoder=None, image_processor=None):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.image_processor = cfg, tokenizer, image_processor
         self.vlm, self.bridge, self.dit, self.vae = vlm, Bridge(cfg), dit, vae
         self.text_encoder = text_encoder
         self.eval().requires_grad_(False)
@@ -528,28 +784,30 @@ class Unified(nn.Module):
     @classmethod
     def from_preset(cls, name="shapes", init=None, **changes):
         """Build a preset from its parts and, with `init`, a checkpoint of ours on top."""
-        if name not in PRESETS:
-            fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
-        cfg = replace(PRESETS[name], **changes)
+        cfg = replace(preset(name), **changes)
         for part in ("dit", "vae") + (("text_encoder",) if cfg.bridge == "text" else ("vlm",)):
-            if cfg.preset == "shapes" and not Path(getattr(cfg, part)).is_dir():
+            if cfg.preset.startswith("shapes") and not Path(getattr(cfg, part)).is_dir():
                 fail(f"{getattr(cfg, part)} is missing: run from the repository's root, or make it "
                      f"with python -m data.shapes.prepare")
-        vae = AutoencoderKL.from_pretrained(cfg.vae)
-        dit = MMDiT(**cfg.mmdit)
+        vae = AutoModel.from_pretrained(cfg.vae)               # AutoencoderKL | AutoencoderDC
+        dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)  # noqa: F821
         weights = load_file(Path(cfg.dit) / "diffusion_pytorch_model.safetensors")
         dit.load_state_dict({k: v.float() for k, v in weights.items()})
-        vlm = tokenizer = text_encoder = None
-        if cfg.bridge == "text":
-            text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
-        else:
+        vlm = tokenizer = text_encoder = image_processor = None
+        if cfg.bridge != "text":
             # Eager attention on a CPU: the fused kernel's backward is 3 times slower there.
             vlm = AutoModelForImageTextToText.from_pretrained(
                 cfg.vlm, dtype=torch.float32,
                 attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
             tokenizer = AutoTokenizer.from_pretrained(cfg.vlm)
-        model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder)
+            image_processor = AutoImageProcessor.from_pretrained(cfg.vlm)
+        elif cfg.text == "clip":
+            text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
+        else:
+            text_encoder = SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens,
+                                   cfg.mmdit["joint_attention_dim"])
+        model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder, image_processor)
         if init:
             model.load_trained(init)
         return model
@@ -579,29 +837,87 @@ class Unified(nn.Module):
     def device(self):
         return next(self.dit.parameters()).device
 
+    @property
+    def vae_shift(self):
+        return self.vae.config.get("shift_factor") or 0.0                        # DC-AE has none
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     # ---- text -> condition
 
     def encode(self, prompts, images=None, task="t2i", layer_noise=None):
-        """B prompts -> Cond. A causal VLM, padded on the right: no row sees another's length."""
-        if self.cfg.bridge == "text":
-            return self.encode_text(prompts)
-        user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-        ids = [self.tokenizer(user.format(self.cfg.t2i_text.format(p)))["input_ids"]
-               for p in prompts]
-        lengths = [len(i) + self.cfg.n_query for i in ids]
-        lm, queries = self.vlm.model.language_model, self.bridge.meta_queries
-        embed = lm.get_input_embeddings()
-        rows = [torch.cat([embed(torch.tensor(i, device=self.device)), queries]) for i in ids]
-        x = pad_sequence(rows, batch_first=True)                                 # (B,L,d)
-        # Explicit positions: left to itself, a VLM remembers the last image's offset.
-        pos = torch.arange(x.shape[1], device=self.device).expand(3, len(x), -1)
+        """B prompts, None being the preset's null -> Cond. images, for task edit: B lists of uint8
+        (3,H,W), any number and size. The VLM is causal and padded on the right: no row sees
+        another's length, and position ids are those of a row alone, as all peers' are."""
+        cfg, edit = self.cfg, task == "edit"
+        if cfg.bridge == "text":
+            null = cfg.null_edit if edit else cfg.null_prompt
+            prompts = [null if p is None else p for p in prompts]
+            with self.autocast():
+                return (self.encode_text if cfg.text == "clip" else self.text_encoder)(prompts)
+        assert edit == (images is not None), "an edit, and nothing else, shows the VLM its images"
+        lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
+        b = self.bridge
+        queries = b.edit_queries if edit and cfg.edit_queries else b.meta_queries
+        images = images or [()] * len(prompts)
         with self.autocast():
-            out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
-                     output_hidden_states=True)
-            return self.bridge(out.hidden_states, lengths)
+            seen = iter(self.see([image for row in images for image in row]))
+        rows, pos = [], []
+        for prompt, refs in zip(prompts, images, strict=True):
+            refs = [next(seen) for _ in refs]                                    # (tokens, grid)
+            ids = self.tokenizer(self.chat(prompt, edit, [len(t) for t, _ in refs]))["input_ids"]
+            at = torch.tensor(ids, device=self.device)
+            x = lm.get_input_embeddings()(at)                                    # (L,d)
+            if refs:
+                tokens = torch.cat([t for t, _ in refs]).to(x.dtype)
+                x = x.masked_scatter((at == image_id)[:, None], tokens)
+            rows.append(torch.cat([x, queries]))
+            if cfg.pos == "mrope":
+                pos.append(mrope(ids + [-1] * cfg.n_query, image_id, [g for _, g in refs]).T)
+        lengths, x = [len(r) for r in rows], pad_sequence(rows, batch_first=True)    # (B,L,d)
+        # Explicit positions: left to itself, a VLM remembers the last image's offset.
+        pos = (pad_sequence(pos, batch_first=True).permute(2, 0, 1) if pos       # (3,B,L)
+               else torch.arange(x.shape[1]).expand(len(x), -1))                 # (B,L)
+        with self.autocast():
+            out = lm(inputs_embeds=x, position_ids=pos.to(self.device), attention_mask=None,
+                     use_cache=False, output_hidden_states=True)
+            cond = self.bridge(out.hidden_states, lengths, layer_noise)
+        if cfg.null == "zeros" and None in prompts:
+            real = torch.tensor([p is not None for p in prompts], device=self.device)
+            cond.ctx = cond.ctx * real[:, None, None]
+        return cond
+
+    def chat(self, prompt, edit, lengths):
+        """What the VLM reads before the queries; lengths: tokens of each image. Written out here,
+        since the chat templates of tokenizers change."""
+        cfg = self.cfg
+        text, null = (cfg.edit_text, cfg.null_edit) if edit else (cfg.t2i_text, cfg.null_prompt)
+        if prompt is None and cfg.null == "turn" and not edit:
+            text = "{}"
+        start, pad, end = cfg.image_tokens
+        images = "".join(start + pad * n + end for n in lengths)
+        user = text.format(null if prompt is None else prompt, images=images)
+        system = f"<|im_start|>system\n{cfg.system}<|im_end|>\n" if cfg.system else ""
+        return f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{cfg.suffix}"
+
+    def see(self, images):
+        """Images, uint8 (3,H,W) -> for each the VLM's tokens (n,d) and, for mrope, their grid."""
+        if not images:
+            return []
+        processor, scale = self.image_processor, self.cfg.vit_scale
+        if scale:                                          # to whole tokens, as DeepGen resizes
+            unit = processor.patch_size * processor.merge_size
+            images = [F.interpolate(i[None].float(), mode="bilinear", size=[
+                max(1, round(side * scale / unit)) * unit for side in i.shape[1:]])[0]
+                for i in images]
+        inputs = processor(images=images, do_resize=not scale, return_tensors="pt")
+        inputs.pop("num_patches", None)                    # InternVL's, of images cut to pieces
+        grids = [None] * len(images)
+        if self.cfg.pos == "mrope":                        # (time, rows, columns) in patches
+            grids = (inputs["image_grid_thw"][:, 1:] // processor.merge_size).tolist()
+        tokens = self.vlm.model.get_image_features(**inputs.to(self.device)).pooler_output
+        return list(zip(tokens, grids, strict=True))
 
     @torch.no_grad()
     def encode_text(self, prompts):
@@ -618,13 +934,16 @@ class Unified(nn.Module):
             pooled = end @ clip.text_projection
             return Cond(clip.ln_final(last_but_one).float(), mask, pooled.float())
 
-    def null(self, n):
-        """The condition of guidance: n rows of the preset's null prompt."""
-        return self.encode([self.cfg.null_prompt]).repeat(n)
+    def null(self, n, images=None, task="t2i"):
+        """The condition of guidance: n rows of the preset's null, which keep their images."""
+        if images is None:
+            return self.encode([None], task=task).repeat(n)
+        return self.encode([None] * n, images, task)
 
-    def guided(self, cond, guidance):
+    def guided(self, cond, guidance, images=None, task="t2i"):
         """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards."""
-        null = [] if guidance == 1 else [(1 - guidance, self.null(len(cond.ctx)))]
+        null = [] if guidance == 1 else [
+            (1 - guidance, self.null(len(cond.ctx), images, task))]
         return [(guidance, cond), *null]
 
     # ---- condition -> image
@@ -637,7 +956,7 @@ class Unified(nn.Module):
     def noise(self, keys, size=None):
         """(B,C,H,W) standard normal, row b drawn from keys[b] alone: any batch, any rank, same."""
         side = (size or self.cfg.size) // self.cfg.vae_factor
-        shape, g = (self.cfg.mmdit["in_channels"], side, side), torch.Generator()
+        shape, g = (self.cfg.dit_config["in_channels"], side, side), torch.Generator()
         return torch.stack([torch.randn(shape, generator=g.manual_seed(k)) for k in keys]
                            ).to(self.device)
 
@@ -661,13 +980,14 @@ class Unified(nn.Module):
         """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
         x = (images.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
         with self.autocast():
-            z = self.vae.encode(x).latent_dist.mode()
-        return (z.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            z = self.vae.encode(x, return_dict=False)[0]
+        z = z if torch.is_tensor(z) else z.mode()          # AutoencoderDC | AutoencoderKL
+        return (z.float() - self.vae_shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def to_images(self, z):
         """Latents -> uint8 (B,3,H,W)."""
-        z = z / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        z = z / self.vae.config.scaling_factor + self.vae_shift
         with self.autocast():
             x = self.vae.decode(z.to(memory_format=torch.channels_last)).sample
         return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -689,9 +1009,9 @@ def has_bf16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def parse(Args, description):
+def parse(Args, description, stage=None):
     """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help."""
+    field is its help. Precedence: the dataclass < the preset's values for `stage` < a flag."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
@@ -702,7 +1022,17 @@ def parse(Args, description):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         p.add_argument(name, default=f.default, **kind,
                        help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
-    return Args(**vars(p.parse_args()))
+    args = p.parse_args()
+    if stage:
+        paper = getattr(preset(args.preset), stage)
+        if paper is None:
+            fail(f"the paper of preset {args.preset!r} has no {stage}: see PRESETS in model.py")
+        lacks = ["--" + k.replace("_", "-") for k in paper if k not in vars(args)]
+        if lacks:
+            fail(f"preset {args.preset!r} needs {', '.join(lacks)}, which this script lacks")
+        p.set_defaults(**paper)
+        args = p.parse_args()
+    return Args(**vars(args))
 
 
 def setup():
@@ -897,7 +1227,7 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
             rows.append((row["file_name"], folder / row["file_name"], row["prompt"]))
         except (ValueError, TypeError, KeyError) as e:
             fail(f"{folder}/metadata.jsonl line {i}: no file_name or prompt ({e!r})")
-    step = cfg.vae_factor * cfg.mmdit.get("patch_size", 1)       # pixels a side must divide into
+    step = cfg.vae_factor * cfg.dit_config["patch_size"]       # pixels a side must divide into
     most = step * cfg.mmdit.get("pos_embed_max_size", 999)       # pixels that have a place
 
     def unreadable(name, error):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from eval import bench_shapes, grid
 from model import (Ema, Unified, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
-                   stop_flag, sum_grads)
+                   stop_flag, sum_grads, train_times)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Args:
 
 
 def main():
-    args = parse(Args, __doc__)
+    args = parse(Args, __doc__, "stage2")
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
@@ -65,13 +65,12 @@ def main():
         images, prompts = next(data)                                             # (n,3,H,W) uint8
         rng = torch.Generator().manual_seed(key(args.seed, step, rank))
         gone = torch.rand(n, generator=rng) < args.drop
-        prompts = [cfg.null_prompt if g else p for g, p in zip(gone, prompts)]
+        prompts = [None if g else p for g, p in zip(gone, prompts)]
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
         eps = torch.randn(x0.shape, generator=rng).to(device)
-        t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean).to(device)     # (n,)
-        t = cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+        t = train_times(n, cfg, rng).to(device)                                  # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
         # 3  the velocity that leads from one to the other
@@ -98,7 +97,7 @@ def main():
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")
-                if cfg.preset == "shapes":
+                if cfg.preset.startswith("shapes"):
                     shown = dict(score=bench_shapes(model.draw, 1, 96)["score"])
                     row |= shown
             ema.save(out, model, step + 1, opt)

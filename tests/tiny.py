@@ -13,7 +13,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))          # where torchrun does not look
@@ -43,6 +47,8 @@ def make(folder):
     torch.manual_seed(0)
     tok = tokenizer("<|im_end|>")
     tok.save_pretrained(folder / "vlm")
+    Qwen2VLImageProcessor(patch_size=8, size=dict(shortest_edge=32**2, longest_edge=64**2)
+                          ).save_pretrained(folder / "vlm")
     pad, image = tok.pad_token_id, tok.convert_tokens_to_ids("<|image_pad|>")
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     text = dict(vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
