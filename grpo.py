@@ -42,7 +42,7 @@ class Args:
     reward: str = "geneval"           # a name, or a mix: geneval:0.8,jpeg_compressibility:0.2
     prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
     out: str = "out/grpo"             # run folder
-    steps: int = 200                  # updates
+    steps: int = 300                  # updates
     B: int = 16                       # prompts per update, over all ranks
     G: int = 8                        # images per prompt, the group that is compared
     T: int = 10                       # denoising steps while training (evaluation: --eval-T)
