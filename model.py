@@ -1039,7 +1039,7 @@ class Unified(nn.Module):
                 torch.manual_seed(seed)
                 inject_adapter_in_model(config, module)
             self.adapters[part] = config, {}
-        return self
+        return self.eval()
 
     def train(self, mode=True):
         """Only a LoRA has dropout to switch on; frozen parts, T5 for one, must keep theirs off."""
@@ -1412,8 +1412,10 @@ def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32,
         torch.save(dict(optim, step=step), folder / "optim.tmp")
         os.replace(folder / "optim.tmp", folder / "optim.pt")
     about = {"config": json.dumps(asdict(cfg)), "step": str(step)}
-    if loras:                                                  # part -> peft's LoraConfig
-        about["loras"] = json.dumps({k: c.to_dict() for k, c in loras.items()}, default=list)
+    if loras:           # part -> LoraConfig; only what differs from peft's defaults, which change
+        usual = LoraConfig().to_dict()
+        about["loras"] = json.dumps({part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
+                                     for part, c in loras.items()}, default=sorted)
     save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
               folder / "model.tmp", about)
     os.replace(folder / "model.tmp", folder / "model.safetensors")
