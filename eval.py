@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.shapes.prepare import (  # isort: skip
     COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, SHAPES, SIDE, SIZES, relation)
-from model import Unified, fail, key, parse, setup, write
+from model import Unified, fail, given_parts, key, parse, setup, write
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -468,7 +468,11 @@ BENCHMARKS = {"shapes": bench_shapes}
 @dataclass
 class Args:
     bench: str = "shapes"             # which benchmark
-    init: str = "data/shapes/sft"     # checkpoint folder
+    init: str = "data/shapes/sft"     # checkpoint; with --preset also a diffusers DiT or peft LoRA
+    preset: str = ""                  # empty: the checkpoint's own
+    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
+    dit: str = ""                     # the same; or owner/repo/subfolder
+    vae: str = ""                     # the same
     out: str = ""                     # folder for results.json and samples.png; empty: print only
     steps: int = 10                   # ODE steps, a forward each
     guidance: float = 1.0             # 1 = none, half the forwards
@@ -483,7 +487,7 @@ def main():
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
     device = setup()[2]
-    model = Unified.load(args.init).to(device)
+    model = Unified.load(args.init, args.preset, **given_parts(args)).to(device)
     if out:
         out.mkdir(parents=True, exist_ok=True)
     results = BENCHMARKS[args.bench](

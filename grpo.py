@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_shapes, parse_weights, read_prompts, score, show_table
-from model import (Ema, Unified, all_mean, fail, key, log, open_run, parse, plot, sde_step, setup,
-                   sigmas, stop_flag, sum_grads, write)
+from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
+                   open_run, parse, plot, sde_step, setup, sigmas, start_model, stop_flag,
+                   sum_grads, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -38,7 +39,10 @@ KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_st
 class Args:
     task: str = "t2i"                 # t2i: the DiT learns from pictures
     preset: str = "shapes"            # which model: see PRESETS in model.py
-    init: str = "data/shapes/sft"     # checkpoint to start from
+    init: str = "data/shapes/sft"     # a checkpoint, or a diffusers DiT's or peft LoRA's folder
+    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
+    dit: str = ""                     # the same; or owner/repo/subfolder
+    vae: str = ""                     # the same
     reward: str = "geneval"           # a name, or a mix: geneval:0.8,jpeg_compressibility:0.2
     prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
     out: str = "out/grpo"             # run folder
@@ -54,6 +58,8 @@ class Args:
     shared_noise: bool = True         # one initial noise per group: its spread is then all actions
     guidance: float = 1.0             # the same in rollout and update; 1 = none, half the forwards
     train: str = "dit"                # what learns: dit, bridge (and its queries) or both
+    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
+    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
     lr: float = 2e-4                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
@@ -81,6 +87,8 @@ def check(args, world):
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
              "noise")
+    if args.lora_rank and args.train == "bridge":
+        fail("--lora-rank adapts the DiT: --train dit or both")
     for name, value, valid in (("train", args.train, ("dit", "bridge", "both")),
                                ("kl", args.kl, ("mean", "velocity")),
                                ("kind", args.kind, KERNELS)):
@@ -136,9 +144,11 @@ def group_advantage(R, W, G):
 
 @contextmanager
 def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge) in place of those that learn."""
+    """For a while the reference policy: ref = (DiT, bridge) in place of those that learn. A DiT
+    whose LoRA learns is its own reference, with the LoRA switched off."""
     own, (model.dit, model.bridge) = (model.dit, model.bridge), ref
-    yield
+    with adapters_off(model.dit):
+        yield
     model.dit, model.bridge = own
 
 
@@ -194,12 +204,16 @@ def main():
         fail(e)
     if not metas:
         fail(f"{args.prompts} holds no prompts")
-    model = Unified.from_preset(args.preset, args.init).to(device)
-    for part in ("dit", "bridge") if args.train == "both" else (args.train,):
-        getattr(model, part).requires_grad_(True)
+    learns = {k: None for k in ("dit", "bridge") if args.train in (k, "both")}
+    if args.lora_rank:
+        learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
+    # The reference of the KL is the initial policy: frozen copies of what learns, but for a LoRA.
+    copies = [k for k, lora in learns.items() if args.beta and not lora]
+    rows = args.micro or args.window * args.B * args.G // world
+    model = start_model(args, learns, rows, "bridge" in learns and args.B // world, rank, device,
+                        copies)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    # The reference of the KL is the initial policy: a frozen DiT, and a frozen bridge if it learns.
-    ref = [copy.deepcopy(part).requires_grad_(False) if args.train in (name, "both") else part
+    ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part
            for name, part in (("dit", model.dit), ("bridge", model.bridge))] if args.beta else None
     opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
@@ -313,7 +327,7 @@ def main():
     # 6  the whole benchmark, before and after, on the same noise
     if rank == 0 and args.preset.startswith("shapes") and not stopped:
         results = {}
-        base = Unified.from_preset(args.preset, args.init).to(device)
+        base = Unified.from_preset(args.preset, args.init, **given_parts(args)).to(device)
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
                 results[name] = bench_shapes(

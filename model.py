@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import getsource
 from itertools import groupby
@@ -25,14 +25,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import webdataset as wds
-from diffusers import AutoModel
+from diffusers import AutoencoderDC, AutoencoderKL
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from matplotlib import pyplot as plt
+from peft import (LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model,
+                  set_peft_model_state_dict)
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -442,6 +448,8 @@ class Config:
         return self.mmdit or self.sana
 
 
+PARTS = ("vlm", "dit", "vae")             # what the flags of these names replace
+
 # Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
 SD35M = dict(
     size=512, vae_factor=8, sample_shift=3.0,
@@ -513,8 +521,8 @@ PRESETS = {c.preset: c for c in (
         stage3=RL | dict(B=8, G=8, kind="unirl", guidance=3.5, train="both", lr=1e-5, beta=4e-3),
     ),
     # DeepGen 1.0, tables 9 and 10 (warm-up: the table's 1%, not the text's 20,000 steps). Not here:
-    # LoRA on the VLM in stage 2; in stage 3 the SFT loss (1e-4) and the mix of rewards (table 11).
-    # It trains 30 random steps of 50, here 30 in a row.
+    # in stage 3 the SFT loss (1e-4) and the mix of rewards (table 11). It trains 30 random steps of
+    # 50, here 30 in a row.
     Config(
         preset="deepgen", **QWEN_3B, **SD35M, bridge="scb", layers=tuple(range(35, 0, -6)),
         keep="all", n_query=128, vit_scale=28 / 32, null_edit=BLURRY,
@@ -522,7 +530,8 @@ PRESETS = {c.preset: c for c in (
         vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
         c_dim=2048, c_ff=11946, c_layers=6, c_heads=32, t_dist="uniform", train_shift=3.0,
         stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000),
-        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000),
+        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000, vlm_lora_rank=64,
+                           vlm_lora_alpha=128, vlm_lora_dropout=0.05),
         stage3=dict(init="out/sft", steps=1500, B=32, G=8, T=50, window=30, window_stop=19,
                     kind="cps-simple", eta=1.0, lr=2e-6, clip=1e-4, beta=5e-7, kl="velocity",
                     ema=0.0, eval_T=50),
@@ -719,13 +728,15 @@ class SD3Text(nn.Module):
     """SD3's own text encoders, from a pipeline's folder: CLIP-L, CLIP-G and, unless its 9 GB are
     to be saved, T5. Every prompt is padded to the same length, and the DiT attends to the pads."""
 
-    def __init__(self, folder, t5, t5_tokens, ctx_dim):
+    def __init__(self, folder, t5, t5_tokens, ctx_dim, meta=False):
         super().__init__()
-        clip = CLIPTextModelWithProjection.from_pretrained
-        self.clips = nn.ModuleList(clip(folder, subfolder=f"text_encoder{i}") for i in ("", "_2"))
-        self.t5 = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_3") if t5 else None
-        self.tokenizers = [AutoTokenizer.from_pretrained(folder, subfolder=f"tokenizer{i}")
-                           for i in ("", "_2", "_3")[: 3 if t5 else 2]]
+        self.clips = nn.ModuleList(
+            pretrained(CLIPTextModelWithProjection, f"{folder}/text_encoder{i}", meta)
+            for i in ("", "_2"))
+        self.t5 = pretrained(T5EncoderModel, f"{folder}/text_encoder_3", meta) if t5 else None
+        self.tokenizers = [] if meta else [
+            AutoTokenizer.from_pretrained(folder, subfolder=f"tokenizer{i}")
+            for i in ("", "_2", "_3")[: 3 if t5 else 2]]
         self.t5_tokens, self.ctx_dim = t5_tokens, ctx_dim
 
     @torch.no_grad()
@@ -766,6 +777,155 @@ def mrope(ids, image_id, grids):
 
 
 # ---------------------------------------------------------------------------------------------
+# Weights that people already have: parts in their ecosystems' folders, and adapters
+
+
+def fetch(name, weights=True):
+    """A local folder, or owner/repo[/subfolder] on the Hub (cached; HF_HUB_OFFLINE=1: the cache
+    only) -> its Path. weights: every safetensors shard must be there, whole."""
+    path = Path(name)
+    if not path.is_dir():
+        repo, sub = "/".join(name.split("/")[:2]), name.split("/")[2:]
+        files = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+        try:
+            path = Path(snapshot_download(
+                repo, allow_patterns=["/".join([*sub, f]) for f in
+                                      (files if weights else ["config.json"])],
+                ignore_patterns=["*.fp16*", "*.bf16*"]), *sub)
+        except GatedRepoError:
+            fail(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
+                 "`hf auth login`")
+        except RepositoryNotFoundError:
+            fail(f"{repo} is neither a folder nor a repository on the Hub; if it is private, first "
+                 "`hf auth login`")
+        except LocalEntryNotFoundError:
+            fail(f"{name} is not a folder, not in the Hub's cache, and the Hub is out of reach: "
+                 f"`hf download {repo}` where it is not, and unset HF_HUB_OFFLINE")
+        except (OSError, ValueError) as e:
+            fail(f"{name} is neither a folder nor owner/repo[/subfolder] on the Hub: "
+                 + str(e).strip().splitlines()[0])
+    if not (path / "config.json").exists():
+        inside = [f.name for f in sorted(path.glob("*/")) if (f / "config.json").exists()]
+        fail(f"{name} is no model's folder: it has no config.json"
+             + (f"; did you mean {name}/{inside[0]}?" if inside else ""))
+    if weights:
+        shards(path)
+    return path
+
+
+def shards(path):
+    """The safetensors files of a diffusers or transformers folder, all there and whole."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        files, index = [path / f"{stem}.safetensors"], path / f"{stem}.safetensors.index.json"
+        if not files[0].exists() and index.exists():
+            named = json.loads(index.read_text())["weight_map"].values()
+            files = [path / f for f in sorted(set(named))]
+            gone = [f.name for f in files if not f.exists()]
+            if gone:
+                fail(f"{path} is half-downloaded: {len(gone)} of {len(files)} shards are missing, "
+                     f"first {gone[0]}; download it again")
+        if files[0].exists():
+            for f in files:
+                read_safetensors(f, names_only=True)
+            return files
+    fail(f"{path} has no weights: no diffusion_pytorch_model.safetensors, no model.safetensors, "
+         "nor an index of shards")
+
+
+def read_safetensors(file, names_only=False):
+    """-> tensors, metadata"""
+    try:
+        with safe_open(file, "pt") as f:
+            return {} if names_only else {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
+
+
+def must_fit(what, given, own):
+    """Names and shapes agree, or one line that lists the first ten that do not."""
+    wrong = [f"{k} (missing)" for k in own if k not in given]
+    wrong += [f"{k} (unexpected)" for k in given if k not in own]
+    wrong += [f"{k} ({list(v.shape)}, not {list(own[k].shape)})" for k, v in given.items()
+              if k in own and v.shape != own[k].shape]
+    differ(what, wrong)
+
+
+def differ(what, wrong):
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        fail(f"{what}: {len(wrong)} keys differ, first {', '.join(wrong[:10])}{more}")
+
+
+def pretrained(kind, name, meta=False, **options):
+    """A part by transformers or diffusers, strictly; on the meta device from its config alone."""
+    path = fetch(name, weights=not meta)
+    try:
+        if meta:
+            with torch.device("meta"):
+                if kind is AutoModelForImageTextToText:
+                    return kind.from_config(AutoConfig.from_pretrained(path))
+                if hasattr(kind, "load_config"):                   # diffusers
+                    return kind.from_config(kind.load_config(path))
+                return kind(kind.config_class.from_pretrained(path))
+        part, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        fail(f"{name} cannot be loaded as {kind.__name__}: {str(e).strip().splitlines()[0]}")
+    differ(f"{name} does not fit its config.json",
+           [f"{k} ({m})" for m in ("missing", "unexpected") for k in sorted(info[m + "_keys"])]
+           + [f"{k[0]} (shape)" for k in sorted(info["mismatched_keys"])])
+    return part
+
+
+def dit_tensors(name, cfg):
+    """Weights of a diffusers transformer's folder, whose config.json must be the preset's."""
+    path = fetch(name)
+    theirs = json.loads((path / "config.json").read_text())
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.dit_config.items()}
+    odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
+    if odd:
+        fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
+    return {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
+
+
+def adapter(part, rank, alpha, dropout=0.0):
+    """A LoRA for a part (peft's config), or None = all of it learns. DiT: Flow-GRPO's attention
+    projections, of SD3.5's second attention too, which its names leave out. VLM: every Linear and
+    Embedding of the language model (DeepGen); not of the visual tower, which gets no gradient."""
+    where = dict(dit=["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+                      "to_add_out"],
+                 vlm=r"model\.language_model\..*(embed_tokens|_proj)")
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where[part],
+                      init_lora_weights="gaussian") if rank else None
+
+
+def untie(vlm):
+    """An embedding that changes must not drag the output layer along, which LoRA left alone."""
+    if vlm.lm_head.weight is vlm.get_input_embeddings().weight:
+        vlm.lm_head.weight = nn.Parameter(vlm.lm_head.weight.clone(), requires_grad=False)
+    vlm.config.tie_word_embeddings = vlm.config.get_text_config().tie_word_embeddings = False
+
+
+def merge(module, config, tensors, what):
+    """W += alpha/r B A, the transpose of it for an embedding. tensors: peft's names."""
+    try:
+        tuner = LoraModel(module, config, "default")
+    except ValueError as e:
+        fail(f"{what} does not fit: {str(e).splitlines()[0]}")
+    must_fit(what, tensors, get_peft_model_state_dict(module, save_embedding_layers=False))
+    set_peft_model_state_dict(module, tensors)
+    tuner.merge_and_unload()
+
+
+@contextmanager
+def adapters_off(module):
+    """For a while the module without its LoRA: what it was before this run."""
+    layers = [m for m in module.modules() if isinstance(m, LoraLayer)]
+    [m.enable_adapters(False) for m in layers]
+    yield
+    [m.enable_adapters(True) for m in layers]
+
+
+# ---------------------------------------------------------------------------------------------
 # The unified model
 
 
@@ -779,59 +939,115 @@ class Unified(nn.Module):
         self.text_encoder = text_encoder
         self.eval().requires_grad_(False)
         self.bf16 = has_bf16()
-        self.trained = set()                   # parts that checkpoints of ours have changed
+        self.trained = set()                   # parts whose weights are no longer the preset's
+        self.adapters = {}                     # part -> LoRA's config and, if merged, its tensors
 
     @classmethod
-    def from_preset(cls, name="shapes", init=None, **changes):
-        """Build a preset from its parts and, with `init`, a checkpoint of ours on top."""
-        cfg = replace(preset(name), **changes)
-        for part in ("dit", "vae") + (("text_encoder",) if cfg.bridge == "text" else ("vlm",)):
+    def from_preset(cls, name="shapes", init=None, meta=False, **changes):
+        """Build a preset from its parts and, with `init`, what people trained on top: a checkpoint
+        of ours, a diffusers transformer's folder, or a peft LoRA's, which is merged. A part is the
+        one in `changes`, else the one `init` was trained with, else the preset's. meta: shapes
+        only, from config.json and the preset."""
+        about = read_about(init) if init else {}
+        if about.get("preset", name) != name:
+            fail(f"{init} is a checkpoint of preset {about['preset']!r}, not {name!r}")
+        had = {k: about[k] for k in PARTS if k in about}
+        cfg = replace(preset(name), **(had | changes))
+        text = cfg.bridge == "text"
+        for part in ("dit", "vae") + (("text_encoder",) if text else ("vlm",)):
             if cfg.preset.startswith("shapes") and not Path(getattr(cfg, part)).is_dir():
                 fail(f"{getattr(cfg, part)} is missing: run from the repository's root, or make it "
                      f"with python -m data.shapes.prepare")
-        vae = AutoModel.from_pretrained(cfg.vae)               # AutoencoderKL | AutoencoderDC
-        dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)  # noqa: F821
-        weights = load_file(Path(cfg.dit) / "diffusion_pytorch_model.safetensors")
-        dit.load_state_dict({k: v.float() for k, v in weights.items()})
+        config = json.loads((fetch(cfg.vae, weights=False) / "config.json").read_text())
+        kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderDC)}
+        if config.get("_class_name") not in kinds:
+            fail(f"{cfg.vae} is a {config.get('_class_name')}, not a VAE: {' or '.join(kinds)}")
+        if config["latent_channels"] != cfg.dit_config["in_channels"]:
+            fail(f"{cfg.vae} makes latents of {config['latent_channels']} channels, preset "
+                 f"{name!r} draws {cfg.dit_config['in_channels']}")
+        vae = pretrained(kinds[config["_class_name"]], cfg.vae, meta)
+        with torch.device("meta") if meta else nullcontext():
+            dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)  # noqa: F821
+        if not meta:
+            weights = dit_tensors(cfg.dit, cfg)
+            must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
+            dit.load_state_dict(weights)
         vlm = tokenizer = text_encoder = image_processor = None
-        if cfg.bridge != "text":
+        if not text:
             # Eager attention on a CPU: the fused kernel's backward is 3 times slower there.
-            vlm = AutoModelForImageTextToText.from_pretrained(
-                cfg.vlm, dtype=torch.float32,
-                attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
-            tokenizer = AutoTokenizer.from_pretrained(cfg.vlm)
-            image_processor = AutoImageProcessor.from_pretrained(cfg.vlm)
+            vlm = pretrained(AutoModelForImageTextToText, cfg.vlm, meta, dtype=torch.float32,
+                             attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+            lm = vlm.config.get_text_config()
+            if lm.hidden_size != cfg.vlm_dim or lm.num_hidden_layers < max(cfg.layers, default=0):
+                fail(f"{cfg.vlm} has {lm.num_hidden_layers} layers of width {lm.hidden_size}; "
+                     f"preset {name!r} needs width {cfg.vlm_dim}, layers {cfg.layers}")
+            if not meta:
+                tokenizer = AutoTokenizer.from_pretrained(fetch(cfg.vlm))
+                image_processor = AutoImageProcessor.from_pretrained(fetch(cfg.vlm))
         elif cfg.text == "clip":
             text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
             tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
         else:
             text_encoder = SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens,
-                                   cfg.mmdit["joint_attention_dim"])
-        model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder, image_processor)
-        if init:
+                                   cfg.mmdit["joint_attention_dim"], meta)
+        with torch.device("meta") if meta else nullcontext():
+            model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder, image_processor)
+        if init and not meta:
             model.load_trained(init)
         return model
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, preset="", **changes):
         """A checkpoint of ours names its own preset: the path is enough."""
-        cfg = read_checkpoint(path)[1]
-        return cls.from_preset(cfg.pop("preset"), init=path, **cfg)
+        if preset:
+            return cls.from_preset(preset, path, **changes)
+        about = read_about(path)
+        if "preset" not in about:
+            fail(f"{path} is not a checkpoint of ours and names no preset: give --preset")
+        return cls.from_preset(about.pop("preset"), path, **(about | changes))
 
     def load_trained(self, path):
-        tensors, cfg = read_checkpoint(path)
-        if cfg["preset"] != self.cfg.preset:
-            fail(f"{path} is a checkpoint of preset {cfg['preset']!r}, not {self.cfg.preset!r}")
-        own = self.state_dict()
-        parts = {k.split(".")[0] for k in tensors}
-        want = {k for k in own if k.split(".")[0] in parts}
-        wrong = sorted(want ^ set(tensors)) or sorted(
-            k for k in want if own[k].shape != tensors[k].shape)
-        if wrong:
-            fail(f"{path} does not fit preset {self.cfg.preset!r}: {len(wrong)} keys differ, "
-                 f"first {', '.join(wrong[:10])}")
-        self.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+        """What --init takes, see from_preset, on top of the preset's parts."""
+        tensors, loras = read_init(path, self.cfg)
+        whole = {k: v for k, v in tensors.items() if "lora_" not in k}
+        parts = {k.split(".")[0] for k in whole}
+        if "vlm" in parts | loras.keys():
+            untie(self.vlm)
+        must_fit(f"{path} does not fit preset {self.cfg.preset!r}", whole,
+                 {k: v for k, v in self.state_dict().items() if k.split(".")[0] in parts})
+        self.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False)
         self.trained |= parts
+        for part, config in loras.items():
+            mine = {k.removeprefix(part + "."): v.float() for k, v in tensors.items()
+                    if k.startswith(part + ".") and "lora_" in k}
+            merge(getattr(self, part), config, mine, f"{path} does not fit the preset's {part}")
+            self.adapters[part] = config, mine
+
+    def learn(self, what, seed=0):
+        """what: part -> a LoRA's config, or None: all of the part learns. -> self"""
+        for part, config in what.items():
+            module = getattr(self, part)
+            if part in self.adapters:                # merged: now a share of the part's weights
+                del self.adapters[part]
+                self.trained.add(part)
+            if config is None:
+                module.requires_grad_(True)
+                continue
+            if part == "vlm":
+                untie(module)
+            with torch.random.fork_rng():            # all ranks start from the same adapter
+                torch.manual_seed(seed)
+                inject_adapter_in_model(config, module)
+            self.adapters[part] = config, {}
+        return self.eval()
+
+    def train(self, mode=True):
+        """Only a LoRA has dropout to switch on; frozen parts, T5 for one, must keep theirs off."""
+        super().train(False)
+        for m in self.modules():
+            if isinstance(m, LoraLayer):
+                m.lora_dropout.train(mode)
+        return self
 
     @property
     def device(self):
@@ -1077,6 +1293,64 @@ def key(seed, step, index):
     return (seed * 1_000_003 + step) * 1_000_003 + index
 
 
+def memory_plan(model, args, rows, reads, copies, device):
+    """What a run will hold, before its weights are loaded. model: on the meta device. rows: images
+    per DiT backward; reads: prompts that the VLM reads with gradient; copies: parts held twice.
+    -> the plan as text, {name: parameters or bytes}"""
+    cfg, GiB, n = model.cfg, 2**30, {}
+    for part in ("vlm", "text_encoder", "bridge", "dit", "vae"):
+        module = getattr(model, part)
+        if module is not None:
+            n[part] = sum(p.numel() for p in module.parameters())
+    learning = [p for p in model.parameters() if p.requires_grad]
+    n["trained"] = sum(p.numel() for p in learning)
+    stored = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    size = dict(weights=sum(t.numel() * t.element_size() for t in stored),
+                gradient=4 * n["trained"], AdamW=8 * n["trained"],
+                average=8 * n["trained"],                      # and what it displaces while applied
+                reference=4 * sum(n[part] for part in copies))
+    # Rough: 34 numbers' bytes per token, layer and width (Korthikanti et al. 2022), without the
+    # attention matrix; half of them are saved in bf16, all double in fp32.
+    d, each = cfg.dit_config, 34 if model.bf16 else 68
+    text = cfg.n_query + 64 if model.vlm is not None else cfg.t5_tokens + 77
+    patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
+    width = d["num_attention_heads"] * d["attention_head_dim"]
+    size["activations"] = each * rows * (patches + text) * d["num_layers"] * width
+    if reads and model.vlm is not None:
+        lm = model.vlm.config.get_text_config()
+        size["activations"] += each * reads * text * (
+            lm.num_hidden_layers * lm.hidden_size + cfg.c_layers * cfg.c_dim)
+    size["sum"] = sum(size.values())
+    has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+           else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    said = ["parameters  " + "  ".join(f"{k} {v / 1e6:,.1f} M" for k, v in n.items()),
+            "GiB, rough  " + "  ".join(f"{k} {v / GiB:.1f}" for k, v in size.items())
+            + f"  of {has / GiB:.1f} on {device.type}"]
+    if size["sum"] > has:
+        rows_flag = "--micro" if hasattr(args, "micro") else "--batch"
+        flags = [f"a smaller {rows_flag}"] if size["activations"] > has / 4 else []
+        if getattr(args, "lora_rank", None) == 0 and getattr(args, "train", "dit") != "bridge":
+            flags.append("--lora-rank 32")
+        flags += ["--beta 0"] if size["reference"] else []
+        said.append("this does not fit: try " + (", ".join(flags) or "another --preset"))
+    return "\n".join(said), n | size
+
+
+def start_model(args, what, rows, reads, rank, device, copies=()):
+    """Plan the memory, then load what the flags ask for. what: see Unified.learn. -> model"""
+    parts = given_parts(args)
+    if rank == 0:
+        plan = Unified.from_preset(args.preset, args.init, meta=True, **parts).learn(what)
+        print(memory_plan(plan, args, rows, reads, copies, device)[0])
+    model = Unified.from_preset(args.preset, args.init, **parts)
+    return model.learn(what, args.seed).to(device)
+
+
+def given_parts(args):
+    """--vlm, --dit, --vae, where given: in place of the preset's."""
+    return {k: getattr(args, k) for k in PARTS if getattr(args, k)}
+
+
 def open_run(out, args, resume, start, rank):
     """Make the run's folder; never write into another run's. -> folder, when the run began."""
     out, begin = Path(out), time.time()
@@ -1130,7 +1404,7 @@ def plot(out, *curves):
     os.replace(out / "curves.tmp", out / "curves.png")
 
 
-def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32):
+def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32, loras=None):
     """Atomic: model.safetensors (what was trained, and the config) and the optimiser's state."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1138,26 +1412,50 @@ def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32)
         torch.save(dict(optim, step=step), folder / "optim.tmp")
         os.replace(folder / "optim.tmp", folder / "optim.pt")
     about = {"config": json.dumps(asdict(cfg)), "step": str(step)}
+    if loras:           # part -> LoraConfig; only what differs from peft's defaults, which change
+        usual = LoraConfig().to_dict()
+        about["loras"] = json.dumps({part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
+                                     for part, c in loras.items()}, default=sorted)
     save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
               folder / "model.tmp", about)
     os.replace(folder / "model.tmp", folder / "model.safetensors")
 
 
-def read_checkpoint(path):
-    """-> tensors, config dict. path: a checkpoint folder, or a run's folder."""
-    file = next((f for f in (Path(path) / "model.safetensors",
+def checkpoint_file(path):
+    """model.safetensors of a checkpoint's folder or a run's, or None."""
+    return next((f for f in (Path(path) / "model.safetensors",
                              Path(path) / "ckpt" / "model.safetensors") if f.exists()), None)
+
+
+def read_about(path):
+    """-> config of a checkpoint of ours, {} of what else --init takes"""
+    path = Path(path)
+    file = checkpoint_file(path)
+    if file is None and not any((path / f"{n}config.json").exists() for n in ("", "adapter_")):
+        fail(f"no checkpoint at {path}: there is no model.safetensors, nor ckpt/model.safetensors, "
+             "nor a diffusers transformer's or a peft LoRA's folder")
     if file is None:
-        fail(f"no checkpoint at {path}: there is no model.safetensors, nor ckpt/model.safetensors")
-    try:
-        with safe_open(file, "pt") as f:
-            cfg = json.loads((f.metadata() or {}).get("config", "null"))
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, json.JSONDecodeError) as e:
-        fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
-    if cfg is None:
+        return {}
+    about = read_safetensors(file, names_only=True)[1]
+    if "config" not in about:
         fail(f"{file} is not a checkpoint of ours: it names no preset")
-    return tensors, cfg
+    return json.loads(about["config"])
+
+
+def read_init(path, cfg):
+    """-> tensors, {part: LoraConfig}. path: see Unified.from_preset"""
+    path = Path(path)
+    if file := checkpoint_file(path):
+        tensors, about = read_safetensors(file)
+        return tensors, {part: LoraConfig(**config)
+                         for part, config in json.loads(about.get("loras", "{}")).items()}
+    if not (path / "adapter_config.json").exists():
+        return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg).items()}, {}
+    file, config = path / "adapter_model.safetensors", LoraConfig.from_pretrained(path)
+    if config.peft_type != "LORA" or not file.exists():
+        fail(f"{path} is no LoRA: it needs peft_type LORA, and adapter_model.safetensors")
+    return {"dit." + k.removeprefix("base_model.model."): v
+            for k, v in read_safetensors(file)[0].items()}, {"dit": config}
 
 
 class Ema:
@@ -1182,13 +1480,23 @@ class Ema:
             [p.copy_(raw[k]) for k, p in self.params.items()]
 
     def save(self, out, model, step, opt):
-        """The average is the checkpoint, with the parts that --init had changed, so that it stands
-        alone; beside it all that --resume needs."""
-        parts = model.trained | {k.split(".")[0] for k in self.params}
-        whole = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts}
+        """The average is the checkpoint, with what --init had changed, so that it stands alone: of
+        a LoRA run the LoRA, merged at load. Beside it all that --resume needs."""
+        def on_disk(tensors):                                  # without peft's wrapping
+            return {k.replace(".base_layer", "").replace(".default", ""): v
+                    for k, v in tensors.items()}
+        parts = model.trained | {k.split(".")[0] for k in self.params if "lora_" not in k}
+        tensors = {k: v for k, v in model.state_dict().items()
+                   if k.split(".")[0] in parts and "lora_" not in k}
+        # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
+        loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
+                 if not mine or part not in model.trained}
+        for part, (_, mine) in loras.items():
+            tensors |= {f"{part}.{k}": v for k, v in mine.items()}
         raw = {k: p.detach() for k, p in self.params.items()}
-        save_checkpoint(out / "ckpt", whole | self.mean, model.cfg, step,
-                        dict(raw=raw, mean=self.mean, opt=opt.state_dict()))
+        save_checkpoint(out / "ckpt", on_disk(tensors | self.mean), model.cfg, step,
+                        dict(raw=raw, mean=self.mean, opt=opt.state_dict()),
+                        loras={part: config for part, (config, _) in loras.items()})
 
     def resume(self, out, opt):
         """Put back raw weights, average and optimiser. -> the next step."""

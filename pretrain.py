@@ -15,14 +15,17 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_shapes, grid
-from model import (Ema, Unified, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
-                   stop_flag, sum_grads, train_times)
+from model import (Ema, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
+                   start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
 class Args:
     preset: str = "shapes"            # which model: see PRESETS in model.py
-    init: str = ""                    # a checkpoint of ours to start from
+    init: str = ""                    # a checkpoint, or a diffusers DiT's or peft LoRA's folder
+    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
+    dit: str = ""                     # the same; or owner/repo/subfolder
+    vae: str = ""                     # the same
     data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
     out: str = "out/pretrain"         # run folder
     steps: int = 900                  # optimiser steps
@@ -42,8 +45,8 @@ def main():
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
-    model = Unified.from_preset(args.preset, args.init).to(device)
-    model.bridge.requires_grad_(True)
+    n = args.batch // world
+    model = start_model(args, dict(bridge=None), n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(
         [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
@@ -51,7 +54,7 @@ def main():
         lr=args.lr, betas=(0.9, 0.95))
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    n, cfg, stop = args.batch // world, model.cfg, stop_flag()
+    cfg, stop = model.cfg, stop_flag()
     data = pairs(args.data, cfg, n, args.seed, rank, world, skip=start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
@@ -61,7 +64,8 @@ def main():
     for step in bar:
         # 1  a batch of images and captions; some captions are withheld, so that guidance can work
         images, prompts = next(data)                                             # (n,3,H,W) uint8
-        rng = torch.Generator().manual_seed(key(args.seed, step, rank))
+        rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
+        model.train()
         gone = torch.rand(n, generator=rng) < args.drop
         prompts = [None if g else p for g, p in zip(gone, prompts)]
 
@@ -92,6 +96,7 @@ def main():
                    at=round(time.time() - begin, 1))
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
         if ((step + 1) % args.eval_every == 0 or last) and rank == 0:
+            model.eval()
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")

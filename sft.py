@@ -1,7 +1,7 @@
-"""Stage 2, joint fine-tuning: bridge, query tokens and DiT learn together; the VLM stays as it is.
+"""Stage 2, joint fine-tuning: bridge, query tokens and DiT learn together.
 
-As DeepGen's stage 2, OpenUni's and UniPic2's (DeepGen also adapts the VLM by LoRA; not here, so
-that what the VLM understands cannot suffer).
+As DeepGen's stage 2, OpenUni's and UniPic2's. The VLM stays as it is, so that what it understands
+cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
 
     python sft.py --init out/pretrain               # the classroom: see README for time and score
     python sft.py --init data/shapes/sft --lr 2e-4  # the control of every RL run: just more of it
@@ -16,18 +16,26 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_shapes, grid
-from model import (Ema, Unified, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
-                   stop_flag, sum_grads, train_times)
+from model import (Ema, adapter, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
+                   start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
 class Args:
     preset: str = "shapes"            # which model: see PRESETS in model.py
-    init: str = "out/pretrain"        # a checkpoint of ours to start from
+    init: str = "out/pretrain"        # a checkpoint, or a diffusers DiT's or peft LoRA's folder
+    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
+    dit: str = ""                     # the same; or owner/repo/subfolder
+    vae: str = ""                     # the same
     data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
     out: str = "out/sft"              # run folder
     steps: int = 3000                 # optimiser steps
     batch: int = 64                   # images per step, over all ranks
+    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
+    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
+    vlm_lora_rank: int = 0            # of an adapter on the VLM; 0: it stays frozen
+    vlm_lora_alpha: int = 128         # the same, for it
+    vlm_lora_dropout: float = 0.05    # share of the adapter's inputs that a step leaves out
     lr: float = 7e-4                  # peak learning rate
     warmup: int = 50                  # steps of linear warm-up before the cosine
     wd: float = 0.01                  # weight decay, on matrices only
@@ -43,9 +51,14 @@ def main():
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
-    model = Unified.from_preset(args.preset, args.init).to(device)
-    for part in (model.bridge, model.dit):
-        part.requires_grad_(True)
+    n = args.batch // world
+    learns = dict(bridge=None, dit=None)
+    if args.lora_rank:
+        learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
+    if args.vlm_lora_rank:
+        learns["vlm"] = adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha,
+                                args.vlm_lora_dropout)
+    model = start_model(args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(
         [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
@@ -53,7 +66,7 @@ def main():
         lr=args.lr, betas=(0.9, 0.95))
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    n, cfg, stop = args.batch // world, model.cfg, stop_flag()
+    cfg, stop = model.cfg, stop_flag()
     data = pairs(args.data, cfg, n, args.seed, rank, world, skip=start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
@@ -63,7 +76,8 @@ def main():
     for step in bar:
         # 1  a batch of images and captions; some captions are withheld, so that guidance can work
         images, prompts = next(data)                                             # (n,3,H,W) uint8
-        rng = torch.Generator().manual_seed(key(args.seed, step, rank))
+        rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
+        model.train()
         gone = torch.rand(n, generator=rng) < args.drop
         prompts = [None if g else p for g, p in zip(gone, prompts)]
 
@@ -94,6 +108,7 @@ def main():
                    at=round(time.time() - begin, 1))
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
         if ((step + 1) % args.eval_every == 0 or last) and rank == 0:
+            model.eval()
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")

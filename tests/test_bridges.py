@@ -708,7 +708,8 @@ def test_values_of_presets():
 
 
 def test_shipped_checkpoint_has_the_presets_names():
-    tensors, about = model.read_checkpoint(tiny.ROOT / "data/shapes/sft")
+    path = tiny.ROOT / "data/shapes/sft"
+    tensors, about = model.read_init(path, PRESETS["shapes"])[0], model.read_about(path)
     assert {k for k in tensors if k.startswith("bridge.")} == {
         "bridge." + k for k in Bridge(PRESETS["shapes"]).state_dict()}
     assert about.keys() <= {f.name for f in fields(Config)}               # older, but still known
@@ -746,23 +747,21 @@ def test_preset_without_such_a_stage(monkeypatch):
             ("stage1", "shape", "unknown preset 'shape'; there are: shapes, shapes-sana, ")]:
         with pytest.raises(SystemExit, match=words):
             flags(monkeypatch, stage, "--preset", name)
-    odd = replace(PRESETS["shapes"], stage2=dict(lora_rank=3, lr=1.0))
+    odd = replace(PRESETS["shapes"], stage2=dict(warp=3, lr=1.0))
     monkeypatch.setitem(PRESETS, "odd", odd)
-    with pytest.raises(SystemExit, match="preset 'odd' needs --lora-rank, which this script lacks"):
+    with pytest.raises(SystemExit, match="preset 'odd' needs --warp, which this script lacks"):
         flags(monkeypatch, "stage2", "--preset", "odd")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_set_flags_that_exist(name):
     """Names and types; and RL settings pass grpo's own check."""
-    pending = {"lora_rank", "lora_alpha"}                                 # LoRA is not built yet
     for stage, script in SCRIPTS.items():
         values = getattr(PRESETS[name], stage)
         if values is None:
             continue
         kinds = {f.name: f.type for f in fields(script.Args)}
-        assert values.keys() <= kinds.keys() | pending
-        values = {k: v for k, v in values.items() if k not in pending}
+        assert values.keys() <= kinds.keys()
         assert all(type(v) is kinds[k] for k, v in values.items())
         if script is grpo:
             grpo.check(grpo.Args(preset=name, **values), 1)

@@ -38,7 +38,7 @@ def complaint(run, *args):
     ("--preset shape", "unknown preset 'shape'; there are: shapes"),
     ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, jpeg_c"),
     ("--reward geneval:x", "not a number"),
-    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --init --reward"),
+    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --init --vlm --dit"),
     ("--steps three", "--steps: invalid int value: 'three'"),
     ("--task vqa", "unknown task 'vqa'"), ("--train vlm", "there are: dit, bridge, both"),
     ("--kind ddpm", "there are: flow, unirl, dance, cps"), ("--kl k3", "mean, velocity"),

@@ -70,6 +70,8 @@ def make(folder):
     randomise(dit)
     (folder / "dit").mkdir()
     save_file(dit.state_dict(), folder / "dit" / "diffusion_pytorch_model.safetensors")
+    (folder / "dit" / "config.json").write_text(
+        json.dumps(dict(_class_name="SD3Transformer2DModel", **MMDIT)))
     cfg = Config(**{part: str(folder / part) for part in ("vlm", "vae", "dit")},
                  text_encoder=str(ROOT / "data/shapes/clip"), layers=(2, 1), n_query=3, vlm_dim=32,
                  c_dim=32, c_ff=64, c_layers=1, mmdit=MMDIT)
