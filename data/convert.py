@@ -71,7 +71,7 @@ NAMES = {
         ("model.down_projector.output_linear.",         "bridge.projector_3."),
         ("model.dit.",                                  "dit."),
         ("model.gen_vision_tower.",                     None),      # the VAE, frozen
-        ("model.embed_tokens.",                         None),      # Qwen2.5-VL, frozen until RL
+        ("model.embed_tokens.",                         None),      # Qwen2.5-VL, frozen before RL
         ("model.layers.",                               None),
         ("model.norm.",                                 None),
         ("visual.",                                     None),
