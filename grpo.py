@@ -64,7 +64,7 @@ class Args:
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     updates: int = 1                  # optimiser steps per rollout; 1: the ratio is exactly 1
-    shuffle: bool = False             # control row: rewards dealt out at random within their group
+    shuffle: bool = False             # control row: rewards dealt out at random over the batch
     beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
     kl: str = "mean"                  # mean: between step means, closed form | velocity
     ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
@@ -273,8 +273,7 @@ def main():
         # 3  score the images; compare each with its own group
         R, W, names = score(images, batch, G, weights)                           # (N,K) each
         if args.shuffle:
-            order = torch.rand(args.B, G, generator=g).argsort(1)[rank * B : rank * B + B]
-            R = R.view(B, G, -1).take_along_dim(order[..., None], 1).view_as(R)
+            R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, G)                                             # (N,), mean 0
         A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)          # batch z-score
         keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]

@@ -62,6 +62,25 @@ def per_sample(t, x):
 # released weights load with load_state_dict(strict=True), and ours load in diffusers.
 
 
+def places(rows, cols, span, D, device=None):
+    """Sine-cosine codes of a grid of places whose sides are `span` units long. -> (rows*cols,D)"""
+    omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64, device=device) / (D // 4))
+
+    def side(n):
+        place = torch.arange(n, device=device) / (n / span)                          # (n,)
+        angle = place.double()[:, None] * omega                                      # (n,D/4)
+        return torch.cat([angle.sin(), angle.cos()], 1).float()                      # (n,D/2)
+    across = side(cols)[None].expand(rows, -1, -1)    # column first: diffusers names it emb_h
+    down = side(rows)[:, None].expand(-1, cols, -1)
+    return torch.cat([across, down], 2).flatten(0, 1)
+
+
+def unpatchify(x, H, W, p):
+    """Tokens (B,N,p*p*C), row by row -> (B,C,H,W) fp32."""
+    x = x.view(len(x), H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(x), -1, H, W).float()
+
+
 class PatchEmbed(nn.Module):
     """Latent -> tokens, each with the sine-cosine code of its place."""
 
@@ -70,14 +89,8 @@ class PatchEmbed(nn.Module):
         self.patch, self.max_size = patch, max_size
         self.proj = nn.Conv2d(C, D, patch, stride=patch)
         # One table of max_size^2 places, `base_size` units wide; images use its middle.
-        omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64) / (D // 4))     # (D/4,)
-        place = torch.arange(max_size) / (max_size / base_size)                      # (max,)
-        angle = place.double()[:, None] * omega                                      # (max,D/4)
-        code = torch.cat([angle.sin(), angle.cos()], 1).float()                      # (max,D/2)
-        across = code[None].expand(max_size, -1, -1)      # column first: diffusers names it emb_h
-        down = code[:, None].expand(-1, max_size, -1)
-        table = torch.cat([across, down], 2).flatten(0, 1)[None]                     # (1,max^2,D)
-        self.register_buffer("pos_embed", table)
+        table = places(max_size, max_size, base_size, D)                             # (max^2,D)
+        self.register_buffer("pos_embed", table[None])
 
     def forward(self, x):
         x = self.proj(x)                                                             # (B,D,H/p,W/p)
@@ -89,28 +102,34 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2) + code                                   # (B,N,D)
 
 
+def time_wave(t):
+    """Times (B,) -> 128 cosines, then 128 sines. fp32: bf16 cannot tell 993 from 996. (B,256)"""
+    freq = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
+    angle = 1000 * t[:, None] * freq                                                 # (B,128)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class MLP(nn.Module):
+    def __init__(self, d_in, D, act=F.silu):
+        super().__init__()
+        self.linear_1, self.act, self.linear_2 = nn.Linear(d_in, D), act, nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.linear_2(self.act(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
 class TimeTextEmbed(nn.Module):
     """What every token should know: the time, and a summary of the prompt. -> (B,D)"""
 
     def __init__(self, D, pooled_dim):
         super().__init__()
         self.pooled_dim = pooled_dim
-        self.timestep_embedder = nn.ModuleDict(
-            dict(linear_1=nn.Linear(256, D), linear_2=nn.Linear(D, D)))
-        self.text_embedder = nn.ModuleDict(
-            dict(linear_1=nn.Linear(pooled_dim, D), linear_2=nn.Linear(D, D)))
+        self.timestep_embedder, self.text_embedder = MLP(256, D), MLP(pooled_dim, D)
 
     def forward(self, t, pooled):
-        time, text = self.timestep_embedder, self.text_embedder
-        # fp32 up to the cosine: bf16 cannot tell 993 from 996. Cosines stand before sines.
-        freq = torch.exp(torch.arange(128, device=t.device) * (-math.log(10000) / 128))
-        angle = 1000 * t[:, None] * freq                                             # (B,128)
-        wave = torch.cat([angle.cos(), angle.sin()], 1).to(time.linear_1.weight.dtype)
         if pooled is None:                # no summary = the zero vector, whose biases still count
-            pooled = wave.new_zeros(len(t), self.pooled_dim)
-        pooled = pooled.to(wave.dtype)
-        return (time.linear_2(F.silu(time.linear_1(wave)))
-                + text.linear_2(F.silu(text.linear_1(pooled))))
+            pooled = t.new_zeros(len(t), self.pooled_dim)
+        return self.timestep_embedder(time_wave(t)) + self.text_embedder(pooled)
 
 
 class AdaLN(nn.Module):
@@ -307,8 +326,171 @@ class MMDiT(nn.Module):
             x, ctx = block(x, ctx, c, mask, x_mask)
         scale, shift = self.norm_out(c)                        # scale before shift here too
         x = self.proj_out(modulate(norm(x[:, :N]), shift, scale))                    # (B,N,p*p*C)
-        x = x.view(len(x), H // p, W // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(x), -1, H, W).float()                                   # (B,C,H,W)
+        return unpatchify(x, H, W, p)                                                # (B,C,H,W)
+
+
+# ---------------------------------------------------------------------------------------------
+# SanaDiT: SANA's linear transformer, under diffusers' parameter names
+
+
+def attend_linearly(q, k, v):
+    """relu(q) relu(k)' v with the weights of each row scaled to sum 1, all (B,heads,N,d).
+    Bracketed as relu(q) (relu(k)' v) it never forms the N x N weights: the cost grows with N.
+    In fp32, also under autocast: the sums run over all N tokens, and one divides the other."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, values = q.relu().float(), k.relu().float(), v.float()
+        total = q @ k.sum(2)[..., None]                                              # (B,heads,N,1)
+        return (q @ (k.mT @ values) / (total + 1e-15)).to(v.dtype)                   # (B,heads,N,d)
+
+
+class SanaAttention(nn.Module):
+    """Linear attention among the image tokens or, with `cross`, softmax attention to the context.
+    Unlike SD3's, qk_norm is over all heads at once."""
+
+    def __init__(self, D, heads, head_dim, qk_norm, cross):
+        super().__init__()
+        self.heads, self.cross, inner = heads, cross, heads * head_dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, inner, bias=cross) for _ in range(3))
+        self.norm_q, self.norm_k = (
+            RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(inner, D)])
+
+    def forward(self, x, ctx, mask=None):
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(ctx)), self.to_v(ctx)
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
+        y = attend(q, k, v, mask) if self.cross else attend_linearly(q, k, v)        # (B,heads,N,d)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))                          # (B,N,D)
+
+
+class MixFFN(nn.Module):
+    """A gated feed-forward with a 3x3 convolution: what a token learns of where it stands. Linear
+    attention sees a set, and SANA has no positional code; the image's border gives the place."""
+
+    def __init__(self, D, hidden):
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(D, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, D, 1, bias=False)
+
+    def forward(self, x, rows):
+        x = x.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)                     # (B,D,rows,columns)
+        x, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, 1)
+        return self.conv_point(x * F.silu(gate)).flatten(2).mT                       # (B,N,D)
+
+
+class SanaBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward. The time modulates the outer two, through six
+    vectors that all blocks share plus this block's own table (adaLN-single of PixArt)."""
+
+    def __init__(self, D, heads, head_dim, cross_heads, cross_head_dim, mlp_ratio, qk_norm):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
+        self.attn1 = SanaAttention(D, heads, head_dim, qk_norm, cross=False)
+        self.attn2 = SanaAttention(D, cross_heads, cross_head_dim, qk_norm, cross=True)
+        self.ff = MixFFN(D, int(mlp_ratio * D))
+
+    def forward(self, x, ctx, c, mask, rows):
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = (
+            self.scale_shift_table + c).chunk(6, 1)                                  # 6 x (B,1,D)
+        y = modulate(norm(x), shift, scale)
+        x = x + gate * self.attn1(y, y)
+        x = x + self.attn2(x, ctx, mask)                           # neither normed nor gated
+        return x + gate_ff * self.ff(modulate(norm(x), shift_ff, scale_ff), rows)
+
+
+class SanaDiT(nn.Module):
+    """SANA (Xie et al. 2024, fig. 5), SANA-1.5 when it has qk_norm; not SANA-Sprint, which also
+    embeds its guidance. ref="add" is UniRL-Zero's: the tokens of one reference are added."""
+
+    def __init__(self, in_channels=32, out_channels=32, num_attention_heads=70,
+                 attention_head_dim=32, num_layers=20, num_cross_attention_heads=20,
+                 cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
+                 mlp_ratio=2.5, sample_size=32, patch_size=1, interpolation_scale=None,
+                 qk_norm=None, ref="none"):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        D = num_attention_heads * attention_head_dim
+        assert cross_attention_dim == D, "the caption is projected to the image's width"
+        assert qk_norm in (None, "rms_norm_across_heads"), (
+            f"qk_norm is None or 'rms_norm_across_heads', not {qk_norm!r}")
+        assert ref in ("none", "add"), f"ref is 'none' or 'add', not {ref!r}"
+        self.config = config
+
+        def patches():
+            return nn.ModuleDict(dict(
+                proj=nn.Conv2d(in_channels, D, patch_size, stride=patch_size)))
+        self.patch_embed = patches()
+        if ref == "add":
+            self.ref_patch_embed, self.ref_linear = patches(), nn.Linear(D, D)
+        self.time_embed = nn.ModuleDict(dict(
+            emb=nn.ModuleDict(dict(timestep_embedder=MLP(256, D))), linear=nn.Linear(D, 6 * D)))
+        self.caption_projection = MLP(caption_channels, D, nn.GELU("tanh"))
+        self.caption_norm = RMSNorm(D, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(
+            SanaBlock(D, num_attention_heads, attention_head_dim, num_cross_attention_heads,
+                      cross_attention_head_dim, mlp_ratio, qk_norm) for _ in range(num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, D) / D**0.5)
+        self.proj_out = nn.Linear(D, patch_size**2 * out_channels)
+        self.init()
+
+    def init(self):
+        """For training from scratch."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a Linear in disguise
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        zero = [b.attn2.to_out[0] for b in self.transformer_blocks] + [self.proj_out]
+        for m in zero + [self.time_embed.linear]:
+            nn.init.zeros_(m.weight)
+        if self.config["ref"] == "add":
+            self.load_state_dict(self.with_refs(self.state_dict()))
+
+    def with_refs(self, weights):
+        """Weights of a SANA without references, plus the four that ref="add" wants, as UniRL-Zero
+        starts them: a copy of the patch embedding, and ref_linear 0, which changes nothing yet."""
+        patch = {f"ref_{k}": v for k, v in weights.items() if k.startswith("patch_embed.")}
+        linear = {f"ref_linear.{k}": torch.zeros_like(p)
+                  for k, p in self.ref_linear.named_parameters()}
+        return weights | patch | linear
+
+    def add_refs(self, x, refs, size):
+        """x (B,N,D) and B lists of at most one (C,H,W) -> (B,N,D).
+        Departs from UniRL-Zero, where no reference is a reference of zeros: once trained, its
+        biases would speak. Here it adds nothing."""
+        assert self.config["ref"] == "add", "this SanaDiT was built without references: ref='none'"
+        assert len(refs) == len(x), f"{len(refs)} lists of references for a batch of {len(x)}"
+        for r in refs:
+            assert len(r) < 2, f"added references are one per sample, not {len(r)}"
+            assert not r or r[0].shape[-2:] == size, (
+                f"an added reference has the target's size {tuple(size)}, not {tuple(r[0].shape)}")
+        proj = self.ref_patch_embed.proj
+        ref = torch.stack([r[0] for r in refs if r]).to(proj.weight.dtype)
+        rows = iter(self.ref_linear(proj(ref).flatten(2).mT))                        # (N,D) each
+        return torch.stack([row + next(rows) if r else row for row, r in zip(x, refs)])
+
+    def forward(self, x, t, ctx, ctx_mask=None, pooled=None, refs=None):
+        """As MMDiT's, with the same shapes. SANA has no use for `pooled`; a row of ctx_mask has at
+        least one True; a sample has one reference of the target's size, or none."""
+        p, (H, W), dtype = self.config["patch_size"], x.shape[-2:], self.proj_out.weight.dtype
+        assert H % p == 0 and W % p == 0, f"a {H}x{W} latent does not divide into {p}x{p} patches"
+        time = self.time_embed.emb.timestep_embedder(time_wave(per_sample(t, x)))    # (B,D)
+        c = self.time_embed.linear(F.silu(time)).unflatten(1, (6, -1))               # (B,6,D)
+        ctx = self.caption_norm(self.caption_projection(ctx))                        # (B,L,D)
+        mask = None if ctx_mask is None else ctx_mask.bool()[:, None, None]          # (B,1,1,L)
+        x = self.patch_embed.proj(x.to(dtype)).flatten(2).mT                         # (B,N,D)
+        if self.config["interpolation_scale"]:            # the 2K and 4K checkpoints alone have it
+            span = self.config["sample_size"] // p / self.config["interpolation_scale"]
+            x = (x + places(H // p, W // p, span, x.shape[-1], x.device)).to(x.dtype)
+        if any(refs or ()):
+            x = self.add_refs(x, refs, (H, W))
+        for block in self.transformer_blocks:
+            x = block(x, ctx, c, mask, H // p)
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, 1)          # (B,1,D) each
+        x = self.proj_out(modulate(norm(x), shift, scale))                           # (B,N,p*p*C)
+        return unpatchify(x, H, W, p)                                                # (B,C,H,W)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -876,15 +1058,18 @@ def pretrained(kind, name, meta=False, **options):
     return part
 
 
-def dit_tensors(name, cfg):
-    """Weights of a diffusers transformer's folder, whose config.json must be the preset's."""
+def dit_tensors(name, cfg, dit):
+    """Weights of a diffusers transformer's folder, whose config.json must be the preset's. What a
+    reference is added by, which diffusers does not have, starts as UniRL-Zero's."""
     path = fetch(name)
     theirs = json.loads((path / "config.json").read_text())
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.dit_config.items()}
     odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
     if odd:
         fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
-    return {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
+    weights = {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
+    new = cfg.sana.get("ref") == "add" and "ref_linear.weight" not in weights
+    return dit.with_refs(weights) if new else weights
 
 
 def adapter(part, rank, alpha, dropout=0.0):
@@ -967,9 +1152,9 @@ class Unified(nn.Module):
                  f"{name!r} draws {cfg.dit_config['in_channels']}")
         vae = pretrained(kinds[config["_class_name"]], cfg.vae, meta)
         with torch.device("meta") if meta else nullcontext():
-            dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)  # noqa: F821
+            dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
         if not meta:
-            weights = dit_tensors(cfg.dit, cfg)
+            weights = dit_tensors(cfg.dit, cfg, dit)
             must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
             dit.load_state_dict(weights)
         vlm = tokenizer = text_encoder = image_processor = None
@@ -1008,7 +1193,7 @@ class Unified(nn.Module):
 
     def load_trained(self, path):
         """What --init takes, see from_preset, on top of the preset's parts."""
-        tensors, loras = read_init(path, self.cfg)
+        tensors, loras = read_init(path, self.cfg, self.dit)
         whole = {k: v for k, v in tensors.items() if "lora_" not in k}
         parts = {k.split(".")[0] for k in whole}
         if "vlm" in parts | loras.keys():
@@ -1434,7 +1619,7 @@ def read_about(path):
     return json.loads(about["config"])
 
 
-def read_init(path, cfg):
+def read_init(path, cfg, dit):
     """-> tensors, {part: LoraConfig}. path: see Unified.from_preset"""
     path = Path(path)
     if file := checkpoint_file(path):
@@ -1442,7 +1627,7 @@ def read_init(path, cfg):
         return tensors, {part: LoraConfig(**config)
                          for part, config in json.loads(about.get("loras", "{}")).items()}
     if not (path / "adapter_config.json").exists():
-        return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg).items()}, {}
+        return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg, dit).items()}, {}
     file, config = path / "adapter_model.safetensors", LoraConfig.from_pretrained(path)
     if config.peft_type != "LORA" or not file.exists():
         fail(f"{path} is no LoRA: it needs peft_type LORA, and adapter_model.safetensors")

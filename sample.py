@@ -24,9 +24,12 @@ def export(model, folder, init):
     dit = model.dit
     (folder / "transformer").mkdir(parents=True)
     name = dict(MMDiT="SD3Transformer2DModel", SanaDiT="SanaTransformer2DModel")[type(dit).__name__]
+    if dit.config.get("ref") == "add":
+        print("transformer/ has no references: diffusers' SANA knows none")
+    config = {k: v for k, v in dit.config.items() if k != "ref"}
     (folder / "transformer/config.json").write_text(
-        json.dumps(dict(_class_name=name, **dit.config), indent=1))
-    save_file({k: v.contiguous() for k, v in dit.state_dict().items()},
+        json.dumps(dict(_class_name=name, **config), indent=1))
+    save_file({k: v.contiguous() for k, v in dit.state_dict().items() if not k.startswith("ref_")},
               folder / "transformer/diffusion_pytorch_model.safetensors", {"format": "pt"})
     if model.vlm is not None:
         (folder / "vlm").mkdir()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -271,6 +271,40 @@ def test_export(cfg, parts, tmp_path, monkeypatch):
     again = tiny.build(replace(cfg, vlm=str(out / "vlm"), dit=str(out / "transformer")))
     same(outcome(again)[1:], [logits])                       # --vlm and --dit take it back
     assert "exists: choose another folder" in complaint(sample.main)
+
+
+SANA = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=4, sample_size=16,
+            attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=16,
+            cross_attention_dim=32, caption_channels=32, mlp_ratio=2.0, patch_size=2)
+
+
+@pytest.mark.parametrize("ref", ["none", "add"])
+def test_sana(cfg, parts, tmp_path, monkeypatch, ref):
+    """From diffusers' folder, a LoRA on both attentions, and back into diffusers' class."""
+    torch.manual_seed(0)
+    SanaTransformer2DModel(**SANA).save_pretrained(tmp_path / "dit")
+    cfg = replace(cfg, mmdit={}, sana=SANA | dict(ref=ref), dit=str(tmp_path / "dit"), bridge="lim",
+                  keep="query", layers=(1, 2))
+    monkeypatch.setitem(ours.PRESETS, "shapes", cfg)
+    model = tiny.build(cfg).learn(dict(dit=adapter("dit", 2, 6)))
+    assert {k.split(".lora_")[0][19:] for k in model.dit.state_dict() if "lora_A" in k} == {
+        f"{i}.attn{j}.{n}" for i in (0, 1) for j in (1, 2)
+        for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    for p in model.parameters():
+        p.data += 0.1 * p.requires_grad
+    checkpoint(model, tmp_path / "run")
+    argv = ["sample.py", "--init", tmp_path / "run", "--export", tmp_path / "parts"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    sample.main()
+    theirs, info = SanaTransformer2DModel.from_pretrained(tmp_path / "parts/transformer",
+                                                          output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    x, ctx, t = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        want = model.dit(x, t, ctx)
+        same([theirs(x, encoder_hidden_states=ctx, timestep=1000 * t)[0]], [want])
+        same([tiny.build(cfg, init=tmp_path / "parts/transformer").dit(x, t, ctx)], [want])
+        assert (tiny.build(cfg).dit(x, t, ctx) - want).abs().max() > 0.01
 
 
 def test_flow_grpo_lora(cfg, parts, tmp_path):
