@@ -1149,9 +1149,11 @@ class Unified(nn.Module):
                  f"{name!r} draws {cfg.dit_config['in_channels']}")
         vae = pretrained(kinds[config["_class_name"]], cfg.vae, meta)
         with torch.device("meta") if meta else nullcontext():
-            dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)  # noqa: F821
+            dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
         if not meta:
             weights = dit_tensors(cfg.dit, cfg)
+            if cfg.sana.get("ref") == "add":           # a plain SANA has never seen a reference
+                weights = dit.with_refs(weights) | weights
             must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
             dit.load_state_dict(weights)
         vlm = tokenizer = text_encoder = image_processor = None
