@@ -1217,8 +1217,6 @@ class Unified(nn.Module):
             if config is None:
                 module.requires_grad_(True)
                 continue
-            if part == "vlm":
-                untie(module)
             with torch.random.fork_rng():            # all ranks start from the same adapter
                 torch.manual_seed(seed)
                 inject_adapter_in_model(config, module)
@@ -1481,42 +1479,36 @@ def memory_plan(model, args, rows, reads, copies, device):
     """What a run will hold, before its weights are loaded. model: on the meta device. rows: images
     per DiT backward; reads: prompts that the VLM reads with gradient; copies: parts held twice.
     -> the plan as text, {name: parameters or bytes}"""
-    cfg, GiB, n = model.cfg, 2**30, {}
-    for part in ("vlm", "text_encoder", "bridge", "dit", "vae"):
-        module = getattr(model, part)
-        if module is not None:
-            n[part] = sum(p.numel() for p in module.parameters())
-    learning = [p for p in model.parameters() if p.requires_grad]
-    n["trained"] = sum(p.numel() for p in learning)
-    stored = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
-    size = dict(weights=sum(t.numel() * t.element_size() for t in stored),
+    cfg, vlm, d = model.cfg, model.vlm, model.dit.config
+    n = {k: sum(p.numel() for p in getattr(model, k).parameters())
+         for k in ("vlm", "text_encoder", "bridge", "dit", "vae") if getattr(model, k) is not None}
+    n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Rough: 34 bytes per token, layer and width (Korthikanti et al. 2022), attention matrices and
+    # what is recomputed left out; double in fp32. In bf16 a backward also keeps the cast weights.
+    each, text = 34 if model.bf16 else 68, cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
+    tokens = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2 + text
+    width = d["num_attention_heads"] * d["attention_head_dim"]
+    acts = each * rows * tokens * d["num_layers"] * width + 2 * n["dit"] * model.bf16
+    if reads and vlm:
+        lm = vlm.config.get_text_config()
+        acts += each * reads * text * (lm.num_hidden_layers * lm.hidden_size
+                                       + cfg.c_layers * cfg.c_dim) + 2 * n["vlm"] * model.bf16
+    size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
                 gradient=4 * n["trained"], AdamW=8 * n["trained"],
                 average=8 * n["trained"],                      # and what it displaces while applied
-                reference=4 * sum(n[part] for part in copies))
-    # Rough: 34 numbers' bytes per token, layer and width (Korthikanti et al. 2022), without the
-    # attention matrix; half of them are saved in bf16, all double in fp32.
-    d, each = cfg.dit_config, 34 if model.bf16 else 68
-    text = cfg.n_query + 64 if model.vlm is not None else cfg.t5_tokens + 77
-    patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
-    width = d["num_attention_heads"] * d["attention_head_dim"]
-    size["activations"] = each * rows * (patches + text) * d["num_layers"] * width
-    if reads and model.vlm is not None:
-        lm = model.vlm.config.get_text_config()
-        size["activations"] += each * reads * text * (
-            lm.num_hidden_layers * lm.hidden_size + cfg.c_layers * cfg.c_dim)
+                reference=4 * sum(n[part] for part in copies), activations=acts)
     size["sum"] = sum(size.values())
     has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     said = ["parameters  " + "  ".join(f"{k} {v / 1e6:,.1f} M" for k, v in n.items()),
-            "GiB, rough  " + "  ".join(f"{k} {v / GiB:.1f}" for k, v in size.items())
-            + f"  of {has / GiB:.1f} on {device.type}"]
+            "GiB, rough  " + "  ".join(f"{k} {v / 2**30:.1f}" for k, v in size.items())
+            + f"  of {has / 2**30:.1f} on {device.type}"]
     if size["sum"] > has:
-        rows_flag = "--micro" if hasattr(args, "micro") else "--batch"
-        flags = [f"a smaller {rows_flag}"] if size["activations"] > has / 4 else []
-        if getattr(args, "lora_rank", None) == 0 and getattr(args, "train", "dit") != "bridge":
-            flags.append("--lora-rank 32")
-        flags += ["--beta 0"] if size["reference"] else []
-        said.append("this does not fit: try " + (", ".join(flags) or "another --preset"))
+        less = [f"a lower --{k}" for k in ("micro", "batch") if hasattr(args, k) and acts > has / 4]
+        if getattr(args, "lora_rank", 1) == 0 and getattr(args, "train", "dit") != "bridge":
+            less.append("--lora-rank 32")
+        less += ["--beta 0"] if copies else []
+        said.append("this does not fit: try " + (", ".join(less) or "another --preset"))
     return "\n".join(said), n | size
 
 

@@ -108,6 +108,22 @@ def test_merged_is_unmerged(cfg, parts, tmp_path):
     same(outcome(tiny.build(cfg, init=tmp_path / "next")), before)
 
 
+@pytest.mark.parametrize("base", ["", "sft"])
+@pytest.mark.parametrize("then", [dict(bridge=None), dict(dit=None), dict(dit=(2, 4))])
+def test_whatever_learns_next_nothing_is_lost_or_merged_twice(cfg, parts, tmp_path, base, then):
+    model = tiny.build(cfg, init=base and parts / base)
+    model.learn(dict(dit=adapter("dit", 2, 4)))
+    for p in model.parameters():
+        p.data += 0.1 * p.requires_grad
+    checkpoint(model, tmp_path / "a")
+    again = tiny.build(cfg, init=tmp_path / "a")
+    again.learn({k: r and adapter(k, *r) for k, r in then.items()})
+    checkpoint(again, tmp_path / "b")
+    x, t, ctx = torch.randn(2, 4, 16, 16), 0.5, torch.randn(2, 3, 32)
+    with torch.no_grad():
+        same([tiny.build(cfg, init=tmp_path / "b").dit(x, t, ctx)], [model.dit(x, t, ctx)])
+
+
 def test_of_a_pure_lora_run_only_the_lora_is_kept(cfg, parts, tmp_path):
     model = tiny.build(cfg)
     model.learn(dict(dit=adapter("dit", 2, 4)))
@@ -420,7 +436,7 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     assert "does not fit" not in said
     monkeypatch.setattr(ours.os, "sysconf", lambda name: 1000)
     said = memory_plan(plan, args, 8, 8, ["dit"], cpu)[0]
-    assert "a smaller --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
+    assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
 
 
 def test_memory_of_sd35_medium():
