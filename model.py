@@ -1068,8 +1068,7 @@ def dit_tensors(name, cfg, dit):
     if odd:
         fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
     weights = {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
-    new = cfg.sana.get("ref") == "add" and "ref_linear.weight" not in weights
-    return dit.with_refs(weights) if new else weights
+    return dit.with_refs(weights) | weights if cfg.sana.get("ref") == "add" else weights
 
 
 def adapter(part, rank, alpha, dropout=0.0):

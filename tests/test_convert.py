@@ -30,7 +30,6 @@ import model
 from data import convert
 from model import PRESETS, Unified
 
-needs_sana = pytest.mark.skipif(not hasattr(model, "SanaDiT"), reason="model.py has no SanaDiT yet")
 SANA = dict(sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
             num_attention_heads=4, attention_head_dim=8, num_cross_attention_heads=2,
             cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=24, mlp_ratio=2.5)
@@ -212,9 +211,7 @@ class UniRL(Release):
 
 KINDS = dict(deepgen=DeepGen, unipic2=UniPic2, openuni=OpenUni, unirl=UniRL)
 STAGES = [("deepgen", "Pretrain"), ("deepgen", "SFT"), ("deepgen", "RL"), ("unipic2", None),
-          pytest.param("openuni", "pretrain", marks=needs_sana),
-          pytest.param("openuni", "finetune", marks=needs_sana),
-          pytest.param("unirl", None, marks=needs_sana)]
+          ("openuni", "pretrain"), ("openuni", "finetune"), ("unirl", None)]
 
 
 @contextmanager
@@ -223,7 +220,7 @@ def presets(parts, vlm):
     with pytest.MonkeyPatch.context() as m:
         for layout, kind in KINDS.items():
             cfg = PRESETS[convert.PRESET[layout]]
-            dit = dict(openuni="sana", unirl="sana-refs").get(layout, "dit")
+            dit = "sana" if layout in ("openuni", "unirl") else "dit"
             m.setitem(PRESETS, cfg.preset, replace(cfg, **dict(
                 vlm=str(vlm), dit=str(parts / dit), vae=str(parts / "vae"), vlm_dim=32, n_query=3,
                 c_dim=32, c_ff=64, c_layers=2, c_heads=4, mmdit={}, sana={}, system="", size=32,
@@ -234,19 +231,14 @@ def presets(parts, vlm):
 
 @pytest.fixture(scope="module")
 def folders(parts, intern, tmp_path_factory):  # noqa: F811
-    """Tiny parts with a SANA, also with references, and InternVL as a folder."""
+    """Tiny parts with a SANA, which has no references, and InternVL as a folder."""
     folder = tmp_path_factory.mktemp("vlm") / "intern"
     for part in intern:
         part.save_pretrained(folder)
     torch.manual_seed(7)
     start = SanaTransformer2DModel(**SANA)
     tiny.randomise(start)
-    weights = start.state_dict()
-    refs = {f"ref_{k}": v.clone() for k, v in weights.items() if k.startswith("patch_embed.")}
-    refs |= {"ref_linear.weight": torch.zeros(32, 32), "ref_linear.bias": torch.zeros(32)}
-    for name, tensors in (("sana", weights), ("sana-refs", weights | refs)):
-        (parts / name).mkdir()
-        save_file(tensors, parts / name / "diffusion_pytorch_model.safetensors")
+    start.save_pretrained(parts / "sana")
     return dict(openuni=folder) | {k: parts / "vlm" for k in ("deepgen", "unipic2", "unirl")}
 
 
@@ -399,8 +391,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", [
-    pytest.param(k, marks=needs_sana) if v[0] == "unirl" else k for k, v in MISTAKES.items()])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_can_fail(parts, folders, releases, tmp_path, monkeypatch, mistake):
     """Mistakes that no name and no shape betrays."""
     layout, name, value = MISTAKES[mistake]
@@ -429,8 +420,6 @@ def fails(folder, parts, vlm, words, *argv):
     ("openuni", "deepgen", "Pretrain"), ("openuni", "deepgen", "RL"), ("unirl", "deepgen", "SFT"),
     ("deepgen", "unirl", None), ("openuni", "unirl", None)])
 def test_wrong_layout(parts, folders, releases, tmp_path, layout, made, stage):
-    if stage in ("RL", "SFT") and layout != "deepgen" and not hasattr(model, "SanaDiT"):
-        pytest.skip("model.py has no SanaDiT yet")
     path = files(releases[made], tmp_path, stage)
     fails(tmp_path, parts, folders[layout], f"is not {layout}'s release .* missing: .*bridge",
           layout, path, tmp_path / "out")
