@@ -328,7 +328,7 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
     assert len(set(drawn)) == len(drawn) == 128 and (tmp_path / "grid.png").stat().st_size > 1000
 
     class Painter:
-        load = classmethod(lambda cls, path: cls())
+        load = classmethod(lambda cls, *path, **parts: cls())
         to = draw = lambda self, *args: self if len(args) == 1 else draw(*args[:2])
     monkeypatch.setattr(judges, "Unified", Painter)
     monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])

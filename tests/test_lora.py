@@ -51,8 +51,9 @@ def outcome(model):
 
 
 def same(a, b, tol=1e-5):
+    """Relative to the largest: fp32 sums of a strong LoRA's logits round at their own size."""
     for x, y in zip(a, b):
-        torch.testing.assert_close(x, y, atol=tol, rtol=tol)
+        assert (x - y).abs().max() <= tol * y.abs().max().clamp(min=1)
 
 
 def checkpoint(model, out):
