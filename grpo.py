@@ -60,7 +60,7 @@ class Args:
     train: str = "dit"                # what learns: dit, bridge (and its queries) or both
     lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
     lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    lr: float = 2e-4                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
+    lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     updates: int = 1                  # optimiser steps per rollout; 1: the ratio is exactly 1

@@ -680,8 +680,8 @@ PRESETS = {c.preset: c for c in (
     Config(
         preset="shapes-sana", vlm="data/shapes/vlm", dit="data/shapes/sana/dit",
         vae="data/shapes/vae", text_encoder="data/shapes/clip", bridge="lim",
-        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=0.7, sample_shift=3.0,
-        sana=dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6,
+        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=1.2, sample_shift=3.0,
+        sana=dict(sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=8,
                   num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
                   cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
                   mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
@@ -1483,16 +1483,19 @@ def memory_plan(model, args, rows, reads, copies, device):
     n = {k: sum(p.numel() for p in getattr(model, k).parameters())
          for k in ("vlm", "text_encoder", "bridge", "dit", "vae") if getattr(model, k) is not None}
     n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Rough: 34 bytes per token, layer and width (Korthikanti et al. 2022), attention matrices and
-    # what is recomputed left out; double in fp32. In bf16 a backward also keeps the cast weights.
-    each, text = 34 if model.bf16 else 68, cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
-    tokens = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2 + text
-    width = d["num_attention_heads"] * d["attention_head_dim"]
-    acts = each * rows * tokens * d["num_layers"] * width + 2 * n["dit"] * model.bf16
+    # Bytes that a backward keeps per token, layer and width in bf16, measured (LOG.md): 85 in an
+    # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
+    text = cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
+    patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
+    each = 85 * (patches + text) if cfg.mmdit else 100 * patches
+    acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
+    cast = n["dit"]
     if reads and vlm:
         lm = vlm.config.get_text_config()
-        acts += each * reads * text * (lm.num_hidden_layers * lm.hidden_size
-                                       + cfg.c_layers * cfg.c_dim) + 2 * n["vlm"] * model.bf16
+        acts += 75 * reads * text * (lm.num_hidden_layers * lm.hidden_size
+                                     + cfg.c_layers * cfg.c_dim)
+        cast += n["vlm"]
+    acts = acts + 2 * cast if model.bf16 else int(1.4 * acts)
     size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
                 gradient=4 * n["trained"], AdamW=8 * n["trained"],
                 average=8 * n["trained"],                      # and what it displaces while applied

@@ -31,6 +31,7 @@ class Args:
     out: str = "out/sft"              # run folder
     steps: int = 3000                 # optimiser steps
     batch: int = 64                   # images per step, over all ranks
+    train: str = "both"               # what learns: dit, bridge (and its queries) or both
     lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
     lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
     vlm_lora_rank: int = 0            # of an adapter on the VLM; 0: it stays frozen
@@ -52,7 +53,11 @@ def main():
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
     n = args.batch // world
-    learns = dict(bridge=None, dit=None)
+    if args.train not in ("dit", "bridge", "both"):
+        fail(f"unknown --train {args.train!r}; there are: dit, bridge, both")
+    if args.lora_rank and args.train == "bridge":
+        fail("--lora-rank adapts the DiT: --train dit or both")
+    learns = {k: None for k in ("bridge", "dit") if args.train in (k, "both")}
     if args.lora_rank:
         learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
     if args.vlm_lora_rank:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -183,6 +184,27 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
         tiny.play, parts, tmp_path / "b", *flags[:2], "--train", "both", "--resume")
     assert "--train dit or both" in complaint(
         tiny.play, parts, tmp_path / "d", "--lora-rank", 2, "--train", "bridge")
+
+
+@pytest.mark.parametrize("train", ["dit", "bridge", "both"])
+def test_sft_trains_what_it_is_told(parts, cfg, tmp_path, train):
+    """UniPic 2.0 table 3: connector or DiT frozen; the checkpoint holds both all the same."""
+    data = ["--data", folder_of(tmp_path, ["0.png"]), "--batch", 1, "--steps", 1, "--lr", 1.0]
+    photo(tmp_path / "0.png", 64, 64, 0)
+    tiny.play(parts, tmp_path / "a", *data, "--train", train, main=sft.main)
+    old, new = (tiny.build(cfg, init=folder) for folder in (parts / "sft", tmp_path / "a"))
+    for part in ("bridge", "dit"):
+        moved = any(not torch.equal(p, q) for p, q in zip(
+            getattr(old, part).parameters(), getattr(new, part).parameters()))
+        assert moved == (train in (part, "both"))
+
+
+def test_sft_refuses_what_nothing_would_learn_from(parts, tmp_path):
+    for flags, words in ((["--train", "vae"], "there are: dit, bridge, both"),
+                         (["--train", "bridge", "--lora-rank", 2], "--train dit or both")):
+        assert words in complaint(
+            lambda: tiny.play(parts, tmp_path / "x", *flags, main=sft.main))
+        assert not (tmp_path / "x").exists()
 
 
 def test_sft_with_both_loras(parts, cfg, tmp_path, monkeypatch):
@@ -472,6 +494,37 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     monkeypatch.setattr(ours.os, "sysconf", lambda name: 1000)
     said = memory_plan(plan, args, 8, 8, ["dit"], cpu)[0]
     assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
+
+
+@pytest.mark.parametrize("sana", [False, True])
+def test_activations_are_as_planned(monkeypatch, sana):
+    """What autograd keeps of one layer more, per token and width, is what the plan says."""
+    monkeypatch.setattr(ours, "attend",
+                        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v))
+    cfg = ours.PRESETS["openuni" if sana else "flow-grpo"].dit_config
+
+    def kept(layers, dual=()):
+        more = {} if sana else dict(dual_attention_layers=dual, caption_projection_dim=512,
+                                    joint_attention_dim=64, pooled_projection_dim=64)
+        size = dict(num_attention_heads=16, attention_head_dim=32, num_cross_attention_heads=8,
+                    cross_attention_head_dim=64, cross_attention_dim=512, caption_channels=64)
+        size = {k: v for k, v in size.items() if k in cfg}
+        dit = (ours.SanaDiT if sana else MMDiT)(**cfg | size | more | dict(num_layers=layers))
+        own, seen = {p.untyped_storage().data_ptr() for p in dit.parameters()}, {}
+
+        def keep(t):
+            seen[t.untyped_storage().data_ptr()] = t          # held, so that no address comes twice
+            return t
+        x = torch.randn(2, cfg["in_channels"], *(2 * [16 * cfg["patch_size"]]))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast(
+                "cpu", torch.bfloat16):
+            dit(x, torch.rand(2), torch.randn(2, 48, 64), None, torch.randn(2, 64))
+        cast = 2 * sum(p.numel() for p in dit.parameters())
+        return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in own) - cast
+    tokens = 2 * (16 * 16 + 48 * (not sana))
+    one = [kept(2, d) - kept(1, d[:1]) for d in ([(0, 1), ()] if not sana else [()])]
+    each = sum(one) / len(one) / tokens / 512
+    assert each == pytest.approx(100 if sana else 85, rel=0.2)
 
 
 def test_memory_of_sd35_medium():

@@ -5,7 +5,7 @@ GenEval metadata, edits, signs to read and riddles, and the training of the smal
 in it.  Everything is real: each part is the class that loads the big weights, at small size.
 
     python -m data.shapes.prepare data     # training shards and prompt files, about a minute
-    python -m data.shapes.prepare vae      # then clip, dit, vlm: see LOG.md for times
+    python -m data.shapes.prepare vae      # then clip, dit, sana, vlm: see LOG.md for times
 """
 
 import argparse
@@ -19,6 +19,7 @@ import re
 import tarfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -562,7 +563,7 @@ def fit(name, module, loss, steps, lr, muon=0.0, decay=0.995, every=500):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     params = {k: p for k, p in module.named_parameters() if p.requires_grad}
     inner = [p for k, p in params.items() if p.ndim == 2 and re.search("blocks|layers", k)
-             and "norm1" not in k]  # not AdaLN: one time into many vectors is no map for Muon
+             and "norm1" not in k and "table" not in k]  # not AdaLN: no map from space to space
     hidden = inner if muon else []
     rest = [p for p in params.values() if not any(p is h for h in hidden)]
     opts = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
@@ -760,19 +761,20 @@ def train_clip(steps=800, batch=64):
         json.dumps(dict(model_cfg=model, preprocess_cfg=preprocess), indent=2) + "\n")
 
 
-def train_dit(steps=12000, batch=128, images=60000):
-    """An MMDiT on the text tower's states (bridge `text`), as SD3.5 was on CLIP and T5.
+def train_dit(preset="shapes", steps=12000, batch=128, images=60000):
+    """A DiT on the text tower's states (bridge `text`), as SD3.5 was on CLIP and T5, SANA on Gemma.
 
     torchrun --nproc-per-node 2 shares the batch; captions err, a tenth is withheld for guidance."""
-    from model import PRESETS, Cond, MMDiT, Unified, key, setup  # here: model.py needs none of this
+    from model import PRESETS, Cond, MMDiT, SanaDiT, Unified, key, setup  # not for those who render
 
     rank, world, device = setup()
     torch.manual_seed(0)
-    cfg = replace(PRESETS["shapes"], bridge="text")
+    cfg = replace(PRESETS[preset], bridge="text")
+    dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
     clip = open_clip.create_model(f"local-dir:{HERE / 'clip'}")
     words = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
     vae = AutoencoderKL.from_pretrained(HERE / "vae").to(memory_format=torch.channels_last)
-    model = Unified(cfg, None, words, MMDiT(**cfg.mmdit), vae, clip).to(device)
+    model = Unified(cfg, None, words, dit, vae, clip).to(device)
     model.dit.requires_grad_(True)
     rng, captions, latents = random.Random(1000 + rank), [], []
     for _ in tqdm(range(images // 128), "latents", disable=rank > 0):
@@ -796,14 +798,16 @@ def train_dit(steps=12000, batch=128, images=60000):
 
     forward = model.dit.forward
     model.dit.forward = torch.compile(forward, dynamic=False)  # a quarter sooner; needs a compiler
-    fit("dit", model.dit, loss, steps, lr=2e-3, muon=2e-2)
+    fit(f"dit-{preset}", model.dit, loss, steps, lr=2e-3, muon=2e-2)
     model.dit.forward = forward
     if rank == 0:
-        (HERE / "dit").mkdir(exist_ok=True)
+        out = Path(cfg.dit)
+        out.mkdir(exist_ok=True, parents=True)
         save_file({k: v.bfloat16() for k, v in model.dit.state_dict().items()},
-                  HERE / "dit" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-        about = dict(_class_name="SD3Transformer2DModel", **cfg.mmdit)
-        (HERE / "dit" / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+                  out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        kind = "SD3Transformer2DModel" if cfg.mmdit else "SanaTransformer2DModel"
+        about = dict(_class_name=kind, **cfg.dit_config)
+        (out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         from eval import bench_shapes
 
         for guidance in (1.0, 3.0):
@@ -987,7 +991,8 @@ def train_vlm(eye_steps=1000, steps=1300, batch=32):
 
 
 if __name__ == "__main__":
-    parts = dict(data=make_data, vae=train_vae, clip=train_clip, dit=train_dit, vlm=train_vlm)
+    parts = dict(data=make_data, vae=train_vae, clip=train_clip, dit=train_dit, vlm=train_vlm,
+                 sana=partial(train_dit, "shapes-sana"))  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)
     parts[parser.parse_args().part]()

@@ -1,0 +1,145 @@
+"""The papers' ablations of bridge and fine-tuning, at classroom scale. Not a test: it takes 45 min.
+
+    python tests/bridges.py --out out/bridges     # two seeds side by side, one core each
+
+DeepGen table 6 (stacked layers, think tokens, the VLM's LoRA), ParaUni table 3 (which layers, the
+LayerNorm), UniPic 2.0 table 3 (what is frozen in fine-tuning). An arm is pretrain.py or sft.py
+itself, called as a user would, on the classroom's DiT and VLM; within a seed all arms see the same
+batches, noise and held-out prompts. Arms of stage 2 go on from the seed's arm "scb".
+
+A claim is judged on the difference of its two arms, prompt by prompt: it counts beyond two standard
+errors, of prompts or of seeds, whichever is larger. What is done in --out is not done again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+import pretrain  # noqa: E402
+import sft  # noqa: E402
+from eval import PROMPTS, arrays, mean_and_error, read_prompts, summary  # noqa: E402
+
+ALL = (6, 5, 4, 3, 2, 1)                      # the classroom VLM's layers, deep to shallow
+LIM = dict(bridge="lim", layers=ALL)
+# arm: (what of the preset changes, stage, flags), what it is compared with, what the paper's did
+ARMS = {
+    "scb": ({}, 1, ""),
+    "last": (dict(bridge="last", layers=()), 1, ""),
+    "scb, no think tokens": (dict(n_query=0), 1, ""),
+    "lim": (LIM, 1, ""),
+    "lim, no shallow layers": (LIM | dict(layers=(6, 5, 4, 3)), 1, ""),
+    "lim, no middle layers": (LIM | dict(layers=(6, 5, 2, 1)), 1, ""),
+    "lim, no deep layers": (LIM | dict(layers=(4, 3, 2, 1)), 1, ""),
+    "lim, every other layer": (LIM | dict(layers=(6, 4, 2)), 1, ""),
+    "lim, no LayerNorm": (LIM, 1, ""),
+    "both learn": ({}, 2, ""),
+    "DiT frozen": ({}, 2, "--train bridge"),
+    "connector frozen": ({}, 2, "--train dit"),
+    "both and the VLM's LoRA": ({}, 2, "--vlm-lora-rank 16 --vlm-lora-alpha 32"),
+}
+CLAIMS = [                                    # better, worse, GenEval there, where
+    ("scb", "last", "none given", "DeepGen table 6"),
+    ("scb", "scb, no think tokens", "none given", "DeepGen table 6"),
+    ("both and the VLM's LoRA", "both learn", ".86 > .85", "DeepGen table 6"),
+    ("lim", "lim, no shallow layers", ".87 > .82", "ParaUni table 3"),
+    ("lim", "lim, no middle layers", ".87 > .85", "ParaUni table 3"),
+    ("lim", "lim, no deep layers", ".87 > .84", "ParaUni table 3"),
+    ("lim", "lim, every other layer", ".87 > .86", "ParaUni table 3"),
+    ("lim", "lim, no LayerNorm", ".87 > .73", "ParaUni table 3"),
+    ("both learn", "connector frozen", ".86 > .84", "UniPic 2.0 table 3"),
+    ("both learn", "DiT frozen", ".86 > .85", "UniPic 2.0 table 3"),
+]
+STEPS = {1: 350, 2: 300}
+
+
+def run_arm(arm, seed, out):
+    """Train one arm and keep which of the held-out images are right: out/right.npy (P,4)."""
+    changes, stage, flags = ARMS[arm]
+    name = "shapes" if not changes else f"shapes-{out.name}"        # a preset of its own
+    model.PRESETS[name] = replace(model.PRESETS["shapes"], preset=name, **changes)
+    if arm == "lim, no LayerNorm":
+        class Bare(model.Bridge):
+            def __init__(self, cfg):
+                super().__init__(cfg)
+                self.agglayer_norm = nn.Identity()
+        model.Bridge = Bare
+    sys.argv = [f"stage {stage}", "--preset", name, "--out", str(out), "--seed", str(seed),
+                "--steps", str(STEPS[stage]), "--eval-every", "1000", *flags.split()]
+    if stage == 2:
+        sys.argv += ["--init", str(out.parent / folder("scb"))]
+    [pretrain, sft][stage - 1].main()
+
+    done = model.Unified.load(out)
+    rows = read_prompts(PROMPTS / "eval.jsonl")
+    todo = [(r["prompt"], 1000 * i + j) for i, r in enumerate(rows) for j in range(4)]
+    images = torch.cat([done.draw(*map(list, zip(*todo[a : a + 64])))
+                        for a in range(0, len(todo), 64)])
+    right = summary(rows, arrays(images).reshape(len(rows), 4, 64, 64, 3))[1]
+    np.save(out / "right.npy", right)
+
+
+def folder(arm):
+    return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
+
+
+def table(out, seeds):
+    """All scores, and the claims with their verdicts, as markdown."""
+    rows = read_prompts(PROMPTS / "eval.jsonl")
+    right = {arm: np.stack([np.load(out / f"seed{s}" / folder(arm) / "right.npy")
+                            for s in range(seeds)], 1) for arm in ARMS}        # (P,seeds,4)
+    print(f"| arm | minutes | score, {seeds} seeds | each seed |\n|---|---|---|---|")
+    for arm in ARMS:
+        each = [mean_and_error(right[arm][:, s], rows)[0] for s in range(seeds)]
+        mean, error = mean_and_error(right[arm].reshape(len(rows), -1), rows)
+        logs = [out / f"seed{s}" / folder(arm) / "log.jsonl" for s in range(seeds)]
+        minutes = np.mean([json.loads(f.read_text().splitlines()[-1])["at"] / 60 for f in logs])
+        print(f"| {arm} | {minutes:.1f} | {mean:.3f} ± {error:.3f} | "
+              + " ".join(f"{e:.3f}" for e in each) + " |")
+    print("\n| claim | GenEval there | difference here | verdict |\n|---|---|---|---|")
+    for better, worse, there, where in CLAIMS:
+        gain = right[better] - right[worse]                                    # (P,seeds,4)
+        mean, error = mean_and_error(gain.reshape(len(rows), -1), rows)
+        each = [mean_and_error(gain[:, s], rows)[0] for s in range(seeds)]
+        error = max(error, np.std(each, ddof=1) / seeds**0.5)
+        verdict = ("inside the noise" if abs(mean) <= 2 * error else
+                   "reproduced" if mean > 0 else "not reproduced")
+        print(f"| {better} > {worse} ({where}) | {there} | {mean:+.3f} ± {error:.3f} | {verdict} |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("out/bridges"))
+    p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    if a.arm:
+        return run_arm(a.arm, a.seed, a.out / f"seed{a.seed}" / folder(a.arm))
+    if a.seeds < 2:
+        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
+    env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // a.seeds)))
+    for arm in ARMS:
+        todo = [s for s in range(a.seeds)
+                if not (a.out / f"seed{s}" / folder(arm) / "right.npy").exists()]
+        runs = [subprocess.Popen([sys.executable, __file__, "--out", a.out, "--arm", arm,
+                                  "--seed", str(s)], env=env) for s in todo]
+        if any([r.wait() for r in runs]):
+            sys.exit(f"error: arm {arm!r} failed; remove its folder in {a.out} and start again")
+    table(a.out, a.seeds)
+
+
+if __name__ == "__main__":
+    main()
