@@ -685,7 +685,7 @@ PRESETS = {c.preset: c for c in (
                   num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
                   cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
                   mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
-        stage3=dict(init="data/shapes/sana/sft"),
+        stage1=dict(steps=600), stage2=dict(steps=1500), stage3=dict(init="data/shapes/sana/sft"),
     ),
     # UniRL-Zero (2510.17937), appendix A and its scripts. Bridge and DiT learn together from the
     # start: `sft.py`. References are added to the DiT's input.
