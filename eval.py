@@ -487,7 +487,7 @@ def main():
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
     device = setup()[2]
-    model = Unified.load(args.init, args.preset, **given_parts(args)).to(device)
+    model = Unified.load(args.init, args.preset, **given_parts(args)).slim(device).to(device)
     if out:
         out.mkdir(parents=True, exist_ok=True)
     results = BENCHMARKS[args.bench](

@@ -1223,6 +1223,14 @@ class Unified(nn.Module):
             self.adapters[part] = config, {}
         return self.eval()
 
+    def slim(self, device):
+        """On a GPU hold what nobody trains in bf16, as it was published. Not the VAE. -> self"""
+        if self.bf16 and device.type == "cuda":
+            for part in filter(None, (self.vlm, self.text_encoder, self.dit)):
+                for p in part.parameters():
+                    p.data = p.data if p.requires_grad else p.data.bfloat16()
+        return self
+
     def train(self, mode=True):
         """Only a LoRA has dropout to switch on; frozen parts, T5 for one, must keep theirs off."""
         super().train(False)
@@ -1373,22 +1381,29 @@ class Unified(nn.Module):
         branches = self.guided(self.encode(prompts), guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
 
+    # Through the VAE go 2^20 pixels at a time, 4 images of 512 x 512: all at once would need more
+    # memory than the DiT's backward.
+
     @torch.no_grad()
     def to_latents(self, images):
         """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
-        x = (images.to(self.device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
-        with self.autocast():
-            z = self.vae.encode(x, return_dict=False)[0]
-        z = z if torch.is_tensor(z) else z.mode()          # AutoencoderDC | AutoencoderKL
+        z = []
+        for few in images.split(max(1, 2**20 // images[0, 0].numel())):
+            x = few.to(self.device).float() / 127.5 - 1
+            with self.autocast():
+                z += self.vae.encode(x.to(memory_format=torch.channels_last), return_dict=False)
+        z = torch.cat([a if torch.is_tensor(a) else a.mode() for a in z])   # AutoencoderDC | KL
         return (z.float() - self.vae_shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def to_images(self, z):
         """Latents -> uint8 (B,3,H,W)."""
-        z = z / self.vae.config.scaling_factor + self.vae_shift
-        with self.autocast():
-            x = self.vae.decode(z.to(memory_format=torch.channels_last)).sample
-        return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        z, images = z / self.vae.config.scaling_factor + self.vae_shift, []
+        for few in z.split(max(1, 2**20 // (z[0, 0].numel() * self.cfg.vae_factor**2))):
+            with self.autocast():
+                x = self.vae.decode(few.to(memory_format=torch.channels_last)).sample
+            images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte())
+        return torch.cat(images)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1489,13 +1504,13 @@ def memory_plan(model, args, rows, reads, copies, device):
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
     each = 85 * (patches + text) if cfg.mmdit else 100 * patches
     acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
-    cast = n["dit"]
     if reads and vlm:
         lm = vlm.config.get_text_config()
         acts += 75 * reads * text * (lm.num_hidden_layers * lm.hidden_size
                                      + cfg.c_layers * cfg.c_dim)
-        cast += n["vlm"]
-    acts = acts + 2 * cast if model.bf16 else int(1.4 * acts)
+    cast = [p for m in (model.dit, vlm if reads else None) if m for p in m.parameters()]
+    cast = sum(2 * p.numel() for p in cast if p.dtype == torch.float32)
+    acts = acts + cast if model.bf16 else int(1.4 * acts)
     size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
                 gradient=4 * n["trained"], AdamW=8 * n["trained"],
                 average=8 * n["trained"],                      # and what it displaces while applied
@@ -1520,9 +1535,9 @@ def start_model(args, what, rows, reads, rank, device, copies=()):
     parts = given_parts(args)
     if rank == 0:
         plan = Unified.from_preset(args.preset, args.init, meta=True, **parts).learn(what)
-        print(memory_plan(plan, args, rows, reads, copies, device)[0])
+        print(memory_plan(plan.slim(device), args, rows, reads, copies, device)[0])
     model = Unified.from_preset(args.preset, args.init, **parts)
-    return model.learn(what, args.seed).to(device)
+    return model.learn(what, args.seed).slim(device).to(device)
 
 
 def given_parts(args):

@@ -72,11 +72,12 @@ def main():
     if Path(args.out).suffix != wanted:
         fail(f"--out {args.out}: this writes a {wanted} file")
     _, _, device = setup()
-    model = Unified.load(args.init, args.preset, **given_parts(args)).to(device)
+    model = Unified.load(args.init, args.preset, **given_parts(args))
     if args.export:
         export(model, Path(args.export), args.init)
         if not args.prompts:
             return
+    model.slim(device).to(device)
     prompts = [t for t in args.prompts for _ in range(args.n)]
     seeds = [args.seed + i for i in range(args.n)] * len(args.prompts)
     if not args.trajectory:

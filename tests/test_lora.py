@@ -496,6 +496,42 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
 
 
+def test_what_is_frozen_is_held_in_bf16(parts, cfg):
+    """As on a GPU; here its rules and its arithmetic, on the CPU."""
+    gpu, prompts = SimpleNamespace(type="cuda"), ["a photo of a red circle", None]
+    full, slim = (tiny.build(cfg, bf16=True, init=parts / "sft").learn(
+        dict(dit=adapter("dit", 4, 8), bridge=None)) for _ in range(2))
+    assert tiny.build(cfg).slim(gpu).vlm.dtype == torch.float32              # no bf16, no change
+    assert full.slim(torch.device("cpu")).vlm.dtype == torch.float32
+    slim.slim(gpu)
+    kept = {k for k, p in slim.named_parameters() if p.dtype == torch.float32}
+    assert kept == {k for k, p in slim.named_parameters()
+                    if p.requires_grad or k.startswith("vae")} > {"bridge.meta_queries"}
+    v = []
+    for model in (full, slim):
+        guided = [(1.0, model.encode(prompts))]
+        v.append(model.velocity(model.noise([1, 2]), torch.tensor([0.3, 0.9]), guided))
+        v[-1].square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+                   for p in model.parameters() if p.requires_grad)
+    assert 0 < (v[0] - v[1]).abs().max() < 0.03 * v[0].abs().max()
+
+
+def test_vae_takes_a_few_at_a_time(cfg, monkeypatch):
+    """However many images go through the VAE at once, the result is one after the other's."""
+    model, images = tiny.build(cfg), torch.randint(0, 256, (5, 3, 512, 512), dtype=torch.uint8)
+    z = torch.cat([model.to_latents(i[None]) for i in images])
+    x = torch.cat([model.to_images(a[None]) for a in z])
+    seen = []
+    for name in ("encode", "decode"):
+        real = getattr(model.vae, name)
+        monkeypatch.setattr(model.vae, name, lambda x, real=real, **k: [
+            seen.append(len(x)), real(x, **k)][1])
+    assert (model.to_latents(images) - z).abs().max() < 1e-5
+    assert (model.to_images(z).int() - x.int()).abs().max() <= 1
+    assert seen == [4, 1, 4, 1]
+
+
 @pytest.mark.parametrize("sana", [False, True])
 def test_activations_are_as_planned(monkeypatch, sana):
     """What autograd keeps of one layer more, per token and width, is what the plan says."""
