@@ -22,11 +22,12 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from eval import bench_shapes, parse_weights, read_prompts, score, show_table
+from eval import bench_shapes, grid, parse_weights, read_prompts, score, show_table
 from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
                    open_run, parse, plot, sde_step, setup, sigmas, start_model, stop_flag,
                    sum_grads, write)
@@ -226,11 +227,18 @@ def main():
     stop = stop_flag()
 
     def look(step):
-        """Held-out prompts at fixed noise: a grid to look at, a quick score. -> metrics"""
+        """Fixed prompts at fixed noise: a grid to look at, a quick score. -> metrics"""
+        png = out / "samples" / f"step_{step:05d}.png"
+        draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
         with ema.applied():
-            r = bench_shapes(lambda p, s: model.draw(p, s, args.eval_T, args.guidance), 1, 96,
-                             out / "samples" / f"step_{step:05d}.png")
-        return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
+            if args.preset.startswith("shapes"):                     # held-out prompts
+                r = bench_shapes(draw, 1, 96, png)
+                return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
+            faces = [m["prompt"] for m in metas[:16]]
+            images = draw(faces, range(len(faces))).cpu()
+        grid(images, faces, png)
+        R, W, _ = score(images, metas[:16], 1, weights)
+        return dict(score=((R * W).nansum() / W.sum()).item())
 
     def conditions(prompts):
         """Branches of encoded prompts, and leaves of the same values: micro-batches of the update
@@ -319,7 +327,7 @@ def main():
         log(out, rank, row)
         if rank == 0 and "score" in row:
             plot(out, [f"reward_{n}" for n in names], ["score", "extra"], ["grad_norm"])
-        bar.set_postfix({"reward": f"{mean[0]:.3f}", "held out": f"{shown.get('score', 0):.3f}",
+        bar.set_postfix({"reward": f"{mean[0]:.3g}", "held out": f"{shown.get('score', 0):.3f}",
                          "norm": f"{norm.item():.2f}"}, refresh=False)
         if last:
             break
@@ -331,7 +339,7 @@ def main():
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
                 results[name] = bench_shapes(
-                    lambda p, s, m=m: m.draw(p, s, args.eval_T, args.guidance),
+                    partial(m.draw, steps=args.eval_T, guidance=args.guidance),
                     png=out / "samples" / f"{name}.png")
         show_table(results)
         write(out / "results.json", json.dumps(results, indent=1))

@@ -685,7 +685,7 @@ PRESETS = {c.preset: c for c in (
                   num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
                   cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
                   mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
-        stage1=dict(steps=600), stage2=dict(steps=1500), stage3=dict(init="data/shapes/sana/sft"),
+        stage1=dict(steps=450), stage2=dict(steps=1200), stage3=dict(init="data/shapes/sana/sft"),
     ),
     # UniRL-Zero (2510.17937), appendix A and its scripts. Bridge and DiT learn together from the
     # start: `sft.py`. References are added to the DiT's input.
@@ -1591,7 +1591,8 @@ def plot(out, *curves):
                 ax.plot(seen[n // 2 :][: len(mean), 0], mean, lw=1.5, label=name)
         ax.set_xlabel("minutes")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(out / "curves.tmp", dpi=110, format="png")
     plt.close(fig)

@@ -992,7 +992,7 @@ def train_vlm(eye_steps=1000, steps=1300, batch=32):
 
 if __name__ == "__main__":
     parts = dict(data=make_data, vae=train_vae, clip=train_clip, dit=train_dit, vlm=train_vlm,
-                 sana=partial(train_dit, "shapes-sana", steps=9000))  # fmt: skip
+                 sana=partial(train_dit, "shapes-sana", steps=7000))  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=parts)
     parts[parser.parse_args().part]()

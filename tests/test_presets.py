@@ -1,0 +1,75 @@
+"""Every paper's preset, scaled down, from its first stage to ten updates of RL, as users run it."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
+from test_bridges import intern, qwen, sd3  # noqa: F401
+from test_cli import folder_of, photo
+from test_lora import SANA
+
+import grpo
+import model
+import pretrain
+import sft
+from model import PRESETS, Unified
+
+PAPERS = [name for name in PRESETS if not name.startswith("shapes")]
+# Smaller numbers of the same things; what is left is the preset's own.
+STAGES = {
+    1: (pretrain, "--steps 1 --batch 2 --warmup 1"),
+    2: (sft, "--steps 1 --batch 2 --warmup 1"),
+    3: (grpo, "--steps 10 --B 2 --G 2 --T 6 --window 2 --window-start 0 --window-stop 2 --eval-T 2 "
+              "--micro 3 --eval-every 10 --lora-rank {lora} --reward jpeg_incompressibility"),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):  # noqa: F811
+    torch.manual_seed(0)
+    SanaTransformer2DModel(**SANA).save_pretrained(tmp_path / "sana")
+    [part.save_pretrained(tmp_path / "intern") for part in intern]
+    full = PRESETS[name]
+    dit = tiny.MMDIT | (dict(pooled_projection_dim=8 + 16) if full.bridge == "text" else {})
+    SD3Transformer2DModel(**dit).save_pretrained(tmp_path / "dit")
+    sizes = dict(vlm_dim=32, n_query=3, c_dim=32, c_ff=64, c_layers=1, c_heads=4, t5_tokens=9,
+                 size=32, vae_factor=4, layers=(2, 1) if full.layers else (),
+                 vlm=str(tmp_path / "intern" if full.image_tokens[0] == "<img>" else parts / "vlm"),
+                 dit=str(tmp_path / ("sana" if full.sana else "dit")), vae=str(parts / "vae"),
+                 text_encoder=str(sd3[1] / "True"))
+    sizes |= (dict(sana=SANA | dict(ref=full.sana.get("ref", "none"))) if full.sana
+              else dict(mmdit=dit))
+    monkeypatch.setitem(PRESETS, name, replace(full, **sizes))
+    monkeypatch.setattr(model, "has_bf16", lambda: True)
+    photos = [f"{i}.png" for i in range(4)]
+    [photo(tmp_path / file, 40, 30, i) for i, file in enumerate(photos)]
+    data, init, moved = folder_of(tmp_path, photos), "", {}
+    for stage, (script, flags) in STAGES.items():
+        if getattr(full, f"stage{stage}") is None:
+            continue
+        lora = getattr(full, f"stage{stage}").get("lora_rank", 0) and 2
+        argv = ["--preset", name, "--out", tmp_path / f"stage{stage}", "--init", init,
+                *flags.format(lora=lora).split()]
+        argv += (["--prompts", parts / "prompts.jsonl"] if stage == 3 else ["--data", data])
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        before = Unified.from_preset(name, init)
+        script.main()
+        init = tmp_path / f"stage{stage}"
+        after = dict(Unified.from_preset(name, init).named_parameters())
+        assert all(p.isfinite().all() for p in after.values())
+        moved[stage] = {k.split(".")[0] for k, p in before.named_parameters()
+                        if not torch.equal(p, after[k])}
+        rows = [json.loads(line) for line in open(init / "log.jsonl")]
+        assert len(rows) == (11 if stage == 3 else 1)
+        assert list((init / "samples").glob("*.png"))
+    bridge = {"bridge"} - ({"bridge"} if full.bridge == "text" else set())
+    assert moved.get(1, bridge) == bridge
+    assert moved.get(2, {"dit"}) - {"vlm"} == {"dit"} | (bridge if 2 in moved else set())
+    assert ("vlm" in moved.get(2, ())) == (name == "deepgen")
+    if 3 in moved:
+        assert rows[1]["ratio_off"] <= 2e-4 and {r["step"] for r in rows} == set(range(11))
+        assert moved[3] == {"dit"} | (bridge if full.stage3.get("train") == "both" else set())
