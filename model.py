@@ -1789,7 +1789,12 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
 
 
 def stop_flag():
-    """SIGTERM sets it; a loop that looks at it saves and exits."""
+    """SIGTERM or Ctrl-C sets it; a loop that looks at it saves and exits. A second one kills."""
     flag = []
-    signal.signal(signal.SIGTERM, lambda *_: flag.append(1))
+
+    def stop(which, frame):
+        flag.append(1)
+        signal.signal(which, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     return flag

@@ -66,6 +66,8 @@ def main():
     args = p.parse_args()
     if not args.prompts and not args.export:
         fail("the following arguments are required: prompts")
+    if args.n < 1:
+        fail(f"--n {args.n}: at least one image per prompt")
     if args.export and Path(args.export).exists():
         fail(f"--export {args.export} exists: choose another folder")
     wanted = ".gif" if args.trajectory else ".png"

@@ -97,7 +97,7 @@ def main():
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
 
-        # 4  one step, warm-up then cosine; the average follows
+        # 4  one step, warm-up then cosine down to a 25th; the average follows
         sum_grads(list(params.values()))
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         ramp = min(1, (step + 1) / args.warmup)
@@ -123,7 +123,7 @@ def main():
             ema.save(out, model, step + 1, opt)
         bar.set_postfix(loss=f"{row['loss']:.4f}", **shown, refresh=False)
         log(out, rank, row)
-        if last:
+        if stopped:
             break
     if rank == 0:
         plot(out, ["loss"], ["grad_norm"], ["score"])

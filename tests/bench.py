@@ -85,6 +85,7 @@ def ours(a, args, folder):
     grpo.main()
     grpo.bench_shapes = bench_shapes
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     forwards.handle.remove()
     (_, *rows), curve = history()
     return curve, rows, forwards.rows / (len(rows) * args.B * args.G)

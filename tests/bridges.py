@@ -61,7 +61,7 @@ CLAIMS = [                                    # better, worse, GenEval there, wh
     ("both learn", "connector frozen", ".86 > .84", "UniPic 2.0 table 3"),
     ("both learn", "DiT frozen", ".86 > .85", "UniPic 2.0 table 3"),
 ]
-STEPS = {1: 250, 2: 250}
+STEPS = {1: 200, 2: 150}
 
 
 def run_arm(arm, seed, out):

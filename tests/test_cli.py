@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ import grpo
 import pretrain
 import sample
 import sft
-from model import Config, pairs
+from model import Config, pairs, stop_flag
 
 
 def files(folder):
@@ -246,6 +247,19 @@ def test_two_stages_then_rl_then_pictures(parts, tmp_path, monkeypatch):
         sample.main()
     assert Image.open(tmp_path / "s.gif").n_frames == 3
     assert Image.open(tmp_path / "s.png").width > 2 * 128
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_once_is_a_wish(which):
+    """Ctrl-C lets the run end its update and save; a second one is not caught any more."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = stop_flag()
+        assert not stop
+        os.kill(os.getpid(), which)
+        assert stop and signal.getsignal(which) == signal.SIG_DFL
+    finally:
+        [signal.signal(s, handler) for s, handler in before.items()]
 
 
 def test_shipped_checkpoint_and_a_polite_kill(tmp_path):

@@ -46,7 +46,8 @@ from data.shapes.prepare import (
     training_pair,
     vlm_task,
 )
-from eval import detect_shapes, judge
+from eval import bench_shapes, detect_shapes, judge
+from model import Unified
 
 
 def truth(scene):
@@ -342,3 +343,12 @@ def test_every_question_has_its_answer():
             assert text.startswith(USER) and answer.endswith("<|im_end|>")
             assert text.count(IMAGE) == len(scenes)
             assert text.endswith(ASSISTANT) or task == "text"
+
+
+@pytest.mark.parametrize("folder, least", [("sft", 0.38)])
+def test_what_ships_draws(folder, least):
+    """The checkpoints of stage 2, from which RL starts: 96 images, standard error 0.05."""
+    model = Unified.load(f"data/shapes/{folder}")
+    r = bench_shapes(model.draw, 1, 96)
+    assert r["score"] > least and r["extra_rate"] < 0.4
+    assert bench_shapes(lambda p, s: model.draw(p, s, guidance=3.0), 1, 96)["score"] > r["score"]

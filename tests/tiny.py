@@ -104,7 +104,7 @@ def blue(images, metas, group):
 def play(folder, out, *flags, bf16=False, main=grpo.main):
     """A script's own main on the tiny model, in this process. -> rows of its log"""
     cfg = Config(**json.loads((folder / "config.json").read_text()))
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as m:
         m.setitem(model.PRESETS, "shapes", cfg)
         m.setattr(model, "has_bf16", lambda: bf16)
@@ -117,7 +117,7 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         try:
             main()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            [signal.signal(s, handler) for s, handler in handlers.items()]
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import tarfile
 import time
 from dataclasses import replace
@@ -519,7 +520,7 @@ def make_prompts():
 def write_shard(path, seed):
     """PER_SHARD images with erring captions, as WebDataset: 000000.png, 000000.json, ..."""
     rng = random.Random(seed)
-    with tarfile.open(f"{path}.tmp", "w") as tar:
+    with tarfile.open(path, "w") as tar:
         for i in range(PER_SHARD):
             meta, scene = training_pair(rng)
             png = io.BytesIO()
@@ -529,18 +530,20 @@ def write_shard(path, seed):
                 info = tarfile.TarInfo(f"{i:06d}.{end}")  # its time is 0: same seed, same bytes
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    os.replace(f"{path}.tmp", path)
 
 
 def make_data():
     """train/*.tar (not committed) and prompts/*.jsonl (committed)."""
-    (HERE / "train").mkdir(exist_ok=True)
+    new = HERE / "train.tmp"  # renamed once whole: nobody trains on half of it
+    new.mkdir(exist_ok=True)
     (HERE / "prompts").mkdir(exist_ok=True)
     whole = hashlib.sha256()
     for i in tqdm(range(SHARDS), "shards"):
-        path = HERE / "train" / f"{i:05d}.tar"
+        path = new / f"{i:05d}.tar"
         write_shard(path, seed=f"train {i}")
         whole.update(path.read_bytes())
+    shutil.rmtree(HERE / "train", ignore_errors=True)
+    new.rename(HERE / "train")
     print(f"train/: {SHARDS * PER_SHARD} images, sha256 {whole.hexdigest()[:16]}")
     for name, rows in make_prompts().items():
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
