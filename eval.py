@@ -2,7 +2,7 @@
 
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
-    python eval.py --bench geneval --init "" --out FOLDER               # score what is there
+    python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
@@ -440,7 +440,8 @@ def draw_geneval(draw, out, seed, rank, world, recipe, n=4):
                  seed=key(seed, 0, 1000 * i + j), **recipe)
             for i, row in enumerate(rows) for j in range(n)]
     manifest, text = out / "manifest.jsonl", "".join(json.dumps(p) + "\n" for p in plan)
-    if manifest.read_text() != text if manifest.exists() else any(out.glob("*/samples")):
+    foreign = manifest.read_text() != text if manifest.exists() else any(out.glob("*/samples"))
+    if foreign:
         fail(f"{out} holds images drawn otherwise, or not by us: --init '' scores them; to draw, "
              "choose another --out")
     all_mean([0])                       # every rank has looked before one writes
@@ -785,7 +786,8 @@ def main():
     if args.bench == "geneval" and not out:
         fail("--bench geneval needs --out, a folder for its images")
     rank, world, device = setup()
-    if args.init or args.bench != "geneval":
+    to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds
+    if to_draw:
         model = Unified.load(args.init, args.preset, **given_parts(args)).to(device)
         if out:
             out.mkdir(parents=True, exist_ok=True)
@@ -794,7 +796,7 @@ def main():
         return model.draw(prompts, seeds, args.steps, args.guidance)
 
     if args.bench == "geneval":
-        if args.init:
+        if to_draw:
             draw_geneval(draw, out, args.seed, rank, world, dict(
                 size=model.cfg.size, steps=args.steps, guidance=args.guidance,
                 preset=model.cfg.preset, init=args.init, **given_parts(args)))
@@ -806,7 +808,8 @@ def main():
                                png=out and out / "samples.png")
     show_table({"held out" if args.bench == "shapes" else args.bench: results})
     if out:
-        write(out / "results.json", json.dumps(asdict(args) | results, indent=1))
+        about = asdict(args) if to_draw else dict(bench=args.bench, out=args.out)
+        write(out / "results.json", json.dumps(about | results, indent=1))
 
 
 if __name__ == "__main__":

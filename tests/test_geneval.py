@@ -551,27 +551,29 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.PRESETS, "shapes", model.Config(
         **json.loads((parts / "config.json").read_text())))
     monkeypatch.setattr(model, "has_bf16", lambda: False)
-    out = tmp_path / "run"
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "geneval", *map(str, flags)])
+    def run(out, *flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "geneval", "--out",
+                                          *map(str, (out, *flags))])
         judges.main()
         return json.loads((out / "results.json").read_text())
-    first = run("--init", parts / "sft", "--out", out, "--steps", 2)
+    out, mine = tmp_path / "run", ("--init", parts / "sft", "--steps", 2)
+    first = run(out, *mine)
     assert first["images"] == 16 and first["steps"] == 2 and 0 <= first["score"] <= 1
-    assert {json.loads(line)["steps"] for line in (out / "manifest.jsonl").open()} == {2}
+    plan = [json.loads(line) for line in (out / "manifest.jsonl").open()]
+    assert {(p["steps"], p["size"], p["init"]) for p in plan} == {(2, 64, str(parts / "sft"))}
     images = {f: f.read_bytes() for f in out.glob("*/samples/*.png")}
     assert len(images) == 16 and len(set(images.values())) == 16
-    assert "another run" in complaint(lambda: run("--init", "", "--out", out))
+    assert "another run" in complaint(lambda: run(out, "--init", ""))
     (out / "results.json").unlink()
-    again = run("--init", "", "--out", out)
-    assert {k: v for k, v in again.items() if k not in ("init", "steps")} == {
-        k: v for k, v in first.items() if k not in ("init", "steps")}
+    again = run(out, "--init", "")
+    assert again.items() <= first.items() and "steps" not in again and again["images"] == 16
     assert "geneval" in capsys.readouterr().out
     (out / "results.json").unlink()
-    assert "drawn otherwise" in complaint(
-        lambda: run("--init", parts / "sft", "--out", out, "--steps", 3))
+    assert "drawn otherwise" in complaint(lambda: run(out, *mine, "--guidance", 3))
     assert {f: f.read_bytes() for f in out.glob("*/samples/*.png")} == images
+    bare = run(tmp_path / "bare", "--init", "", "--preset", "shapes", "--steps", 1)
+    assert bare["images"] == 16 and bare["preset"] == "shapes"      # the preset's parts as they are
 
 
 def test_scores_are_those_of_the_images(small, tmp_path):
