@@ -1,26 +1,36 @@
 """Judges: rewards one trains on and benchmarks one reports are the same functions.
 
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
+    python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
+    python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
+    python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
+import functools
+import hashlib
 import io
 import json
 import math
 import os
+import sys
 import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
+from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
 from data.shapes.prepare import (  # isort: skip
-    COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, SHAPES, SIDE, SIZES, relation)
-from model import Unified, fail, given_parts, key, parse, setup, write
+    COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, RELATIONS, SHAPES, SIDE, SIZES,
+    TAGS, article, make_meta, plural, relation)
+from model import (Unified, all_mean, differ, fail, fetch, given_parts, key, parse, setup, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -200,7 +210,7 @@ def extra_objects(detections, meta, least=SHAPES_THRESHOLDS[0]):
     """How many detected objects the prompt did not ask for, by class; a reward that ignores them
     invites a collage.  The lower threshold also for `counting`: half-hidden things are extra."""
     seen = [d for d in detections if d["score"] > least]
-    if "text" in meta:  # a sign itself is seen as white and black things
+    if "text" in meta and not meta["include"]:  # a sign is itself seen as white and black things
         return sum(d["color"] not in ("white", "black") for d in seen)
     asked = Counter()
     for want in meta["include"]:
@@ -209,7 +219,9 @@ def extra_objects(detections, meta, least=SHAPES_THRESHOLDS[0]):
 
 
 def judge(image, meta):
-    """One image (64,64,3) of the classroom world -> dict(correct, strict, partial, extra)."""
+    """One image (H,W,3) -> dict(correct, strict, partial, extra)."""
+    if is_photo(meta):
+        return judge_photos(image[None], [meta])[0]
     detections = detect_shapes(image)
     extra = extra_objects(detections, meta)
     if "text" not in meta:
@@ -217,6 +229,264 @@ def judge(image, meta):
     read = read_sign(image)
     same = read == meta["text"]
     return dict(correct=same, strict=same, partial=text_match(read, meta["text"]), extra=extra)
+
+
+# ---------------------------------------------------------------------------------------------
+# GenEval on real images: Mask2Former finds things, CLIP names their colours, the rule above judges.
+# Departs from the original in its detector's weights, the authors' own in place of mmdet's: 0.9 for
+# counting is the sensitive threshold, calibrate before quoting. Flow-GRPO's reward also turns each
+# image into a JPEG and swaps red and blue on the way to the detector; here it does neither.
+
+COCO = ("person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
+        "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+        "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, "
+        "snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis "
+        "racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, "
+        "orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+        "dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell "
+        "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy "
+        "bear, hair drier, toothbrush").split(", ")  # COCO's order, GenEval's names
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+COCO_THRESHOLDS = (0.3, 0.9)
+COLOR_CLIP = ("ViT-L-14-quickgelu", "openai")  # `ViT-L-14` builds the wrong GELU and only warns
+
+
+def is_photo(meta):
+    """Which world a prompt speaks of: a class that is no shape of the classroom is COCO's."""
+    return any(want["class"] not in SHAPES for want in meta["include"])
+
+
+@functools.cache
+def mask2former(name):
+    """-> image processor, model: on the GPU where there is one"""
+    # 800, as mmdet, not the 384x384 of this checkpoint's own file; a divisor would stretch the
+    # image to multiples of 32, where mmdet pads. Left: torch smooths when it shrinks, mmdet not.
+    see = Mask2FormerImageProcessor(size=dict(shortest_edge=800, longest_edge=1333), size_divisor=0)
+    model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+        fetch(name), dtype=torch.float32, output_loading_info=True)
+    # The file is older than transformers 5: its index tables are computed now (unexpected), and it
+    # lacks a last norm, which no mask depends on.
+    differ(f"{name} does not fit its config.json",
+           [k for k in sorted(info["missing_keys"]) if ".swin.layernorm." not in k]
+           + sorted(k[0] for k in info["mismatched_keys"]))
+    if model.config.num_labels != len(COCO):
+        fail(f"{name} knows {model.config.num_labels} classes, not COCO's {len(COCO)}")
+    return see, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@torch.no_grad()
+def detect_coco(images):
+    """uint8 (N,H,W,3) -> N lists of {class, score, box (x0,y0,x1,y1), mask bool (H,W)}, best first.
+
+    mmdet 2.x's MaskFormerFusionHead.instance_postprocess, then GenEval's 16 best of each class
+    without NMS; transformers' own helper cuts the masks out at 384x384."""
+    see, model = mask2former(DETECTOR)
+    x = see(list(torch.from_numpy(images).permute(0, 3, 1, 2)), input_data_format="channels_first",
+            device=model.device, return_tensors="pt")["pixel_values"]                # (N,3,h,w)
+    h, w = x.shape[2:]
+    x = F.pad(x, (0, -w % 32, 0, -h % 32))
+    out, found = model(pixel_values=x), []
+
+    def grow(masks, size):
+        return F.interpolate(masks[None], size=tuple(size), mode="bilinear")[0]
+
+    for names, masks in zip(out.class_queries_logits, out.masks_queries_logits):
+        p = names.softmax(-1)[:, :-1].flatten()       # (Q*80,), the last class being "nothing"
+        p, at = p.topk(min(100, len(p)))              # a query may bear two names: no argmax
+        at, p = at[p > COCO_THRESHOLDS[0]], p[p > COCO_THRESHOLDS[0]]   # a mask only lowers p
+        things = []
+        if len(p):
+            masks = grow(masks[at // len(COCO)], x.shape[2:])[:, :h, :w]        # without padding
+            masks = grow(masks, images.shape[1:3])                              # (K,H,W) logits
+            inside = masks > 0
+            score = p * (masks.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+            for s, k, mask in zip(score.tolist(), (at % len(COCO)).tolist(), inside.cpu().numpy()):
+                if s > COCO_THRESHOLDS[0]:            # an empty mask has 0
+                    (y0, y1), (x0, x1) = (np.flatnonzero(mask.any(a))[[0, -1]].tolist()
+                                          for a in (1, 0))
+                    things.append(dict(score=s, box=(x0, y0, x1 + 1, y1 + 1), mask=mask,
+                                       **{"class": COCO[k]}))
+        things.sort(key=lambda t: -t["score"])
+        found.append([t for i, t in enumerate(things)
+                      if sum(u["class"] == t["class"] for u in things[:i]) < 16])
+    return found
+
+
+@functools.cache
+def color_clip(name, tag):
+    """-> open_clip model, image transform, tokenizer"""
+    try:
+        model, _, prepare = open_clip.create_model_and_transforms(
+            name, tag, device="cuda" if torch.cuda.is_available() else "cpu")
+    except (OSError, RuntimeError) as e:
+        fail(f"GenEval's colour classifier, open_clip {name} {tag}, cannot be loaded: "
+             + str(e).strip().splitlines()[0])
+    return model.eval(), prepare, open_clip.get_tokenizer(name)
+
+
+@functools.cache
+def color_weights(thing, clip):
+    """(D,10): for each colour, the mean of three sentences' normalised embeddings."""
+    model, _, words = color_clip(*clip)
+    return open_clip.build_zero_shot_classifier(
+        model, words, COLORS, [f"a photo of a {{}} {thing}", f"a photo of a {{}}-colored {thing}",
+                               "a photo of a {} object"], device=model.logit_scale.device)
+
+
+@torch.no_grad()
+def name_colors(image, things):
+    """Gives each of some things of one class its `color`: CLIP sees it alone, on #999."""
+    model, prepare, _ = color_clip(*COLOR_CLIP)
+    crops = []
+    for t in things:
+        x0, y0, x1, y1 = t["box"]
+        alone = np.where(t["mask"][..., None], image, np.uint8(0x99))
+        crops.append(prepare(Image.fromarray(alone[y0:y1, x0:x1])))
+    weights = color_weights(things[0]["class"], COLOR_CLIP)
+    f = F.normalize(model.encode_image(torch.stack(crops).to(weights.device)), dim=-1)
+    for t, k in zip(things, (f @ weights).argmax(1).tolist()):
+        t["color"] = COLORS[k]
+
+
+def judge_photos(images, metas):
+    """Real images, uint8 (N,H,W,3), and what each should show -> N dicts, as judge."""
+    out = []
+    for image, meta, things in zip(images, metas, detect_coco(images)):
+        for want in meta["include"]:
+            mine = [t for t in things if t["class"] == want["class"]]
+            if "color" in want and mine:
+                name_colors(image, mine)
+        out.append(dict(evaluate(things, meta, COCO_THRESHOLDS),
+                        extra=extra_objects(things, meta, COCO_THRESHOLDS[0])))
+    return out
+
+
+def coco_meta(tag, rng):
+    """One GenEval prompt about COCO's things; draws from rng as GenEval's create_prompts.py does,
+    so that one seed gives its very file. No colours for `person`, COCO[0]."""
+    def some(i, count=1, **more):
+        return {"class": COCO[i], "count": count, **more}
+
+    if tag == "counting":
+        i, n = rng.choice(80), int(rng.integers(2, 4, endpoint=True))
+        return make_meta(tag, [some(i, n)], plural(n, COCO[i]), exclude=[some(i, n + 1)])
+    if tag == "colors":
+        i, c = rng.choice(79) + 1, COLORS[rng.choice(10)]
+        return make_meta(tag, [some(i, color=c)], article(f"{c} {COCO[i]}"))
+    if tag == "color_attr":
+        i, j = rng.choice(79, 2, replace=False) + 1
+        c, d = (COLORS[k] for k in rng.choice(10, 2, replace=False))
+        return make_meta(tag, [some(i, color=c), some(j, color=d)],
+                         f"{article(f'{c} {COCO[i]}')} and {article(f'{d} {COCO[j]}')}")
+    i, j = rng.choice(80, 2, replace=False)
+    a, b = article(COCO[i]), article(COCO[j])
+    if tag == "two_object":
+        return make_meta(tag, [some(i), some(j)], f"{a} and {b}")
+    rel = RELATIONS[rng.choice(4)]                    # position
+    return make_meta(tag, [some(j), some(i, position=[rel, 0])], f"{a} {rel} {b}")
+
+
+def geneval_prompts():
+    """The 553 test prompts, a JSON line each: byte for byte GenEval's evaluation_metadata.jsonl."""
+    rng = np.random.default_rng(43)
+    rows = [make_meta("single_object", [{"class": COCO[i], "count": 1}], article(COCO[i]))
+            for i in rng.choice(80, 80, replace=False)]
+    rows += [coco_meta(tag, rng) for tag in TAGS[1:] for _ in range(100)]
+    lines = list(dict.fromkeys(json.dumps(row) + "\n" for row in rows))              # each once
+    if hashlib.sha256("".join(lines).encode()).hexdigest()[:16] != "5c48e0813e812e3c":
+        fail(f"numpy {np.__version__} draws otherwise than GenEval's: these are not its prompts")
+    return lines
+
+
+def geneval_train_prompts(n=50_000):
+    """n training prompts in Flow-GRPO's shares, none about what a test prompt is about.
+
+    Departs from Flow-GRPO, which leaves out the test's exact words: here a pair of things (and of
+    colours) is out in either order, whatever the relation. Lines repeat: just 160 can count."""
+    def about(row):
+        return row["tag"], *(frozenset(want.get(k) for want in row["include"])
+                             for k in ("class", "count", "color"))
+
+    tested = {about(json.loads(line)) for line in geneval_prompts()}
+    shares = dict(position=7, counting=5, color_attr=3, colors=1, two_object=1)
+    tags = [tag for tag, share in shares.items() for _ in range(share)]
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < n:
+        row = coco_meta(tags[len(rows) % len(tags)], rng)
+        if about(row) not in tested:
+            rows.append(row)
+    return [json.dumps(rows[i]) + "\n" for i in rng.permutation(n)]
+
+
+def write_prompts(name="", path="", *more):
+    """--write-prompts NAME FILE; an existing file stays as it is."""
+    makers = {"geneval": geneval_prompts, "geneval-train": geneval_train_prompts}
+    if name not in makers or not path or more:
+        fail(f"--write-prompts takes one of {', '.join(makers)}, and a file")
+    if Path(path).exists() or not Path(path).absolute().parent.is_dir():
+        fail(f"{path} exists or is in no folder that does: choose another file")
+    lines = makers[name]()
+    write(path, "".join(lines))
+    print(f"{path}: {len(lines)} prompts")
+
+
+def draw_geneval(draw, out, seed, rank, world, recipe, n=4):
+    """n images per prompt in GenEval's folders; ranks share them, what is there is not redrawn.
+
+    draw(prompts, seeds) -> uint8 (B,3,H,W).  manifest.jsonl, how each image is drawn, is written
+    first; a folder with another one is refused."""
+    rows = geneval_prompts()
+    plan = [dict(file=f"{i:05d}/samples/{j:04d}.png", prompt=json.loads(row)["prompt"],
+                 seed=key(seed, 0, 1000 * i + j), **recipe)
+            for i, row in enumerate(rows) for j in range(n)]
+    manifest, text = out / "manifest.jsonl", "".join(json.dumps(p) + "\n" for p in plan)
+    foreign = manifest.read_text() != text if manifest.exists() else any(out.glob("*/samples"))
+    if foreign:
+        fail(f"{out} holds images drawn otherwise, or not by us: --init '' scores them; to draw, "
+             "choose another --out")
+    all_mean([0])                       # every rank has looked before one writes
+    for i, row in enumerate(rows if rank == 0 else []):
+        (out / f"{i:05d}/samples").mkdir(parents=True, exist_ok=True)
+        write(out / f"{i:05d}/metadata.jsonl", row)
+    if rank == 0:
+        write(manifest, text)
+    all_mean([0])
+    todo = [p for p in plan[rank::world] if not (out / p["file"]).exists()]
+    batch = max(1, min(64, (2048 // recipe["size"]) ** 2))                # 16 of 512 px, 4 of 1024
+    for a in tqdm(range(0, len(todo), batch), "draw", unit="batch", disable=rank > 0 or None):
+        now = todo[a : a + batch]
+        images = arrays(draw([p["prompt"] for p in now], [p["seed"] for p in now]))
+        for file, image in zip([out / p["file"] for p in now], images):
+            Image.fromarray(image).save(f"{file}.tmp", "PNG")
+            os.replace(f"{file}.tmp", file)
+    all_mean([0])                       # rank 0 scores what all have drawn
+
+
+def score_geneval(folder):
+    """GenEval's folders {i:05d}/metadata.jsonl and {i:05d}/samples/{k:04d}.png, whoever drew them
+    -> metrics; results.jsonl then says how each image fared."""
+    files, rows, judged = [], [], []
+    for about in sorted(folder.glob("[0-9]*/metadata.jsonl")):
+        mine = sorted(about.parent.glob("samples/[0-9]*.png"))
+        try:
+            (row,) = read_prompts(about)
+        except (OSError, ValueError) as e:
+            fail(f"{about}: {e}")
+        if not (row.get("tag") and row.get("include") and mine):
+            fail(f"{about.parent}: no tag or include in metadata.jsonl, or no samples/0000.png")
+        files, rows = files + mine, rows + [row] * len(mine)
+    if not files:
+        fail(f"{folder} holds no images in GenEval's layout, such as 00000/samples/0000.png")
+    for file, row in zip(tqdm(files, "score", unit="image", disable=None), rows):
+        try:
+            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        except OSError as e:
+            fail(f"{file} cannot be read: {e}")
+        judged.append(judge(np.array(image), row))
+    write(folder / "results.jsonl", "".join(
+        json.dumps(dict(filename=str(f), tag=r["tag"], prompt=r["prompt"], **v)) + "\n"
+        for f, r, v in zip(files, rows, judged)))
+    return table(rows, [[v] for v in judged])[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,14 +514,26 @@ def per_image(f, images, metas, field):
                          for x, m in zip(arrays(images), metas)], dtype=torch.float32)
 
 
+def verdicts(images, metas, what):
+    """judge()'s verdict `what` where the meta has `include`, else NaN; photos eight at a time."""
+    x = arrays(images)
+    photos = [i for i, m in enumerate(metas) if m.get("include") and is_photo(m)]
+    found = {}
+    for b in (photos[a : a + 8] for a in range(0, len(photos), 8)):
+        found |= zip(b, judge_photos(x[b], [metas[i] for i in b]))
+    found |= {i: judge(x[i], m) for i, m in enumerate(metas)
+              if i not in found and m.get("include") is not None}
+    return torch.tensor([float(found[i][what]) if i in found else math.nan for i in range(len(x))])
+
+
 def geneval(images, metas, group):
     """Partial GenEval score in [0,1]; of a sign, how well it reads."""
-    return per_image(lambda x, m: judge(x, m)["partial"], images, metas, "include")
+    return verdicts(images, metas, "partial")
 
 
 def geneval_strict(images, metas, group):
     """1 where every count, colour and position is exact (of a sign, every character), else 0."""
-    return per_image(lambda x, m: judge(x, m)["strict"], images, metas, "include")
+    return verdicts(images, metas, "strict")
 
 
 def ocr(images, metas, group):
@@ -334,11 +616,15 @@ def read_prompts(path):
             row = json.loads(line)
             good = isinstance(row["prompt"], str) and all(
                 want["count"] > 0 and want["class"] for want in row.get("include", []))
+            named = {want["class"] for k in ("include", "exclude") for want in row.get(k, [])}
         except (ValueError, TypeError, KeyError):
             good = False
         if not good:
             raise ValueError(f"{path}, line {i}: not a JSON object with `prompt` and, if it has "
                              "`include`, `class` and `count` in each part of that")
+        if not (named <= set(SHAPES) or named <= set(COCO)):     # no detector sees both worlds
+            raise ValueError(f"{path}, line {i}: {', '.join(sorted(named))}: not all shapes of the "
+                             "classroom, nor all among GenEval's 80 names: SHAPES, COCO in eval.py")
         rows.append(row)
     return rows
 
@@ -370,15 +656,13 @@ def mean_and_error(values, rows):
     return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(means))
 
 
-def summary(rows, images):
-    """Metrics of images (P,n,64,64,3) drawn for P rows; x_se is the standard error of x.
-    -> flat dict, and which images are officially correct (P,n)."""
-    P, n = images.shape[:2]
-    verdicts = [[judge(x, r) for x in xs] for r, xs in zip(rows, images)]
+def table(rows, judged):
+    """judge()'s dicts, n for each of P rows -> metrics, x_se being the standard error of x, and
+    which images are officially correct (P,n)."""
     right, partial, strict, extra = (
-        np.array([[float(v[k]) for v in vs] for vs in verdicts])
+        np.array([[float(v[k]) for v in vs] for vs in judged])
         for k in ("correct", "partial", "strict", "extra"))                          # (P,n) each
-    out = dict(images=P * n)
+    out = dict(images=right.size)
 
     def add(name, values, rows=rows):
         out[name], out[name + "_se"] = mean_and_error(values, rows)
@@ -389,6 +673,17 @@ def summary(rows, images):
     add("partial", partial)
     add("strict", strict)
     add("extra_rate", np.float64(extra > 0))  # share of images with an object not asked for
+    return out, right
+
+
+def summary(rows, images):
+    """As table, of images (P,n,64,64,3) drawn for P rows, with what pixels alone tell."""
+    P, n = images.shape[:2]
+    out, right = table(rows, [[judge(x, r) for x in xs] for r, xs in zip(rows, images)])
+
+    def add(name, values):
+        out[name], out[name + "_se"] = mean_and_error(values, rows)
+
     if n > 1:  # RMS pixel distance, 0 ... 1, of all pairs of a row's images
         i, j = np.triu_indices(n, 1)
         flat = images.reshape(P, n, -1) / np.float32(255)
@@ -462,7 +757,7 @@ def show_table(runs):
         print(f"{k:15}" + "".join(f"{c:>17}" for c in cells))
 
 
-BENCHMARKS = {"shapes": bench_shapes}
+BENCHMARKS = ("shapes", "geneval")
 
 
 @dataclass
@@ -473,30 +768,48 @@ class Args:
     vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
     dit: str = ""                     # the same; or owner/repo/subfolder
     vae: str = ""                     # the same
-    out: str = ""                     # folder for results.json and samples.png; empty: print only
+    out: str = ""                     # folder for results and images; empty: print only
     steps: int = 10                   # ODE steps, a forward each
     guidance: float = 1.0             # 1 = none, half the forwards
     seed: int = 0                     # another seed, other noise
 
 
 def main():
+    if sys.argv[1:2] == ["--write-prompts"]:
+        return write_prompts(*sys.argv[2:])
     args = parse(Args, __doc__)
     if args.bench not in BENCHMARKS:
         fail(f"unknown benchmark {args.bench!r}; there are: {', '.join(BENCHMARKS)}")
     out = Path(args.out) if args.out else None
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
-    device = setup()[2]
-    model = Unified.load(args.init, args.preset, **given_parts(args)).slim(device).to(device)
+    if args.bench == "geneval" and not out:
+        fail("--bench geneval needs --out, a folder for its images")
+    rank, world, device = setup()
+    to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds
+    if to_draw:
+        model = Unified.load(args.init, args.preset, **given_parts(args)).slim(device).to(device)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+
+    def draw(prompts, seeds):
+        return model.draw(prompts, seeds, args.steps, args.guidance)
+
+    if args.bench == "geneval":
+        if to_draw:
+            draw_geneval(draw, out, args.seed, rank, world, dict(
+                size=model.cfg.size, steps=args.steps, guidance=args.guidance,
+                preset=model.cfg.preset, init=args.init, **given_parts(args)))
+        if rank:
+            return
+        results = score_geneval(out)
+    else:
+        results = bench_shapes(lambda p, s: draw(p, [key(args.seed, 0, i) for i in s]),
+                               png=out and out / "samples.png")
+    show_table({"held out" if args.bench == "shapes" else args.bench: results})
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-    results = BENCHMARKS[args.bench](
-        lambda prompts, seeds: model.draw(prompts, [key(args.seed, 0, s) for s in seeds],
-                                          args.steps, args.guidance),
-        png=out and out / "samples.png")
-    show_table({"held out": results})
-    if out:
-        write(out / "results.json", json.dumps(asdict(args) | results, indent=1))
+        about = asdict(args) if to_draw else dict(bench=args.bench, out=args.out)
+        write(out / "results.json", json.dumps(about | results, indent=1))
 
 
 if __name__ == "__main__":
