@@ -466,8 +466,7 @@ def text_boxes(p, H, W):
 
 
 @cache
-def ocr_model():
-    det, rec = MODELS["ocr-det"], MODELS["ocr-rec"]
+def ocr_model(det, rec):
     return (to_device(pretrained(PPOCRV5MobileDetForObjectDetection, det)),
             processor(AutoImageProcessor, det),
             to_device(pretrained(PPOCRV5MobileRecForTextRecognition, rec)),
@@ -477,7 +476,7 @@ def ocr_model():
 @torch.no_grad()
 def read_text(images):
     """uint8 (N,H,W,3) -> N strings: all lines of an image, joined without a space (Flow-GRPO)."""
-    det, look, rec, squeeze = ocr_model()
+    det, look, rec, squeeze = ocr_model(MODELS["ocr-det"], MODELS["ocr-rec"])
     H, W = images.shape[1:3]
     crops, owner = [], []
     for i in range(0, len(images), 16):
@@ -615,7 +614,7 @@ RATE = ('This image was drawn for the prompt "{}". Rate how well it fits the pro
 
 def phrasing(images, ours, theirs):
     """The classroom VLM's own question, or the one for everybody else's."""
-    return ours.replace(IMAGE, "") if classroom(images) and not JUDGE.model else theirs
+    return theirs if JUDGE.model or JUDGE.url or not classroom(images) else ours.replace(IMAGE, "")
 
 
 def choice(answer):
