@@ -1,6 +1,8 @@
 """Rewards that are models, through their real classes at tiny random size, against computations
 written separately; judges that answer here, and at an endpoint in a thread."""
 
+import base64
+import io
 import json
 import math
 import random
@@ -378,7 +380,7 @@ def test_ocr(ocr_folders, monkeypatch):
             if new.any() and chance[new].mean() >= 0.5:
                 want += "".join(alphabet[i] for i in best[new])
         assert text == want
-    assert len(set(texts)) > 3 and all(texts)                    # one to three boxes, and what is in them
+    assert len(set(texts)) > 3 and all(texts)          # the number of boxes, and what is in them
     for k in range(6):                                           # one image at a time: the same
         boxes.clear()
         boxes.update({str(i): 0 for i in range(k)})
@@ -610,7 +612,7 @@ def test_endpoint_gets_the_question(endpoint):
     assert message["role"] == "user" and text == dict(type="text", text="How good?")
     for part, want in ((first, image), (second, 255 - image)):   # in order, lossless
         head, data = part["image_url"]["url"].split(",")
-        got = Image.open(__import__("io").BytesIO(__import__("base64").b64decode(data)))
+        got = Image.open(io.BytesIO(base64.b64decode(data)))
         assert head == "data:image/png;base64" and np.array_equal(np.array(got), want)
 
 
@@ -680,9 +682,6 @@ def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(JUDGE, "error", "HTTP Error 401")
     with pytest.raises(SystemExit, match="'jpeg_compressibility' failed for 75%.*update 1.*401"):
         tiny.play(parts, tmp_path / "b", *weights)
-    # Only images that this reward was to score count: of none, none failed.
-    monkeypatch.setitem(REWARDS, "jpeg_compressibility", often(0))
-    assert "failed_blue" not in tiny.play(parts, tmp_path / "c", *weights)[-1]
 
 
 def test_judge_flags_reach_the_judge(parts, tmp_path, endpoint, monkeypatch):
