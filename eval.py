@@ -456,7 +456,8 @@ def text_boxes(p, H, W):
         y, x = (np.array([[ys.start - d, ys.stop - 1 + d], [xs.start - d, xs.stop - 1 + d]])
                 * [[H / p.shape[0]], [W / p.shape[1]]]).round().astype(int)
         (y0, y1), (x0, x1) = y.clip(0, H), x.clip(0, W)
-        boxes.append((int(x0), int(y0), int(x1), int(y1)))
+        if x1 > x0 and y1 > y0:
+            boxes.append((int(x0), int(y0), int(x1), int(y1)))
     lines = []                                      # a box whose centre is in a line belongs to it
     for b in sorted(boxes, key=lambda b: b[1]):
         line = next((a for a in lines if a[0][1] <= (b[1] + b[3]) / 2 < a[0][3]), None)
