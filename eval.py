@@ -6,31 +6,43 @@
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
-import functools
+import base64
 import hashlib
 import io
 import json
 import math
 import os
+import random
+import re
 import sys
 import textwrap
+import time
+import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
-from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, CLIPModel,
+                          CLIPProcessor, Mask2FormerForUniversalSegmentation,
+                          Mask2FormerImageProcessor, PPOCRV5MobileDetForObjectDetection,
+                          PPOCRV5MobileRecForTextRecognition)
 
 from data.shapes.prepare import (  # isort: skip
-    COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, RELATIONS, SHAPES, SIDE, SIZES,
-    TAGS, article, make_meta, plural, relation)
-from model import (Unified, all_mean, differ, fail, fetch, given_parts, key, parse, setup, write)
+    COLORS, GLYPHS, GROUND, IMAGE, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS, SHAPES,
+    SIDE, SIZES, TAGS, WHICH, article, make_meta, plural, relation)
+from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
+                   pretrained, setup, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -256,7 +268,7 @@ def is_photo(meta):
     return any(want["class"] not in SHAPES for want in meta["include"])
 
 
-@functools.cache
+@cache
 def mask2former(name):
     """-> image processor, model: on the GPU where there is one"""
     # 800, as mmdet, not the 384x384 of this checkpoint's own file; a divisor would stretch the
@@ -312,7 +324,7 @@ def detect_coco(images):
     return found
 
 
-@functools.cache
+@cache
 def color_clip(name, tag):
     """-> open_clip model, image transform, tokenizer"""
     try:
@@ -324,7 +336,7 @@ def color_clip(name, tag):
     return model.eval(), prepare, open_clip.get_tokenizer(name)
 
 
-@functools.cache
+@cache
 def color_weights(thing, clip):
     """(D,10): for each colour, the mean of three sentences' normalised embeddings."""
     model, _, words = color_clip(*clip)
@@ -536,11 +548,6 @@ def geneval_strict(images, metas, group):
     return verdicts(images, metas, "strict")
 
 
-def ocr(images, metas, group):
-    """Flow-GRPO's text reward in [0,1], for prompts with a `text`."""
-    return per_image(lambda x, m: text_match(read_sign(x), m["text"]), images, metas, "text")
-
-
 def jpeg_compressibility(images, metas, group):
     """-kB/500 (DDPO, Flow-GRPO): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
     return torch.tensor([-jpeg_kb(x) / 500 for x in arrays(images)])
@@ -551,8 +558,392 @@ def jpeg_incompressibility(images, metas, group):
     return torch.tensor([jpeg_kb(x) / 1000 for x in arrays(images)])
 
 
-REWARDS = {f.__name__: f for f in (geneval, geneval_strict, ocr, jpeg_compressibility,
-                                   jpeg_incompressibility)}
+# ---------------------------------------------------------------------------------------------
+# Rewards that are models: loaded on first use, on the GPU where there is one, each with its own
+# preprocessing. Images of 64x64 are the classroom's, for which its own small models stand in.
+
+MODELS = {  # a folder, or owner/repo on the Hub; edit to judge by another version
+    "clip": "openai/clip-vit-large-patch14",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "pickscore-processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",   # PickScore ships none
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",   # on the features of clip
+    "hpsv2": "xswu/HPSv2/HPS_v2_compressed.pt",   # HPS_v2.1_compressed.pt: another scale
+    "hpsv2-arch": "ViT-H-14",
+    "ocr-det": "PaddlePaddle/PP-OCRv5_mobile_det_safetensors",
+    "ocr-rec": "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors",
+    "judge": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "clip-shapes": str(Path(__file__).parent / "data/shapes/clip"),
+    "judge-shapes": str(Path(__file__).parent / "data/shapes/vlm"),
+}
+
+
+def classroom(images):
+    """Are these (N,3,H,W) pictures of the classroom world? By size: nobody else draws 64x64."""
+    return tuple(images.shape[-2:]) == (SIDE, SIDE)
+
+
+def to_device(model):
+    return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hub_file(name):
+    """A local file, or owner/repo/file on the Hub -> its path."""
+    if Path(name).is_file():
+        return name
+    owner, repo, file = name.split("/", 2)
+    try:
+        return hf_hub_download(f"{owner}/{repo}", file)
+    except (OSError, ValueError) as e:
+        fail(f"{name} is neither a file nor on the Hub: {str(e).strip().splitlines()[0]}")
+
+
+def processor(kind, name):
+    """A transformers tokenizer, image processor or both, from a folder or the Hub."""
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        fail(f"{name} has no {kind.__name__}: {str(e).strip().splitlines()[0]}")
+
+
+@cache
+def clip_model(name, words=""):
+    """A transformers CLIP (words: where its processor is, if elsewhere). -> see, read, scale:
+    see(PIL images) and read(strings) give features (N,D); scale is exp(logit_scale).
+
+    OpenAI's towers need QuickGELU: transformers' config says so; in open_clip it would be
+    `ViT-L-14-quickgelu`, and plain `ViT-L-14` would load them without a word."""
+    model = to_device(pretrained(CLIPModel, name))
+    feed = processor(CLIPProcessor, words or name)
+    most = model.config.text_config.max_position_embeddings                      # 77
+
+    def see(images):
+        x = feed(images=images, return_tensors="pt").to(model.device)
+        return model.get_image_features(**x).pooler_output   # transformers 5: not the tensor itself
+
+    def read(texts):
+        x = feed(text=texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+        return model.get_text_features(**x.to(model.device)).pooler_output
+    return see, read, model.logit_scale.exp().item()
+
+
+@cache
+def open_clip_model(name, weights=None):
+    """The same of an open_clip model: "local-dir:FOLDER", or an architecture and its weights."""
+    model, _, crop = open_clip.create_model_and_transforms(name, weights and hub_file(weights))
+    model, words = to_device(model), open_clip.get_tokenizer(name)
+    device = model.logit_scale.device
+
+    def see(images):
+        return model.encode_image(torch.stack([crop(i) for i in images]).to(device))
+
+    def read(texts):
+        return model.encode_text(words(texts).to(device))
+    return see, read, model.logit_scale.exp().item()
+
+
+def clip_for(images):
+    if classroom(images):
+        return open_clip_model("local-dir:" + MODELS["clip-shapes"])
+    return clip_model(MODELS["clip"])
+
+
+@torch.no_grad()
+def embed(f, items):
+    """f = see or read of a list of images (uint8 numpy) or strings -> (N,D) on the CPU, length 1.
+    In fp32: the models are small beside the DiT that they judge."""
+    items = [x if isinstance(x, str) else Image.fromarray(x) for x in items]
+    chunks = [f(items[i : i + 64]).float() for i in range(0, len(items), 64)]
+    return F.normalize(torch.cat(chunks), dim=-1).cpu()
+
+
+def cosine(model, images, metas):
+    """Cosine of each image with its own prompt, (N,); images of a group share a prompt."""
+    see, read, _ = model
+    prompts = list(dict.fromkeys(m["prompt"] for m in metas))
+    text = embed(read, prompts)[[prompts.index(m["prompt"]) for m in metas]]
+    return (embed(see, arrays(images)) * text).sum(1)
+
+
+def clip(images, metas, group):
+    """Cosine of image and prompt: ViT-L gives 0.15 to 0.35; the prompt is cut at 77 tokens."""
+    return cosine(clip_for(images), images, metas)
+
+
+def clip_direction(images, metas, group):
+    """An edit's direction, cos(image - source, target caption - source caption) in [-1,1].
+
+    For metas with `source`, a uint8 (3,H,W) image, and `captions`, (source's, target's)."""
+    see, read, _ = clip_for(images)
+    R = torch.full((len(metas),), math.nan)
+    rows = [i for i, m in enumerate(metas)
+            if m.get("source") is not None and m.get("captions") is not None]
+    if not rows:
+        return R
+    new = arrays(images[rows])
+    old = [arrays(metas[i]["source"][None])[0] for i in rows]
+    texts = [metas[i]["captions"] for i in rows]
+    d_image = embed(see, new) - embed(see, old)                                  # (n,D)
+    d_text = embed(read, [b for _, b in texts]) - embed(read, [a for a, _ in texts])
+    R[rows] = F.cosine_similarity(d_image, d_text)
+    # Nothing edited, no direction: rounding in another batch must not be taken for an edit.
+    same = [i for i, a, b, (s, t) in zip(rows, new, old, texts) if np.array_equal(a, b) or s == t]
+    R[same] = 0
+    return R
+
+
+def pickscore(images, metas, group):
+    """exp(logit_scale) x cosine, about 18 to 24 (Flow-GRPO divides by 26; a z-score forgets it)."""
+    model = clip_model(MODELS["pickscore"], MODELS["pickscore-processor"])
+    return model[2] * cosine(model, images, metas)
+
+
+def hpsv2(images, metas, group):
+    """Plain cosine, about 0.2 to 0.35, without a logit scale; v2.0 and v2.1 do not compare."""
+    return cosine(open_clip_model(MODELS["hpsv2-arch"], MODELS["hpsv2"]), images, metas)
+
+
+@cache
+def aesthetic_head(name):
+    return torch.load(hub_file(name), map_location="cpu", weights_only=True)
+
+
+def aesthetic(images, metas, group):
+    """LAION's sac+logos+ava1 predictor, about 3 to 8: five affine layers without activations
+    (the other layers of its file, of which 1, 3 and 5 are dropout, hold nothing)."""
+    see, head = clip_model(MODELS["clip"])[0], aesthetic_head(MODELS["aesthetic"])
+    x = embed(see, arrays(images))
+    for k in (0, 2, 4, 6, 7):                       # 768 -> 1024 -> 128 -> 64 -> 16 -> 1
+        x = F.linear(x, head[f"layers.{k}.weight"], head[f"layers.{k}.bias"])
+    return x[:, 0]
+
+
+# PP-OCRv5: one network finds lines of text, another reads them. transformers' own step between
+# the two needs cv2; ours is axis-aligned, so that text at an angle comes in a looser crop.
+
+
+def text_boxes(p, H, W):
+    """Probability of text p (h,w) -> boxes (x0,y0,x1,y1) in pixels of the (H,W) image, in reading
+    order. PaddleOCR's: pixels above 0.3, regions of mean 0.6, grown by 1.5 area / perimeter (its
+    second check, 5 pixels when grown, follows from the first)."""
+    parts, _ = ndimage.label(p > 0.3, np.ones((3, 3)))
+    boxes = []
+    for ys, xs in ndimage.find_objects(parts):
+        h, w = ys.stop - 1 - ys.start, xs.stop - 1 - xs.start   # between centres of pixels, as cv2
+        if min(h, w) < 3 or p[ys, xs].mean() < 0.6:
+            continue
+        d = 1.5 * h * w / (2 * (h + w))
+        y, x = (np.array([[ys.start - d, ys.stop - 1 + d], [xs.start - d, xs.stop - 1 + d]])
+                * [[H / p.shape[0]], [W / p.shape[1]]]).round().astype(int)
+        (y0, y1), (x0, x1) = y.clip(0, H), x.clip(0, W)
+        if x1 > x0 and y1 > y0:
+            boxes.append((int(x0), int(y0), int(x1), int(y1)))
+    lines = []                                      # a box whose centre is in a line belongs to it
+    for b in sorted(boxes, key=lambda b: b[1]):
+        line = next((a for a in lines if a[0][1] <= (b[1] + b[3]) / 2 < a[0][3]), None)
+        line.append(b) if line else lines.append([b])
+    return [b for line in lines for b in sorted(line)]
+
+
+@cache
+def ocr_model(det, rec):
+    return (to_device(pretrained(PPOCRV5MobileDetForObjectDetection, det)),
+            processor(AutoImageProcessor, det),
+            to_device(pretrained(PPOCRV5MobileRecForTextRecognition, rec)),
+            processor(AutoImageProcessor, rec))
+
+
+@torch.no_grad()
+def read_text(images):
+    """uint8 (N,H,W,3) -> N strings: all lines of an image, joined without a space (Flow-GRPO)."""
+    det, look, rec, squeeze = ocr_model(MODELS["ocr-det"], MODELS["ocr-rec"])
+    H, W = images.shape[1:3]
+    crops, owner = [], []
+    for i in range(0, len(images), 16):
+        x = look(images=list(images[i : i + 16]), return_tensors="pt")["pixel_values"]
+        for n, p in enumerate(det(x.to(det.device)).last_hidden_state[:, 0].cpu().numpy(), i):
+            for x0, y0, x1, y1 in text_boxes(p, H, W):
+                crop = images[n, y0:y1, x0:x1]
+                crop = np.rot90(crop) if y1 - y0 >= 1.5 * (x1 - x0) else crop    # as PaddleOCR
+                # One by one: of a list, the processor stretches every crop to the widest's shape.
+                crops.append(squeeze(images=np.ascontiguousarray(crop),
+                                     return_tensors="pt")["pixel_values"])       # (1,3,48,w)
+                owner.append(n)
+    texts, widths = [""] * len(images), [c.shape[-1] for c in crops]
+    read = [None] * len(crops)
+    for w in set(widths):                                        # most are padded to 320
+        mine = [k for k, own in enumerate(widths) if own == w]
+        for k in torch.tensor(mine).split(64):
+            out = rec(torch.cat([crops[j] for j in k]).to(rec.device))
+            for j, r in zip(k.tolist(), squeeze.post_process_text_recognition(out)):
+                read[j] = r["text"] if r["score"] >= 0.5 else ""  # PaddleOCR's drop_score
+    for n, text in zip(owner, read):
+        texts[n] += text
+    return texts
+
+
+def wanted_text(meta):
+    """What should stand in the picture: the row's `text`, or what its prompt has in "quotes"."""
+    return meta.get("text") or (re.findall('"(.+?)"', meta["prompt"]) or [None])[0]
+
+
+def ocr(images, metas, group):
+    """Flow-GRPO's text reward in [0,1], for prompts that quote a text."""
+    targets = [wanted_text(m) for m in metas]
+    rows = [i for i, t in enumerate(targets) if t]
+    R = torch.full((len(metas),), math.nan)
+    if rows:
+        x = arrays(images[rows])
+        read = [read_sign(i) for i in x] if classroom(images) else read_text(x)
+        R[rows] = torch.tensor([text_match(r, targets[i]) for i, r in zip(rows, read)])
+    return R
+
+
+# ---------------------------------------------------------------------------------------------
+# Judges: any vision-language model that answers questions about images.
+
+
+@dataclass
+class Judge:
+    """Which model answers; scripts set the first two from --judge and --judge-url."""
+    model: str = ""           # folder or owner/repo, at an endpoint its name; empty: MODELS
+    url: str = ""             # OpenAI-compatible, http://host:8000/v1; empty: the model runs here
+    tokens: int = 64          # longest answer
+    timeout: float = 60.0     # seconds until the endpoint's silence is a failure
+    retries: int = 3          # more attempts after a failure,
+    pause: float = 1.0        # the first so many seconds later, each next one twice as long
+    parallel: int = 16        # most questions at the endpoint at once, per process
+    error: str = ""           # the last failure
+
+
+JUDGE = Judge()
+
+
+def ask_url(images, text):
+    """One question to the endpoint; images are uint8 (H,W,3). -> answer, None after failures."""
+    content = []
+    for x in images:
+        file = io.BytesIO()
+        Image.fromarray(x).save(file, "PNG")
+        data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content.append(dict(type="image_url", image_url=dict(url=data)))
+    content.append(dict(type="text", text=text))
+    body = dict(model=JUDGE.model or MODELS["judge"], temperature=0, max_tokens=JUDGE.tokens,
+                messages=[dict(role="user", content=content)])
+    request = urllib.request.Request(
+        JUDGE.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
+        {"Content-Type": "application/json",
+         "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
+    for k in range(JUDGE.retries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=JUDGE.timeout) as reply:
+                return json.load(reply)["choices"][0]["message"]["content"].strip()
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
+            JUDGE.error = f"{type(e).__name__}: {e}"
+            # 4xx: a wrong key, model or request stays wrong; but 408 and 429 say "later".
+            if getattr(e, "code", 500) < 500 and e.code not in (408, 429):
+                return None
+        if k < JUDGE.retries:     # a random part, so that what failed together comes back apart
+            time.sleep(JUDGE.pause * 2**k * random.uniform(0.5, 1))
+
+
+@cache
+def judge_model(name):
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
+    feed = processor(AutoProcessor, name)
+    feed.tokenizer.padding_side = "left"             # answers begin where the questions end
+    return to_device(pretrained(AutoModelForImageTextToText, name, dtype=dtype)), feed
+
+
+@torch.no_grad()
+def ask_all(questions):
+    """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
+    judges ask through here, at temperature 0."""
+    if JUDGE.url:
+        if not JUDGE.url.startswith("http"):
+            fail(f"the judge's URL {JUDGE.url!r} must begin with http:// or https://")
+        with ThreadPoolExecutor(JUDGE.parallel) as pool:
+            return list(pool.map(lambda q: ask_url(*q), questions))
+    small = all(x.shape[:2] == (SIDE, SIDE) for images, _ in questions for x in images)
+    model, feed = judge_model(JUDGE.model or MODELS["judge-shapes" if small else "judge"])
+    answers = []
+    for i in range(0, len(questions), 32):
+        chats = [[dict(role="user", content=[
+            *(dict(type="image", image=Image.fromarray(x)) for x in images),
+            dict(type="text", text=text)])] for images, text in questions[i : i + 32]]
+        x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
+                                     return_dict=True, return_tensors="pt",
+                                     processor_kwargs=dict(padding=True)).to(model.device)
+        ids = model.generate(**x, do_sample=False, max_new_tokens=JUDGE.tokens)
+        new = ids[:, x["input_ids"].shape[1]:]
+        answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
+    return answers
+
+
+def ask(images, text):
+    """One question about images, each uint8 (H,W,3). -> answer"""
+    return ask_all([(images, text)])[0]
+
+
+# The classroom's VLM knows its own phrasing only: see TASKS in data/shapes/prepare.py.
+BETTER = ('These two images were drawn for the prompt "{}". Which one fits the prompt better and '
+          'looks better? Answer with "first", "second" or "tie" only.')
+RATE = ('This image was drawn for the prompt "{}". Rate how well it fits the prompt and how good '
+        'it looks, from 1 (bad) to 5 (excellent). Answer with the number only.')
+
+
+def phrasing(images, ours, theirs):
+    """The classroom VLM's own question, or the one for everybody else's."""
+    return theirs if JUDGE.model or JUDGE.url or not classroom(images) else ours.replace(IMAGE, "")
+
+
+def choice(answer):
+    """-> 1 if the first image was called better, 0 the second, 1/2 for a tie or anything else."""
+    said = re.findall(r"\b(?:(first|image 1|1)|(second|image 2|2)|tie)\b", answer.lower())
+    return 1.0 if said and said[-1][0] else 0.0 if said and said[-1][1] else 0.5
+
+
+def preference(images, metas, group):
+    """Pairwise judge (Pref-GRPO, DeepGen): the share of its group that an image beats, in [0,1].
+
+    Every pair is asked in both orders, so that a judge who likes the first image moves nobody
+    (DeepGen asks once), and a group's mean is 1/2. A pair of which one answer failed is left out;
+    an image without any pair is NaN."""
+    text, x = phrasing(images, WHICH, BETTER), arrays(images)
+    pairs = [(a + i, a + j) for a in range(0, len(x), group)
+             for i in range(group) for j in range(group) if i != j]
+    for a in range(0, len(x), group):
+        assert len({m["prompt"] for m in metas[a : a + group]}) == 1, "a group shares its prompt"
+    if group == 1:
+        return torch.full((len(x),), 0.5)
+    answers = dict(zip(pairs, ask_all([([x[i], x[j]], text.format(metas[i]["prompt"]))
+                                       for i, j in pairs])))
+    won, asked = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x))
+    for (i, j), answer in answers.items():
+        if answer is not None and answers[j, i] is not None:
+            first = choice(answer)
+            won[i] += first
+            won[j] += 1 - first
+            asked[[i, j]] += 1
+    return (won / asked).float()                                 # 0 / 0 is NaN
+
+
+def rating(answer):
+    """Yes or no, or the first number of 1 to 5 -> [0,1]; NaN where nothing is said."""
+    said = re.search(r"\b(?:(yes)|(no)|([1-5](?:\.\d+)?))\b", (answer or "").lower())
+    return math.nan if not said else 1.0 if said[1] else 0.0 if said[2] else float(said[3]) / 5
+
+
+def judged(images, metas, group):
+    """`--reward judge`, pointwise, in [0,1]: a rating from 1 to 5, divided by 5 (Flow-GRPO, which
+    makes an answer without a number 0; here it is a failure); the classroom's says yes or no."""
+    text = phrasing(images, MATCH, RATE)
+    answers = ask_all([([x], text.format(m["prompt"])) for x, m in zip(arrays(images), metas)])
+    return torch.tensor([rating(a) for a in answers])
+
+
+REWARDS = {f.__name__: f for f in (
+    geneval, geneval_strict, ocr, clip, clip_direction, pickscore, aesthetic, hpsv2, preference,
+    jpeg_compressibility, jpeg_incompressibility)} | {"judge": judged}
 
 
 def parse_weights(text):

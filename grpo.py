@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from eval import bench_shapes, grid, parse_weights, read_prompts, score, show_table
+from eval import JUDGE, bench_shapes, grid, parse_weights, read_prompts, score, show_table
 from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
                    open_run, parse, plot, sde_step, setup, sigmas, start_model, stop_flag,
                    sum_grads, write)
@@ -45,6 +45,8 @@ class Args:
     dit: str = ""                     # the same; or owner/repo/subfolder
     vae: str = ""                     # the same
     reward: str = "geneval"           # a name, or a mix: geneval:0.8,jpeg_compressibility:0.2
+    judge: str = ""                   # VLM of rewards preference, judge; empty: see eval.MODELS
+    judge_url: str = ""               # where it answers (OpenAI-compatible); empty: it runs here
     prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
     out: str = "out/grpo"             # run folder
     steps: int = 300                  # updates
@@ -199,6 +201,7 @@ def main():
     args = parse(Args, __doc__, "stage3")
     rank, world, device = setup()
     weights = check(args, world)
+    JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
         metas = read_prompts(args.prompts)
     except (OSError, ValueError) as e:
@@ -280,6 +283,12 @@ def main():
 
         # 3  score the images; compare each with its own group
         R, W, names = score(images, batch, G, weights)                           # (N,K) each
+        tried, failed = W != 0, R.isnan() & (W != 0)     # a failure moves nothing, but counts
+        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
+        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
+        if lost.max() > 0.5:                             # on every rank, so all stop
+            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images "
+                 f"of update {step + 1}, more than half {JUDGE.error}")
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, G)                                             # (N,), mean 0
@@ -314,6 +323,7 @@ def main():
         mean = all_mean([*R.nanmean(0).tolist(), len(keep) / len(A), off, clipped, kl, bool(stop)])
         row = dict(step=step + 1, at=round(time.time() - begin, 1),
                    **{f"reward_{name}": m for name, m in zip(names, mean)},
+                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
                    **dict(zip(("kept", "ratio_off", "clipped", "kl"), mean[len(names):])),
                    clip_nats=args.clip * D, grad_norm=norm.item(),
                    **{f"s_{name}": round(b - a, 3) for name, a, b in zip(

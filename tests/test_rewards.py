@@ -1,0 +1,702 @@
+"""Rewards that are models, through their real classes at tiny random size, against computations
+written separately; judges that answer here, and at an endpoint in a thread."""
+
+import base64
+import io
+import json
+import math
+import random
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PPLCNetV3Config,
+    PPOCRV5MobileDetConfig,
+    PPOCRV5MobileDetForObjectDetection,
+    PPOCRV5MobileRecConfig,
+    PPOCRV5MobileRecForTextRecognition,
+    PPOCRV5ServerDetImageProcessor,
+    PPOCRV5ServerRecImageProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+import eval as judges
+from data.shapes.prepare import (
+    CHAT,
+    IMAGE,
+    MATCH,
+    TAGS,
+    WHICH,
+    picture,
+    render,
+    sample_edit,
+    sample_meta,
+    tokenizer,
+)
+from eval import (
+    JUDGE,
+    MODELS,
+    REWARDS,
+    ask,
+    ask_all,
+    choice,
+    clip_direction,
+    preference,
+    rating,
+    read_text,
+    score,
+    text_boxes,
+)
+
+OPENAI_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+OPENAI_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+PROMPTS = ["a photo of a red circle", "two cats", "a photo of a red circle",
+           "blue square, green ring; " * 30]                     # the last is cut at 77 tokens
+SIDES = 48, 80                                                   # an image's height and width
+
+
+def sensitive(clip):
+    """Random weights under which an image and a prompt matter: attention that chooses."""
+    tiny.randomise(clip)
+    for name, p in clip.named_parameters():
+        if "q_proj" in name or "k_proj" in name or "in_proj" in name:
+            p.data *= 3
+        if "patch_embedding" in name or "conv1" in name:
+            p.data *= 5
+
+
+def pictures(n, h=SIDES[0], w=SIDES[1], seed=0, blobs=(5, 7)):
+    """uint8 (n,3,h,w): smooth, so that resizing is well-defined, and all different."""
+    g = torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.rand(n, 3, *blobs, generator=g), (h, w), mode="bicubic")
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder with clip/ (transformers, with its processor), hps.pt and aesthetic.pth; tiny."""
+    folder = tmp_path_factory.mktemp("clips")
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(33, 127)]
+    words = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tok = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    end = words.index("<|endoftext|>")
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 projection_dim=16)
+    clip = CLIPModel(CLIPConfig(
+        text_config=dict(tower, vocab_size=len(words), max_position_embeddings=77,
+                         eos_token_id=end, bos_token_id=end - 1, pad_token_id=end),
+        vision_config=dict(tower, image_size=32, patch_size=8), projection_dim=16))
+    assert clip.config.text_config.hidden_act == "quick_gelu"
+    sensitive(clip)
+    clip.logit_scale.data.fill_(math.log(100))
+    clip.save_pretrained(folder / "clip")
+    CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32,
+                  width=32)), tok).save_pretrained(folder / "clip")
+    return folder
+
+
+def clip_pixels(images):
+    """CLIP's preprocessing by hand: bicubic to the short side, centre, OpenAI's mean and std."""
+    x = tv.resize(images, 32, InterpolationMode.BICUBIC, antialias=True)
+    x = tv.center_crop(x, [32, 32]).float() / 255
+    return (x - OPENAI_MEAN) / OPENAI_STD
+
+
+def old_clip(folder):
+    """The same weights in open_clip's class with QuickGELU: an independent CLIP."""
+    hf = CLIPModel.from_pretrained(folder / "clip").state_dict()
+    side = dict(width=32, layers=2)
+    clip = open_clip.CLIP(16, dict(side, image_size=32, patch_size=8, head_width=8, mlp_ratio=2.0),
+                          dict(side, context_length=77, vocab_size=190, heads=4, mlp_ratio=2.0),
+                          quick_gelu=True)
+    own = {}
+
+    def tower(ours, theirs):
+        for i in range(2):
+            a, b = f"{ours}.encoder.layers.{i}.", f"{theirs}transformer.resblocks.{i}."
+            for kind in ("weight", "bias"):
+                own[f"{b}attn.in_proj_{kind}"] = torch.cat(
+                    [hf[f"{a}self_attn.{k}_proj.{kind}"] for k in "qkv"])
+                own[f"{b}attn.out_proj.{kind}"] = hf[f"{a}self_attn.out_proj.{kind}"]
+                for x, y in (("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+                    own[f"{b}{y}.{kind}"] = hf[f"{a}{x}.{kind}"]
+    tower("vision_model", "visual.")
+    tower("text_model", "")
+    for kind in ("weight", "bias"):
+        own[f"visual.ln_pre.{kind}"] = hf[f"vision_model.pre_layrnorm.{kind}"]
+        own[f"visual.ln_post.{kind}"] = hf[f"vision_model.post_layernorm.{kind}"]
+        own[f"ln_final.{kind}"] = hf[f"text_model.final_layer_norm.{kind}"]
+    own |= {"visual.class_embedding": hf["vision_model.embeddings.class_embedding"],
+            "visual.conv1.weight": hf["vision_model.embeddings.patch_embedding.weight"],
+            "visual.positional_embedding": hf["vision_model.embeddings.position_embedding.weight"],
+            "visual.proj": hf["visual_projection.weight"].T,
+            "token_embedding.weight": hf["text_model.embeddings.token_embedding.weight"],
+            "positional_embedding": hf["text_model.embeddings.position_embedding.weight"],
+            "text_projection": hf["text_projection.weight"].T, "logit_scale": hf["logit_scale"]}
+    clip.load_state_dict(own, strict=True)
+    return clip.eval()
+
+
+@torch.no_grad()
+def by_hand(folder, images, prompts):
+    """-> unit features of images and of prompts, by the other implementation"""
+    clip, end = old_clip(folder), 189
+    ids = torch.full((len(prompts), 77), end)                    # letters, each word's last marked
+    for row, p in zip(ids, prompts):
+        said = [188]
+        for word in p.replace(",", " ,").replace(";", " ;").split():
+            said += [ord(c) - 33 for c in word]
+            said[-1] += 94
+        said = said[:76] + [end]
+        row[: len(said)] = torch.tensor(said)
+    return (F.normalize(clip.encode_image(clip_pixels(images)), dim=-1),
+            F.normalize(clip.encode_text(ids), dim=-1))
+
+
+def sure(x, y, tol=1e-4):
+    torch.testing.assert_close(x, y, atol=tol, rtol=tol, equal_nan=True)
+
+
+def same_in_any_batch(reward, images, metas, tol=1e-4):
+    """uint8 or float, alone or together, in any order: the same."""
+    R = reward(images, metas, 1)
+    assert R.dtype == torch.float32 and R.shape == (len(metas),) and R.std() > 0
+    sure(reward(images / 255, metas, 1), R, 0)
+    order = torch.randperm(len(metas), generator=torch.Generator().manual_seed(1))
+    sure(reward(images[order], [metas[i] for i in order], 1), R[order], tol)
+    sure(torch.cat([reward(images[[i]], [metas[i]], 1) for i in range(len(metas))]), R, tol)
+    return R
+
+
+def test_clip_and_pickscore(clips, monkeypatch):
+    folder = str(clips / "clip")
+    for name in ("clip", "pickscore", "pickscore-processor"):
+        monkeypatch.setitem(MODELS, name, folder)
+    images, metas = pictures(4), [dict(prompt=p) for p in PROMPTS]
+    a, b = by_hand(clips, images, PROMPTS)
+    cos = (a * b).sum(1)
+    assert cos.std() > 0.02
+    sure(same_in_any_batch(REWARDS["clip"], images, metas), cos, 1e-3)
+    sure(same_in_any_batch(REWARDS["pickscore"], images, metas, 1e-2), 100 * cos, 0.1)
+    # Other pixels are seen.
+    assert (by_hand(clips, images.flip(2), PROMPTS)[0] - a).abs().max() > 0.02
+    many = pictures(70)                                          # more than one chunk
+    R = REWARDS["clip"](many, [dict(prompt="a")] * 70, 70)
+    sure(R[64:], REWARDS["clip"](many[64:], [dict(prompt="a")] * 6, 6))
+
+
+def test_clip_direction(clips, monkeypatch):
+    monkeypatch.setitem(MODELS, "clip", str(clips / "clip"))
+    new, old = pictures(3), pictures(3, seed=1)
+    pairs = [("a cat", "a dog"), ("one", "two"), ("red", "blue")]
+    metas = [dict(source=s, captions=p) for s, p in zip(old, pairs)]
+    want = F.cosine_similarity(
+        by_hand(clips, new, PROMPTS[:1])[0] - by_hand(clips, old, PROMPTS[:1])[0],
+        by_hand(clips, new, [b for _, b in pairs])[1] - by_hand(clips, new,
+                                                                [a for a, _ in pairs])[1])
+    R = same_in_any_batch(clip_direction, new, metas)
+    sure(R, want, 2e-2)
+    back = [dict(source=x, captions=p[::-1]) for x, p in zip(new, pairs)]
+    sure(clip_direction(old, back, 1), R)                        # both sides swapped
+    sure(clip_direction(new, [dict(m, captions=m["captions"][::-1]) for m in metas], 1), -R)
+    metas[0], metas[1] = dict(metas[0], source=new[0]), dict(source=old[1])
+    still = clip_direction(new, metas, 1)
+    assert still[0] == 0 and still[1].isnan()                    # no edit; nothing to compare with
+    sure(still[2], R[2])
+    metas = [dict(metas[2], captions=c) for c in (("a dog", "a dog"), ("a", PROMPTS[3]))]
+    R = clip_direction(new[:2], metas, 1)                        # padded unlike: rounding differs
+    assert R[0] == 0 and R[1] != 0
+    assert clip_direction(new, [{}] * 3, 1).isnan().all()
+
+
+def test_clip_of_the_classroom():
+    """Images of 64x64 meet the classroom's CLIP: it knows the right edit, the right prompt."""
+    rng = random.Random(0)
+    edits = [sample_edit(rng) for _ in range(40)]
+    target, source = (torch.from_numpy(np.stack([render(e[k]) for e in edits])).permute(0, 3, 1, 2)
+                      for k in ("target", "source"))
+    metas = [dict(source=s, captions=(e["source_meta"]["prompt"], e["target_meta"]["prompt"]),
+                  prompt=e["target_meta"]["prompt"]) for s, e in zip(source, edits)]
+    right = clip_direction(target, metas, 1)
+    assert (right > clip_direction(target.roll(1, 0), metas, 1)).float().mean() > 0.85
+    fits = REWARDS["clip"](target, metas, 1) - REWARDS["clip"](source, metas, 1)
+    assert (fits > 0).float().mean() > 0.8
+
+
+def test_aesthetic(clips, monkeypatch):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*[x for a, b in ((16, 1024), (1024, 128), (128, 64), (64, 16))
+                                   for x in (torch.nn.Linear(a, b), torch.nn.Dropout(0.2))][:-1],
+                                 torch.nn.Linear(16, 1)).eval()  # as its authors wrote it
+    tiny.randomise(layers)
+    torch.save({f"layers.{k}": v for k, v in layers.state_dict().items()}, clips / "head.pth")
+    monkeypatch.setitem(MODELS, "clip", str(clips / "clip"))
+    monkeypatch.setitem(MODELS, "aesthetic", str(clips / "head.pth"))
+    images = pictures(4)
+    R = same_in_any_batch(REWARDS["aesthetic"], images, [{}] * 4)
+    sure(R, layers(by_hand(clips, images, ["a"])[0])[:, 0].detach(), 2e-2)
+
+
+def test_hpsv2(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    side = dict(width=32, layers=2)
+    cfg = dict(embed_dim=16, vision_cfg=dict(side, image_size=32, patch_size=8, head_width=8),
+               text_cfg=dict(side, context_length=77, vocab_size=49408, heads=4))
+    (tmp_path / "tiny-hps.json").write_text(json.dumps(cfg))
+    open_clip.add_model_config(tmp_path / "tiny-hps.json")
+    clip = open_clip.create_model("tiny-hps").eval()
+    sensitive(clip)
+    clip.logit_scale.data.fill_(4.6)
+    torch.save(dict(epoch=1, state_dict=clip.state_dict()), tmp_path / "hps.pt")
+    monkeypatch.setitem(MODELS, "hpsv2", str(tmp_path / "hps.pt"))
+    monkeypatch.setitem(MODELS, "hpsv2-arch", "tiny-hps")
+    images, metas = pictures(4), [dict(prompt=p) for p in PROMPTS]
+    R = same_in_any_batch(REWARDS["hpsv2"], images, metas)
+    with torch.no_grad():
+        a, b, _ = clip(clip_pixels(images), open_clip.tokenize(PROMPTS))
+    sure(R, (a * b).sum(1), 5e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# PP-OCRv5
+
+
+@pytest.fixture(scope="module")
+def ocr_folders(tmp_path_factory):
+    """The two networks and their processors, thin and random."""
+    folder = tmp_path_factory.mktemp("ocr")
+    torch.manual_seed(0)
+    blocks = PPLCNetV3Config().block_configs
+    thin = dict(scale=0.25, conv_symmetric_num=1, out_indices=[2, 3, 4, 5])
+    det = PPOCRV5MobileDetForObjectDetection(PPOCRV5MobileDetConfig(
+        backbone_config=PPLCNetV3Config(**thin), neck_out_channels=24,
+        layer_list_out_channels=[8, 8, 8, 16]))
+    # The reader keeps width longer than height: strides of PaddleOCR's rec backbone.
+    for stage, at, stride in ((1, 0, 1), (2, 0, [2, 1]), (3, 0, [1, 2]), (4, 0, [2, 1]),
+                              (4, 2, [2, 1])):
+        blocks[stage][at][3] = stride
+    chars = ["blank", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    rec = PPOCRV5MobileRecForTextRecognition(PPOCRV5MobileRecConfig(
+        backbone_config=PPLCNetV3Config(**thin, block_configs=blocks), hidden_size=32,
+        num_attention_heads=4, head_out_channels=len(chars)))
+    for model, size in ((det, (96, 160)), (rec, (48, 320))):     # weights and statistics with which
+        for m in model.modules():                                # activations neither die nor burst
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 1.0
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.data.normal_(0, p[0].numel() ** -0.5)
+        model.train()(pictures(8, *size, 1, (12, 40)) / 100 - 1)
+        model.eval()
+    with torch.no_grad():                                        # sure, and not always of the same
+        h = rec.head.encoder(rec.model(pictures(8, 48, 320, 2, (12, 40)) / 100 - 1)
+                             .last_hidden_state).last_hidden_state                   # (8,40,32)
+        mean, std = h.mean((0, 1)), h.std((0, 1))
+        rec.head.head.weight.copy_(10 * torch.randn(len(chars), 32) / std / 32**0.5)
+        rec.head.head.bias.copy_(-rec.head.head.weight @ mean)
+    for name, model, look in (("det", det, PPOCRV5ServerDetImageProcessor()),
+                              ("rec", rec, PPOCRV5ServerRecImageProcessor(character_list=chars))):
+        model.save_pretrained(folder / name)
+        look.save_pretrained(folder / name)
+    return folder
+
+
+def test_text_boxes():
+    """Against PaddleOCR's formula worked out by hand."""
+    p = np.zeros((96, 160), np.float32)
+    p[8:32, 18:122] = 0.25                                       # no part of it
+    p[10:30, 20:120] = 0.9                                       # 100 x 20
+    d = 1.5 * 99 * 19 / (2 * (99 + 19))
+    x0, y0, x1, y1 = (round(2 * v) for v in (20 - d, 10 - d, 119 + d, 29 + d))
+    assert text_boxes(p, 192, 320) == [(x0, max(y0, 0), x1, y1)]
+    assert (x0, y0, x1, y1) == (16, -4, 262, 82) and text_boxes(p * 0.6, 192, 320) == []
+    p[p == 0.25] = 0
+    p[50:70, 90:130] = p[52:72, 20:60] = 0.8                     # a second line, left then right
+    p[85:87, 20:120] = 0.9                                       # two pixels high: not a line
+    p[80:95, 140:155] = 0.35                                     # text, but unsure
+    assert [b[0] // 100 for b in text_boxes(p, 96, 160)] == [0, 0, 0]
+    first, left, right = text_boxes(p, 96, 160)
+    assert first[1] == 0 and left[0] < 20 < 60 < left[2] < right[0] + 25 and right[2] > 130
+    p[:] = 0.9
+    assert text_boxes(p, 96, 160) == [(0, 0, 160, 96)]           # never beyond the image
+    assert text_boxes(p * 0, 96, 160) == []
+    p[:], p[40:44, 40:44] = 0, 0.9
+    assert text_boxes(p, 2, 3) == []                             # nothing is left to crop
+
+
+def test_ocr(ocr_folders, monkeypatch):
+    for part in ("det", "rec"):
+        monkeypatch.setitem(MODELS, f"ocr-{part}", str(ocr_folders / part))
+    images = pictures(6, 96, 160, blobs=(24, 40))
+    boxes = {}
+
+    def some_boxes(p, H, W):
+        """The real detector, untrained, finds nothing: boxes that depend on what it saw."""
+        assert p.shape == (96, 160) and 0 <= p.min() and p.max() <= 1 and (H, W) == (96, 160)
+        k = len(boxes) % 3
+        boxes[p.tobytes()] = [(4, 4, 4 + 150, 22), (30, 30, 120, 50), (10, 20, 30, 90)][: k + 1]
+        return boxes[p.tobytes()]
+    monkeypatch.setattr(judges, "text_boxes", some_boxes)
+    x = images.permute(0, 2, 3, 1).numpy()
+    texts = read_text(x)
+    # The detector's input by hand: no resize at multiples of 32, ImageNet's mean and std, BGR.
+    det = PPOCRV5MobileDetForObjectDetection.from_pretrained(ocr_folders / "det").eval()
+    rec = PPOCRV5MobileRecForTextRecognition.from_pretrained(ocr_folders / "rec").eval()
+    mean, std = torch.tensor([0.406, 0.456, 0.485]), torch.tensor([0.225, 0.224, 0.229])
+    seen = ((images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))[:, [2, 1, 0]]
+    with torch.no_grad():
+        maps = det(seen).last_hidden_state[:, 0]
+    sure(torch.stack([torch.frombuffer(bytearray(b), dtype=torch.float32).view(96, 160)
+                      for b in boxes]), maps, 1e-3)
+    # The reader's by hand: each crop alone, 48 high, padded with zeros to 320, mean and std 1/2.
+    alphabet = " abcdefghijklmnopqrstuvwxyz0123456789 "
+    for image, found, text in zip(images, boxes.values(), texts):
+        want = ""
+        for x0, y0, x1, y1 in found:
+            crop = image[:, y0:y1, x0:x1]
+            crop = crop.rot90(1, (1, 2)) if y1 - y0 > 1.5 * (x1 - x0) else crop
+            w = math.ceil(48 * crop.shape[2] / crop.shape[1])
+            crop = tv.resize(crop.float(), [48, w], InterpolationMode.BILINEAR, antialias=True)
+            crop = F.pad((crop / 255 - 0.5) / 0.5, (0, max(0, 320 - w)))
+            with torch.no_grad():
+                chance, best = rec(crop[None]).last_hidden_state[0].max(-1)
+            new = (best != 0) & (best != torch.cat([torch.tensor([-1]), best[:-1]]))
+            if new.any() and chance[new].mean() >= 0.5:
+                want += "".join(alphabet[i] for i in best[new])
+        assert text == want
+    assert len(set(texts)) > 3 and all(texts)          # the number of boxes, and what is in them
+    for k in range(6):                                           # one image at a time: the same
+        boxes.clear()
+        boxes.update({str(i): 0 for i in range(k)})
+        assert read_text(x[[k]]) == [texts[k]]
+
+    # The reward: the target is the row's text or what the prompt quotes.
+    monkeypatch.setattr(judges, "read_text", lambda x: ["HELLO  WORLD", "Helo World", "", "cat"])
+    metas = [dict(prompt='a sign "Hello World"'), dict(prompt="a sign", text="Hello World"),
+             dict(prompt='"Hello" "World"'), dict(prompt="a cat")]
+    R = REWARDS["ocr"](images[[0, 1, 2, 2]], metas[:3] + [dict(prompt='the "dog"')], 1)
+    assert R.tolist() == pytest.approx([1, 0.9, 0, 0])
+    monkeypatch.setattr(judges, "read_text", lambda x: ["cat"] * len(x))
+    assert REWARDS["ocr"](images[:2], [metas[3], dict(prompt='a "cat"')], 1).isnan().tolist() == [
+        True, False]                                             # nothing quoted: cannot be scored
+
+
+# ---------------------------------------------------------------------------------------------
+# Judges
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Answers without a model: set stub.answer(images, text)."""
+    class Stub:
+        asked = []
+    Stub.asked = []
+
+    def ask_all(questions):
+        Stub.asked += questions
+        return [Stub.answer(*q) for q in questions]
+    monkeypatch.setattr(judges, "ask_all", ask_all)
+    return Stub
+
+
+def grey(*levels):
+    return torch.stack([torch.full((3, 32, 32), v, dtype=torch.uint8) for v in levels])
+
+
+def test_preference_is_a_win_rate(stub):
+    images, metas = grey(10, 50, 30, 90, 9, 9, 200, 1), [dict(prompt=p) for p in "aaaabbbb"]
+
+    def brighter(pair, text):
+        a, b = (x.mean() for x in pair)
+        return "Tie." if a == b else "Image 1" if a > b else "Image 2"
+    stub.answer = brighter
+    R = preference(images, metas, 4)
+    assert R.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1, 0.5, 0.5, 1, 0])
+    assert len(stub.asked) == 2 * 12                             # all pairs of a group, both orders
+    assert all(('"a"' in text) == (images[:4, 0, 0, 0] == pair[0][0, 0, 0]).any()
+               for pair, text in stub.asked)
+    assert preference(images[:2], [dict(prompt=p) for p in "ab"], 1).tolist() == [0.5, 0.5]
+    with pytest.raises(AssertionError, match="shares its prompt"):
+        preference(images, [dict(prompt=p) for p in "aaabbbbb"], 4)
+
+
+def test_both_orders_cancel_position_bias(stub):
+    """A judge that always says "first" would rank a group by its order, were pairs asked once."""
+    images, metas = grey(*range(8)), [dict(prompt=p) for p in "aaaabbbb"]
+    stub.answer = lambda pair, text: "the first"
+    assert preference(images, metas, 4).tolist() == [0.5] * 8
+    once = [np.mean([choice("first") if i < j else 1 - choice("first")
+                     for j in range(4) if j != i]) for i in range(4)]
+    assert once == pytest.approx([1, 2 / 3, 1 / 3, 0])           # the bias that both orders cancel
+    rng = random.Random(0)
+    stub.answer = lambda pair, text: rng.choice(["first", "second", "tie", "who knows"])
+    R = preference(images, metas, 4).view(2, 4)
+    assert R.std() > 0.05
+    sure(R.mean(1), torch.tensor([0.5, 0.5]), 1e-6)              # whatever it says: exactly 1/2
+
+
+def test_a_failed_comparison_leaves_its_pair_out(stub):
+    images, metas = grey(0, 1, 2, 3), [dict(prompt="a")] * 4
+    stub.answer = lambda pair, text: (None if pair[0][0, 0, 0] == 0 and pair[1][0, 0, 0] == 1 else
+                                      "first" if pair[0].mean() > pair[1].mean() else "second")
+    assert preference(images, metas, 4).tolist() == pytest.approx([0, 0, 2 / 3, 1])
+    stub.answer = lambda pair, text: None if pair[0].mean() == 3 else "tie"
+    R = preference(images, metas, 4)
+    assert R.isnan().tolist() == [False] * 3 + [True] and R[:3].tolist() == [0.5] * 3
+
+
+def test_answers_are_read():
+    for said, first in [("first", 1), ("The second.", 0), ("Image 1", 1), ("image 2!", 0), ("2", 0),
+                        ("tie", 0.5), ("", 0.5), ("neither", 0.5), ("10", 0.5),
+                        ("Image 1 is fine, image 2 is blurred, so: Image 1", 1),
+                        ("the first or the second: tie", 0.5)]:
+        assert choice(said) == first, said
+    for said, value in [("yes", 1), ("No, the image shows a dog", 0), ("4", 0.8), ("4.5/5", 0.9),
+                        ("Rating: 1", 0.2), ("knot", math.nan), (None, math.nan), ("", math.nan),
+                        ("45", math.nan), ("0", math.nan)]:
+        assert rating(said) == pytest.approx(value, nan_ok=True), said
+
+
+def test_pointwise(stub):
+    stub.answer = lambda images, text: {10: "4", 20: "hm", 30: None, 40: "5"}[images[0].max()]
+    R = REWARDS["judge"](grey(10, 20, 30, 40), [dict(prompt=p) for p in "abcd"], 2)
+    assert R.tolist() == pytest.approx([0.8, math.nan, math.nan, 1], nan_ok=True)
+    assert [f'prompt "{p}"' in text for p, (_, text) in zip("abcd", stub.asked)] == [True] * 4
+
+
+def test_the_classroom_is_asked_in_its_own_words(stub, monkeypatch):
+    stub.answer = lambda images, text: "yes" if len(images) == 1 else "first"
+    images, metas = pictures(2, 64, 64), [dict(prompt="a photo of a ring")] * 2
+    assert REWARDS["judge"](images, metas, 2).tolist() == [1, 1]
+    preference(images, metas, 2)
+    assert {IMAGE * len(x) + t for x, t in stub.asked} == {
+        s.format("a photo of a ring") for s in (MATCH, WHICH)}
+    stub.asked.clear()
+    monkeypatch.setattr(JUDGE, "model", "somebody/else")
+    REWARDS["judge"](images, metas, 2)
+    assert "Rate how well" in stub.asked[0][1]
+
+
+@pytest.fixture
+def vlm(parts, tmp_path):
+    """tiny.py's VLM with the processor and chat template that a released one has."""
+    look = Qwen2VLImageProcessor(patch_size=8, size=dict(shortest_edge=32**2, longest_edge=64**2))
+    for file in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / file).write_bytes((parts / "vlm" / file).read_bytes())
+    Qwen2_5_VLProcessor(look, tokenizer("<|im_end|>"), Qwen2VLVideoProcessor(patch_size=8),
+                        CHAT).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_local_judge(vlm, monkeypatch):
+    """Any image-text-to-text model; questions of different lengths do not disturb each other."""
+    monkeypatch.setattr(JUDGE, "model", str(vlm))
+    monkeypatch.setattr(JUDGE, "tokens", 6)
+    monkeypatch.setattr(judges, "has_bf16", lambda: False)
+    x = list(pictures(8, 48, 64).permute(0, 2, 3, 1).numpy())
+    questions = [([x[0]], "a red circle?"), ([x[1], x[2]], "which image shows two rings"),
+                 ([x[3]], "yes"), ([], "a blue star?"), ([x[4], x[5]], "first or second")]
+    answers = ask_all(questions)
+    assert answers == [ask(*q) for q in questions] and len(set(answers)) >= 3
+
+    model, feed = judges.judge_model(str(vlm))                   # the prompt by hand, greedily
+    images, text = questions[1]
+    seen = [feed.image_processor(images=i, return_tensors="pt") for i in images]
+    pads = [int(s["image_grid_thw"].prod()) // 4 for s in seen]
+    ids = feed.tokenizer("<|im_start|>user\n" + "".join(
+        "<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in pads) + text
+        + "<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
+    pixels = dict(pixel_values=torch.cat([s["pixel_values"] for s in seen]),
+                  image_grid_thw=torch.cat([s["image_grid_thw"] for s in seen]))
+    start = ids.shape[1]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(input_ids=ids, **pixels, use_cache=False,
+                           mm_token_type_ids=(ids == model.config.image_token_id).int()).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        if ids[0, -1] == feed.tokenizer.eos_token_id:
+            break
+    said = feed.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert said == answers[1]
+
+
+def test_the_classroom_judge_sees():
+    """The shipped VLM, asked about right and wrong pictures, is right more often than a coin."""
+    rng = random.Random(0)
+    metas = [sample_meta(rng.choice(TAGS), rng) for _ in range(60)]
+    scenes = [render(picture(m, rng, right=i % 2 == 0)) for i, m in enumerate(metas)]
+    R = REWARDS["judge"](torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2), metas, 1)
+    assert set(R.tolist()) <= {0.0, 1.0}
+    assert R[::2].mean() > R[1::2].mean() + 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# An endpoint
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """An OpenAI-compatible server in a thread: plan(request's body) -> (status, bytes)."""
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        seen, plan = [], None
+        now = most = 0
+        lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            s = self.server
+            with s.lock:
+                s.now += 1
+                s.most = max(s.most, s.now)
+                s.seen.append((self.path, self.headers["Authorization"], body))
+                k = len(s.seen)
+            status, reply = s.plan(k, body)
+            with s.lock:
+                s.now -= 1
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+            except OSError:                                      # who asked has given up
+                pass
+
+        def log_message(self, *args):
+            pass
+    server = Server(("127.0.0.1", 0), Handler)
+    server.seen = []
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr(judges, "JUDGE", replace(
+        JUDGE, url=f"http://127.0.0.1:{server.server_port}/v1/", model="a-vlm", pause=0.01,
+        timeout=5.0, retries=2, parallel=4, error=""))
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def says(text):
+    return 200, json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()
+
+
+def test_endpoint_gets_the_question(endpoint):
+    endpoint.plan = lambda k, body: says(" 4 ")
+    image = pictures(1)[0].permute(1, 2, 0).numpy()
+    judges.JUDGE.tokens = 9
+    assert ask([image, 255 - image], "How good?") == "4"
+    path, key, body = endpoint.seen[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-vlm", 0, 9)
+    (message,) = body["messages"]
+    first, second, text = message["content"]
+    assert message["role"] == "user" and text == dict(type="text", text="How good?")
+    for part, want in ((first, image), (second, 255 - image)):   # in order, lossless
+        head, data = part["image_url"]["url"].split(",")
+        got = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert head == "data:image/png;base64" and np.array_equal(np.array(got), want)
+
+
+def test_endpoint_recovers(endpoint, monkeypatch):
+    waits = []
+    monkeypatch.setattr(judges.time, "sleep", waits.append)
+    endpoint.plan = lambda k, body: (500, b"oops") if k == 1 else (
+        429, b"later") if k == 2 else says("yes")
+    assert ask([], "?") == "yes" and len(endpoint.seen) == 3
+    assert 0.005 <= waits[0] <= 0.01 <= waits[1] <= 0.02 and len(waits) == 2
+
+
+@pytest.mark.parametrize("reply, tries", [
+    ((200, b"<html>"), 3), ((200, b"{}"), 3), ((200, b"[1]"), 3), (says(None), 3),
+    ((200, json.dumps(dict(choices=[])).encode()), 3), ((503, b""), 3), ((401, b"no key"), 1),
+    ((400, b""), 1)])
+def test_endpoint_that_fails_is_nan(endpoint, reply, tries):
+    endpoint.plan = lambda k, body: reply
+    R = REWARDS["judge"](grey(1), [dict(prompt="a")], 1)
+    assert R.isnan().all() and len(endpoint.seen) == tries and judges.JUDGE.error
+
+
+def test_endpoint_that_hangs_is_nan(endpoint):
+    judges.JUDGE.timeout, judges.JUDGE.retries = 0.2, 1
+
+    def plan(k, body):
+        if "slow" in body["messages"][0]["content"][-1]["text"]:
+            time.sleep(1)
+        return says("3")
+    endpoint.plan = plan
+    R, W, _ = score(grey(1, 2), [dict(prompt="slow"), dict(prompt="b")], 1, {"*": {"judge": 1.0}})
+    assert R[:, 0].isnan().tolist() == [True, False] and W.all()
+    assert R[1, 0] == pytest.approx(0.6) and "time" in judges.JUDGE.error.lower()
+    judges.JUDGE.url = "http://127.0.0.1:9/v1"                   # nobody there
+    assert ask([], "?") is None
+    judges.JUDGE.url = "localhost/v1"
+    with pytest.raises(SystemExit, match="http://"):
+        ask([], "?")
+
+
+def test_endpoint_is_not_flooded(endpoint):
+    def plan(k, body):
+        time.sleep(0.05)
+        return says("first")
+    endpoint.plan = plan
+    R = preference(grey(*range(8)), [dict(prompt=p) for p in "aaaabbbb"], 4)
+    assert R.tolist() == [0.5] * 8 and len(endpoint.seen) == 24
+    assert endpoint.most == 4                                    # JUDGE.parallel, and no less
+
+
+# ---------------------------------------------------------------------------------------------
+# In a run
+
+
+def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
+    def often(share):
+        def fails(images, metas, group):
+            R = images.float().mean((1, 2, 3))
+            R[: round(share * len(R))] = math.nan
+            return R
+        return fails
+    weights = ["--reward", "blue,jpeg_compressibility:0.5", "--steps", 1]
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", often(0.25))
+    row = tiny.play(parts, tmp_path / "a", *weights)[-1]
+    assert row["failed_jpeg_compressibility"] == 0.25 and "failed_blue" not in row
+    assert all(math.isfinite(x) for x in row.values()) and row["grad_norm"] > 0
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", often(0.75))
+    monkeypatch.setattr(JUDGE, "error", "HTTP Error 401")
+    with pytest.raises(SystemExit, match="'jpeg_compressibility' failed for 75%.*update 1.*401"):
+        tiny.play(parts, tmp_path / "b", *weights)
+
+
+def test_judge_flags_reach_the_judge(parts, tmp_path, endpoint, monkeypatch):
+    import grpo
+    endpoint.plan = lambda k, body: says("12345"[k % 5])
+    monkeypatch.setattr(grpo, "JUDGE", judges.JUDGE)
+    url, judges.JUDGE.url, judges.JUDGE.model = judges.JUDGE.url, "", ""
+    row = tiny.play(parts, tmp_path / "a", "--reward", "judge", "--steps", 1, "--judge", "my-vlm",
+                    "--judge-url", url)[-1]
+    assert len(endpoint.seen) == 16 and {b["model"] for _, _, b in endpoint.seen} == {"my-vlm"}
+    assert 0.2 <= row["reward_judge"] <= 1 and "failed_judge" not in row
