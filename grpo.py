@@ -31,7 +31,7 @@ from tqdm import tqdm
 from eval import bench_shapes, parse_weights, read_prompts, score, show_table
 from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
                    odds, open_run, pairs, parse, plot, preset, sde_step, setup, sigmas, slices,
-                   start_model, stop_flag, sum_grads, table, write)
+                   span, start_model, stop_flag, sum_grads, table, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -117,10 +117,6 @@ def check(args, world):
                                ("kind", args.kind, KERNELS)):
         if value not in valid:
             fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
-
-    def span(text):                                      # "4-6" -> range(4, 7)
-        first, _, last = text.partition("-")
-        return range(int(first), int(last or first) + 1)
     try:                                                 # a mix of rewards, or {category: mix}
         text = Path(args.reward).read_text() if args.reward.endswith(".json") else args.reward
         mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}
@@ -178,11 +174,11 @@ def group_advantage(R, W, G, norm="group"):
     mean = r.nanmean(1, keepdim=True)
     std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
     if norm == "global":
-        n, total, squares = all_mean([(r == r).sum(), r.nansum(), r.square().nansum()])
-        std = max(0, squares / max(n, 1e-9) - (total / max(n, 1e-9)) ** 2) ** 0.5
+        squares, total = all_mean([r.square().nanmean(), r.nanmean()])           # over the ranks
+        std = max(0, squares - total**2) ** 0.5
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
-    z = z.clamp(-5, 5) if norm == "global" else z
-    return (z * W).sum(1).float()
+    A = (z * W).sum(1).float()
+    return A.clamp(-5, 5) if norm == "global" else A
 
 
 @contextmanager
@@ -249,8 +245,8 @@ class Ldam:
 
     def __init__(self, args, at, layers):
         self.args, self.at, self.layers = args, at, layers       # at {reward: its range of layers}
-        self.g, self.r, self.leapt, self.rest = math.inf, dict.fromkeys(at, 0.0), False, 0
-        self.falls = dict.fromkeys(at, 0)
+        self.g, self.r, self.leapt = math.inf, dict.fromkeys(at, 0.0), False
+        self.falls, self.rest = dict.fromkeys(at, 0), 0
 
     def after(self, row):
         """row: what is logged of an update, all that a restart needs. -> layer_noise (layers,) of
@@ -335,10 +331,8 @@ def main():
     for step in bar:
         # 1  draw B prompts, encode each once, repeat it G times
         g = torch.Generator().manual_seed(key(args.seed, step, 0))
-        if mix:
-            chosen = rates.multinomial(min(args.B, int((rates > 0).sum())), generator=g).tolist()
-        else:
-            chosen = torch.randperm(len(metas), generator=g)[: args.B].tolist()
+        chosen = (rates.multinomial(min(args.B, int((rates > 0).sum())), generator=g) if mix else
+                  torch.randperm(len(metas), generator=g)[: args.B]).tolist()
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
         window = range(first, first + args.window)
         mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
@@ -418,8 +412,8 @@ def main():
                      kl_old=(D * ratio.log()).square().mean() / 2)
         stats = dict(zip(stats, all_mean([*stats.values()])))
         if stats["failed"] > args.max_failed:
-            fail(f"{stats['failed']:.0%} of the rewards asked for cannot be had, --max-failed is "
-                 f"{args.max_failed:.0%}: do all of {args.prompts} hold what these rewards read?")
+            fail(f"{stats['failed']:.0%} of the rewards cannot be had, above --max-failed: do "
+                 f"all of {args.prompts} hold what these rewards read?")
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    ldam=noise is not None, clip_nats=args.clip * D, grad_norm=norm.item(),

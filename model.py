@@ -928,7 +928,9 @@ class Bridge(nn.Module):
         ctx, pooled = self.projector_3(x), None                                  # (B,L,Dc)
         if cfg.bridge == "lim":
             c = self.agglayer_norm(ctx).unflatten(0, (-1, B))                    # (layers,B,L,Dc)
-            ctx = (c if layer_noise is None else c * layer_noise.view(-1, 1, 1, 1)).mean(0)
+            if layer_noise is not None:
+                layer_noise = layer_noise.to(c.device).view(-1, 1, 1, 1)
+            ctx = (c if layer_noise is None else c * layer_noise).mean(0)
         if cfg.mmdit:
             # Departs from DeepGen, which averages pads too: its outputs depend on the other rows.
             real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
@@ -1550,6 +1552,12 @@ def table(text, value):
     """ "a:1,b:2" -> {"a": value("1"), "b": value("2")}"""
     rows = [item.partition(":") for item in text.split(",") if item]
     return {name.strip(): value(v) for name, _, v in rows}
+
+
+def span(text):
+    """ "4-6" -> range(4, 7); "4" -> range(4, 5)"""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def odds(rows, mix):

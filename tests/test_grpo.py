@@ -51,8 +51,8 @@ def gradient(model, guided, rest, ref=None):
     model.dit.zero_grad()
     ratio, kl = surrogate(model, guided, *rest, ref and ((ref, model.bridge), guided)).T
     assert len(ratio) == rest[2].numel()                    # a row per image and step
-    return ((ratio - 1).abs().max(), kl.mean()), torch.cat([p.grad.flatten() for p in model.dit.parameters()
-                             if p.grad is not None]).clone()
+    return ((ratio - 1).abs().max(), kl.mean()), torch.cat(
+        [p.grad.flatten() for p in model.dit.parameters() if p.grad is not None]).clone()
 
 
 def close(a, b, tol=1e-5):
