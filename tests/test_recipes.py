@@ -328,8 +328,9 @@ def test_kl_is_its_monte_carlo():
 def test_forms_of_kl(model):
     """flow-grpo is mean times each step's size; both 0 against itself."""
     args, guided, rest = case(model, beta=0.5)
-    ref = tiny.build(config_of(model), init=None).dit
-    out = {}
+    ref, out = tiny.build(model.cfg).dit, {}
+    tiny.randomise(ref)
+    model.dit.requires_grad_(True)
     for form in ("mean", "flow-grpo", "velocity"):
         rest[-1] = replace(args, kl=form)
         for name, other in (("itself", model.dit), ("other", ref)):
@@ -339,10 +340,6 @@ def test_forms_of_kl(model):
     d = torch.tensor([ts[k] - ts[k + 1] for k in window]).repeat_interleave(12)
     torch.testing.assert_close(out["flow-grpo", "other"], out["mean", "other"] * d)
     assert out["mean", "other"].min() > 0
-
-
-def config_of(model):
-    return replace(model.cfg, preset="shapes")
 
 
 def unclipped(out):
@@ -386,7 +383,8 @@ def test_flow_loss_is_flow_matching(model, monkeypatch):
         m.setattr(model, "velocity", lambda x, t, b: exact(x, t, b) + 2)
         assert model.flow_loss(images, PROMPTS, [7, 7, 9]).mean() == pytest.approx(4, rel=1e-4)
     (x, t), (x1, t1), (_, t7) = seen
-    assert torch.equal(x[:1], x1) and torch.equal(t[:1], t1) and t7[0] == t7[1] != t7[2]
+    torch.testing.assert_close(x[:1], x1, atol=1e-4, rtol=1e-4)
+    assert t[0] == t1[0] and t7[0] == t7[1] != t7[2]
     eps = (x - x0) / t.view(-1, 1, 1, 1) + x0
     assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1 and len(t.unique()) == 3
 
