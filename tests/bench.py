@@ -183,7 +183,10 @@ def recipes(a, folder):
     (photos / "metadata.jsonl").write_text("".join(
         json.dumps(dict(file_name=f"{i}.png", prompt="noise")) + "\n" for i in range(8)))
     grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
-    table = [("", "forwards per image", "images/s", *PARTS)]
+
+    def show(name, *cells):
+        print(f"{name:12}" + "".join(f"{x:>20}" for x in cells), flush=True)
+    show("", "forwards per image", "images/s", *PARTS)
     for name, r in RECIPES.items():
         G, forwards = r.get("G", grpo.Args().G), Forwards(bool(r.get("lora_rank")))
         flags = dict(recipe=name, init=a.init, out=folder / name, steps=a.its, B=4, seed=a.seed,
@@ -196,10 +199,8 @@ def recipes(a, folder):
         forwards.handle.remove()
         _, *rows = [json.loads(line) for line in open(folder / name / "log.jsonl")]
         middle, fast = speed(rows, 4 * G)
-        table.append((name, f"{forwards.rows / (a.its * 4 * G):.1f}", f"{fast:.2f}",
-                      *(f"{x:.2f} s" for x in middle)))
-    for row in table:
-        print(f"{row[0]:12}" + "".join(f"{x:>20}" for x in row[1:]))
+        show(name, f"{forwards.rows / (a.its * 4 * G):.1f}", f"{fast:.2f}",
+             *(f"{x:.2f} s" for x in middle))
 
 
 def speed(rows, N):
