@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import getsource
@@ -37,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -151,6 +153,14 @@ def modulate(y, shift, scale):
     return y * (1 + scale) + shift
 
 
+def run_block(dit, block, *inputs):
+    """block(*inputs). With dit.checkpoint only the inputs are kept for the backward, which computes
+    the rest again: one forward more, and a layer's activations at a time. There is no dropout."""
+    if dit.checkpoint and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):            # the weight in x's dtype, or autocast loses the fused kernel
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -263,7 +273,7 @@ class MMDiT(nn.Module):
         D = num_attention_heads * attention_head_dim
         assert caption_projection_dim == D, "context and image share one attention, so one width"
         assert qk_norm in (None, "rms_norm"), f"qk_norm is None or 'rms_norm', not {qk_norm!r}"
-        self.config = config
+        self.config, self.checkpoint = config, False
         self.pos_embed = PatchEmbed(D, in_channels, patch_size, pos_embed_max_size,
                                     sample_size // patch_size)
         self.time_text_embed = TimeTextEmbed(D, pooled_projection_dim)
@@ -323,7 +333,7 @@ class MMDiT(nn.Module):
             mask = mask[:, None, None]                                               # (B,1,1,N+L)
             x_mask = None if x_mask is None else x_mask[:, None, None]
         for block in self.transformer_blocks:
-            x, ctx = block(x, ctx, c, mask, x_mask)
+            x, ctx = run_block(self, block, x, ctx, c, mask, x_mask)
         scale, shift = self.norm_out(c)                        # scale before shift here too
         x = self.proj_out(modulate(norm(x[:, :N]), shift, scale))                    # (B,N,p*p*C)
         return unpatchify(x, H, W, p)                                                # (B,C,H,W)
@@ -414,7 +424,7 @@ class SanaDiT(nn.Module):
         assert qk_norm in (None, "rms_norm_across_heads"), (
             f"qk_norm is None or 'rms_norm_across_heads', not {qk_norm!r}")
         assert ref in ("none", "add"), f"ref is 'none' or 'add', not {ref!r}"
-        self.config = config
+        self.config, self.checkpoint = config, False
 
         def patches():
             return nn.ModuleDict(dict(
@@ -487,7 +497,7 @@ class SanaDiT(nn.Module):
         if any(refs or ()):
             x = self.add_refs(x, refs, (H, W))
         for block in self.transformer_blocks:
-            x = block(x, ctx, c, mask, H // p)
+            x = run_block(self, block, x, ctx, c, mask, H // p)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, 1)          # (B,1,D) each
         x = self.proj_out(modulate(norm(x), shift, scale))                           # (B,N,p*p*C)
         return unpatchify(x, H, W, p)                                                # (B,C,H,W)
@@ -620,7 +630,8 @@ class Config:
     sample_shift: float = 1.0
     mmdit: dict = field(default_factory=dict)   # the DiT's own arguments: MMDiT's
     sana: dict = field(default_factory=dict)    # or SanaDiT's
-    # the paper's values for the flags of pretrain.py, sft.py and RL; None: it has no such stage
+    # the paper's values for the flags of pretrain.py, sft.py and RL (there its recipe's name, and
+    # what belongs to the model); None: it has no such stage
     stage1: dict | None = field(default_factory=dict)
     stage2: dict | None = field(default_factory=dict)
     stage3: dict | None = field(default_factory=dict)
@@ -660,11 +671,37 @@ BLURRY = ("blurry, low quality, low resolution, distorted, deformed, broken cont
           "bad composition, wrong proportion, incomplete editing, unfinished, unedited areas.")
 # AdamW (.9, .95), cosine, clipped at norm 1, no average of the weights.
 FLOW = dict(wd=0.05, ema=0.0, eval_every=1000)
-# Flow-GRPO trains each of 10 steps but the last, which adds no noise. Its beta belongs to a KL that
-# lacks the step size (1/10 on average): 0.04 there is 4e-3 here.
-RL = dict(init="out/sft", T=10, window=9, window_stop=0, eta=0.7, shared_noise=False, clip=1e-4,
+# RL: what a paper does, whichever its model, as flags of grpo.py (--recipe). Flow-GRPO trains each
+# of 10 steps but the last, which adds no noise.
+RL = dict(T=10, window=9, window_stop=0, kind="flow", eta=0.7, shared_noise=False, clip=1e-4,
           ema=0.0)  # fmt: skip
-UNIPIC2_RL = RL | dict(B=16, G=16, guidance=3.5, lr=3e-4, beta=4e-3, lora_rank=32, lora_alpha=64)
+RECIPES = {
+    # What is soonest at a held-out gain in the classroom: grpo.py's own defaults.
+    "fast": {},
+    # Flow-GRPO's public code, config geneval_sd3. Its average, .9 every 8th update, is .987 here.
+    # Departs from it: the null branch of guidance is learned through, as the policy is their sum.
+    "flow-grpo": RL | dict(B=48, G=24, guidance=4.5, norm="global", updates=2, lr=3e-4, wd=1e-4,
+                           beta=0.04, kl="flow-grpo", lora_rank=32, lora_alpha=64, ema=0.987,
+                           eval_T=40),
+    # DeepGen 1.0, tables 10 and 11: all steps but the last are random; 30 of the 50, anew in each
+    # iteration, are trained. Its SFT data, too, has three times more text: that is the folder's.
+    "mr-grpo": dict(steps=1500, B=32, G=8, T=50, window=49, window_stop=0, trained=30,
+                    kind="cps-simple", eta=1.0, shared_noise=True, norm="group", lr=2e-6, clip=1e-4,
+                    beta=5e-7, kl="velocity", sft=1e-4, sft_batch=256, ema=0.0, eval_T=50,
+                    mix="text:3,*:1", reward=json.dumps({"text": "preference:0.2,clip:0.1,ocr:0.7",
+                                                         "*": "preference:0.7,clip:0.3"})),
+    # UniRL-Zero's public code. Departs from it: the last step, without noise, is not trained.
+    "unirl-zero": RL | dict(B=8, G=8, kind="unirl", guidance=3.5, norm="joint", train="both",
+                            lr=1e-5, beta=4e-3, kl="mean"),
+    # UniPic 2.0, section 4.1, after Flow-GRPO; its guidance is not told.
+    "unipic2": RL | dict(B=16, G=16, guidance=3.5, norm="joint", lr=3e-4, beta=0.04, kl="flow-grpo",
+                         lora_rank=32, lora_alpha=64),
+    # ParaUni, section 4.1; what it leaves open is Flow-GRPO's for PickScore. Its rewards follow one
+    # another: then --reward pickscore --init of the first run's folder, then clip.
+    "parauni": RL | dict(B=32, G=16, guidance=4.5, norm="global", updates=2, train="both", lr=1e-4,
+                         wd=0.05, beta=0.01, kl="flow-grpo", reward="aesthetic",
+                         ldam="clip:24-28,pickscore:12-23,aesthetic:12-23"),
+}  # fmt: skip
 
 PRESETS = {c.preset: c for c in (
     # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
@@ -700,11 +737,9 @@ PRESETS = {c.preset: c for c in (
         size=1024, vae_factor=32, sample_shift=3.0, sana=SANA | dict(ref="add"),
         stage1=None,
         stage2=FLOW | dict(init="", steps=240_000, batch=128, lr=1e-4, warmup=720, wd=0.0),
-        stage3=RL | dict(B=8, G=8, kind="unirl", guidance=3.5, train="both", lr=1e-5, beta=4e-3),
+        stage3=dict(recipe="unirl-zero", init="out/sft"),
     ),
-    # DeepGen 1.0, tables 9 and 10 (warm-up: the table's 1%, not the text's 20,000 steps). Not here:
-    # in stage 3 the SFT loss (1e-4) and the mix of rewards (table 11). It trains 30 random steps of
-    # 50, here 30 in a row.
+    # DeepGen 1.0, table 9 (warm-up: the table's 1%, not the text's 20,000 steps).
     Config(
         preset="deepgen", **QWEN_3B, **SD35M, bridge="scb", layers=tuple(range(35, 0, -6)),
         keep="all", n_query=128, vit_scale=28 / 32, null_edit=BLURRY,
@@ -714,20 +749,16 @@ PRESETS = {c.preset: c for c in (
         stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000),
         stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000, vlm_lora_rank=64,
                            vlm_lora_alpha=128, vlm_lora_dropout=0.05),
-        stage3=dict(init="out/sft", steps=1500, B=32, G=8, T=50, window=30, window_stop=19,
-                    kind="cps-simple", eta=1.0, lr=2e-6, clip=1e-4, beta=5e-7, kl="velocity",
-                    ema=0.0, eval_T=50),
+        stage3=dict(recipe="mr-grpo", init="out/sft"),
     ),
-    # Flow-GRPO, config geneval_sd3: RL only, on SD3.5-M as it is. Not here: its groups' rewards are
-    # divided by the batch's std, and a rollout makes two updates, each on its half.
+    # Flow-GRPO: RL only, on SD3.5-M as it is.
     Config(
         preset="flow-grpo", **SD35M, bridge="text", text="sd3", t5_tokens=128,
         dit="stabilityai/stable-diffusion-3.5-medium/transformer",
         vae="stabilityai/stable-diffusion-3.5-medium/vae",
         text_encoder="stabilityai/stable-diffusion-3.5-medium",
         stage1=None, stage2=None,
-        stage3=RL | dict(init="", B=48, G=24, guidance=4.5, lr=3e-4, wd=1e-4, beta=4e-3, ema=0.987,
-                         micro=9, eval_T=40, lora_rank=32, lora_alpha=64),
+        stage3=dict(recipe="flow-grpo", init="", micro=9),
     ),
     # UniPic 2.0, section 4.1: first the DiT learns to edit, and RL starts from there ...
     Config(
@@ -737,7 +768,7 @@ PRESETS = {c.preset: c for c in (
         text_encoder="Skywork/UniPic2-SD3.5M-Kontext-2B", t_dist="uniform", train_shift=3.0,
         stage1=None,
         stage2=FLOW | dict(init="", steps=200_000, batch=128, lr=4e-5, warmup=2000),
-        stage3=UNIPIC2_RL | dict(init=""),
+        stage3=dict(recipe="unipic2", init=""),
     ),
     # ... then a VLM learns to speak to it. Its training code is not public: times are DeepGen's.
     Config(
@@ -747,17 +778,17 @@ PRESETS = {c.preset: c for c in (
         c_dim=1536, c_ff=8960, c_layers=24, c_heads=24, t_dist="uniform", train_shift=3.0,
         stage1=FLOW | dict(steps=500_000, batch=1024, lr=1e-4, warmup=5000),
         stage2=FLOW | dict(steps=200_000, batch=128, lr=4e-5, warmup=2000),
-        stage3=UNIPIC2_RL,
+        stage3=dict(recipe="unipic2", init="out/sft"),
     ),
     # ParaUni, section 4.1; its code is OpenUni's, and so are steps and warm-up (in that code stage
-    # 2's lr is 1e-5). What the paper leaves open in stage 3 is Flow-GRPO's for PickScore.
+    # 2's lr is 1e-5).
     Config(
         preset="parauni", **INTERNVL_2B, bridge="lim", layers=tuple(range(1, 29)), size=1024,
         dit="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer",
         sana=SANA | dict(qk_norm="rms_norm_across_heads"),
         stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
         stage2=FLOW | dict(steps=10_000, batch=512, lr=1e-4, warmup=100),
-        stage3=RL | dict(B=32, G=16, guidance=4.5, train="both", lr=1e-4, wd=0.05, beta=1e-3),
+        stage3=dict(recipe="parauni", init="out/sft"),
     ),
     # OpenUni-L-512, its configs.
     Config(
@@ -897,7 +928,9 @@ class Bridge(nn.Module):
         ctx, pooled = self.projector_3(x), None                                  # (B,L,Dc)
         if cfg.bridge == "lim":
             c = self.agglayer_norm(ctx).unflatten(0, (-1, B))                    # (layers,B,L,Dc)
-            ctx = (c if layer_noise is None else c * layer_noise.view(-1, 1, 1, 1)).mean(0)
+            if layer_noise is not None:
+                layer_noise = layer_noise.to(c.device).view(-1, 1, 1, 1)
+            ctx = (c if layer_noise is None else c * layer_noise).mean(0)
         if cfg.mmdit:
             # Departs from DeepGen, which averages pads too: its outputs depend on the other rows.
             real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
@@ -1357,6 +1390,7 @@ class Unified(nn.Module):
     def velocity(self, x, t, branches):
         """sum_k w_k v(x, t, cond_k), branches = [(w_k, Cond), ...] with sum w_k = 1. fp32."""
         with self.autocast():
+            t = per_sample(t, x)                         # a compiled DiT would bake a number in
             return sum(w * self.dit(x, t, c.ctx, c.mask, c.pooled, c.refs) for w, c in branches)
 
     def noise(self, keys, size=None):
@@ -1380,6 +1414,17 @@ class Unified(nn.Module):
         """B prompts and B seeds -> uint8 (B,3,H,W)."""
         branches = self.guided(self.encode(prompts), guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
+
+    def flow_loss(self, images, prompts, keys):
+        """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
+        uint8 (n,3,H,W); time and noise of a pair are drawn from its key alone. -> (n,)"""
+        x0, g = self.to_latents(images), torch.Generator()                       # (n,C,h,w)
+        t = torch.cat([train_times(1, self.cfg, g.manual_seed(k)) for k in keys]).to(self.device)
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g.manual_seed(k + 1)) for k in keys])
+        eps = eps.to(self.device)
+        x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+        v = self.velocity(x_t, t, [(1.0, self.encode(prompts))])
+        return (v - (eps - x0)).square().mean((1, 2, 3))
 
     # Through the VAE go 2^20 pixels at a time, 4 images of 512 x 512: all at once would need more
     # memory than the DiT's backward.
@@ -1424,7 +1469,8 @@ def has_bf16():
 
 def parse(Args, description, stage=None):
     """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help. Precedence: the dataclass < the preset's values for `stage` < a flag."""
+    field is its help. Precedence: the dataclass < the preset's values for `stage` < its recipe's,
+    or --recipe's < a flag."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
@@ -1436,15 +1482,22 @@ def parse(Args, description, stage=None):
         p.add_argument(name, default=f.default, **kind,
                        help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
     args = p.parse_args()
+
+    def settle(who, values):
+        lacks = ["--" + k.replace("_", "-") for k in values if k not in vars(args)]
+        if lacks:
+            fail(f"{who} needs {', '.join(lacks)}, which this script lacks")
+        p.set_defaults(**values)
+        return p.parse_args()
     if stage:
         paper = getattr(preset(args.preset), stage)
         if paper is None:
             fail(f"the paper of preset {args.preset!r} has no {stage}: see PRESETS in model.py")
-        lacks = ["--" + k.replace("_", "-") for k in paper if k not in vars(args)]
-        if lacks:
-            fail(f"preset {args.preset!r} needs {', '.join(lacks)}, which this script lacks")
-        p.set_defaults(**paper)
-        args = p.parse_args()
+        args = settle(f"preset {args.preset!r}", paper)
+    if hasattr(args, "recipe"):
+        if args.recipe not in RECIPES:
+            fail(f"unknown recipe {args.recipe!r}; there are: {', '.join(RECIPES)}")
+        args = settle(f"recipe {args.recipe!r}", RECIPES[args.recipe])
     return Args(**vars(args))
 
 
@@ -1490,6 +1543,32 @@ def key(seed, step, index):
     return (seed * 1_000_003 + step) * 1_000_003 + index
 
 
+def slices(n, size):
+    """Micro-batches of n rows; size 0: one of all."""
+    return [slice(i, i + (size or n)) for i in range(0, n, size or n)]
+
+
+def table(text, value):
+    """ "a:1,b:2" -> {"a": value("1"), "b": value("2")}"""
+    rows = [item.partition(":") for item in text.split(",") if item]
+    return {name.strip(): value(v) for name, _, v in rows}
+
+
+def span(text):
+    """ "4-6" -> range(4, 7); "4" -> range(4, 5)"""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def odds(rows, mix):
+    """How often to draw each prompt so that categories (a row's `category` or `tag`; "*" is every
+    other) come as `mix` says, e.g. {"text": 3, "*": 1}. -> (rows,)"""
+    kinds = [row.get("category", row.get("tag")) for row in rows]
+    kinds = [k if k in mix else "*" for k in kinds]
+    count = Counter(kinds)
+    return torch.tensor([mix.get(k, 0.0) / count[k] for k in kinds])
+
+
 def memory_plan(model, args, rows, reads, copies, device):
     """What a run will hold, before its weights are loaded. model: on the meta device. rows: images
     per DiT backward; reads: prompts that the VLM reads with gradient; copies: parts held twice.
@@ -1504,6 +1583,8 @@ def memory_plan(model, args, rows, reads, copies, device):
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
     each = 85 * (patches + text) if cfg.mmdit else 100 * patches
     acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
+    if getattr(args, "checkpoint", False):   # of each layer its fp32 inputs, of one layer all
+        acts = int(acts * (4 / 85 + 1 / d["num_layers"]))
     if reads and vlm:
         lm = vlm.config.get_text_config()
         acts += 75 * reads * text * (lm.num_hidden_layers * lm.hidden_size
@@ -1523,6 +1604,7 @@ def memory_plan(model, args, rows, reads, copies, device):
             + f"  of {has / 2**30:.1f} on {device.type}"]
     if size["sum"] > has:
         less = [f"a lower --{k}" for k in ("micro", "batch") if hasattr(args, k) and acts > has / 4]
+        less += ["--checkpoint"] * (not getattr(args, "checkpoint", True) and acts > has / 4)
         if getattr(args, "lora_rank", 1) == 0 and getattr(args, "train", "dit") != "bridge":
             less.append("--lora-rank 32")
         less += ["--beta 0"] if copies else []

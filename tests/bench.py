@@ -1,6 +1,7 @@
 """A benchmark, not a test: what an optimised image and a held-out gain cost, here and with peers.
 
     python tests/bench.py                      # --minutes bounds our run; theirs may take 4 x ours
+    python tests/bench.py --recipes            # forwards per image and speed of every recipe
 
 Ours is grpo.py itself, called with its default recipe. Theirs is a plain Flow-GRPO loop (Liu et al.
 2025, as its public code does it) on the same checkpoint, prompts, reward, batch and learning rate:
@@ -19,30 +20,32 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grpo  # noqa: E402
 from eval import bench_shapes, parse_weights, read_prompts, score  # noqa: E402
-from model import Ema, MMDiT, Unified, key, sde_step, setup, sigmas  # noqa: E402
+from model import RECIPES, Ema, MMDiT, Unified, key, sde_step, setup, sigmas  # noqa: E402
 
 PARTS = ("rollout", "decode", "reward", "update")
 GAINS = (0.10, 0.20)
 
 
 class Forwards:
-    """Counts the DiT's forwards per row; one with a gradient is three, for its backward costs two.
-    Evaluations are not counted."""
+    """Counts the DiT's forwards per row; one with a gradient is three, for its backward costs two,
+    or one where only a LoRA learns. Evaluations are not counted."""
 
-    def __init__(self):
-        self.rows, self.on = 0, True
+    def __init__(self, lora=False):
+        self.rows, self.on, self.graded = 0, True, 2 if lora else 3
         self.handle = register_module_forward_pre_hook(self.count)
 
     def count(self, module, inputs):
         if self.on and isinstance(module, MMDiT):
-            self.rows += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+            self.rows += len(inputs[0]) * (self.graded if torch.is_grad_enabled() else 1)
 
     @contextmanager
     def off(self):
@@ -170,6 +173,37 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
     return curve, rows, forwards.rows / (len(rows) * N)
 
 
+def recipes(a, folder):
+    """Each recipe of RL on few prompts of the classroom, all else as it says: how many forwards an
+    optimised image costs, and its speed here. A reward that is never flat: no group drops out."""
+    photos = folder.parent / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(photos / f"{i}.png")
+    (photos / "metadata.jsonl").write_text("".join(
+        json.dumps(dict(file_name=f"{i}.png", prompt="noise")) + "\n" for i in range(8)))
+    grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
+
+    def show(name, *cells):
+        print(f"{name:12}" + "".join(f"{x:>20}" for x in cells), flush=True)
+    show("", "forwards per image", "images/s", *PARTS)
+    for name, r in RECIPES.items():
+        G, forwards = r.get("G", grpo.Args().G), Forwards(bool(r.get("lora_rank")))
+        flags = dict(recipe=name, init=a.init, out=folder / name, steps=a.its, B=4, seed=a.seed,
+                     reward="jpeg_compressibility", mix="", ldam="", sft_data=photos,
+                     sft_batch=4 * G)
+        sys.argv = ["grpo.py"] + [str(x) for k, v in flags.items()
+                                  for x in ("--" + k.replace("_", "-"), v)]
+        grpo.main()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        forwards.handle.remove()
+        _, *rows = [json.loads(line) for line in open(folder / name / "log.jsonl")]
+        middle, fast = speed(rows, 4 * G)
+        show(name, f"{forwards.rows / (a.its * 4 * G):.1f}", f"{fast:.2f}",
+             *(f"{x:.2f} s" for x in middle))
+
+
 def speed(rows, N):
     """Median seconds of each part, and images per second."""
     middle = [sorted(r["s_" + p] for r in rows)[len(rows) // 2] for p in PARTS]
@@ -183,7 +217,12 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--init", default="data/shapes/sft")
     p.add_argument("--eval-every", type=int, default=10, help="our updates between evaluations")
+    p.add_argument("--recipes", action="store_true", help="what each recipe costs, no training")
+    p.add_argument("--its", type=int, default=3, help="iterations of each recipe")
     a = p.parse_args()
+    if a.recipes:
+        print(f"{os.cpu_count()} cores, torch {torch.__version__}; 4 prompts, {a.its} iterations")
+        return recipes(a, Path(tempfile.mkdtemp(prefix="bench-")) / "run")
     args = grpo.Args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}; grpo.py's defaults: {args}")
     N, latent = args.B * args.G, 4 * 16 * 16

@@ -46,12 +46,13 @@ def case(model, **changes):
 
 
 def gradient(model, guided, rest, ref=None):
-    """-> what surrogate reports, the DiT's gradient as one vector"""
+    """-> largest |ratio - 1| and mean KL, the DiT's gradient as one vector"""
     model.dit.requires_grad_(True)
     model.dit.zero_grad()
-    stats = surrogate(model, guided, *rest, ref and ((ref, model.bridge), guided))
-    return stats, torch.cat([p.grad.flatten() for p in model.dit.parameters()
-                             if p.grad is not None]).clone()
+    ratio, kl = surrogate(model, guided, *rest, ref and ((ref, model.bridge), guided)).T
+    assert len(ratio) == rest[2].numel()                    # a row per image and step
+    return ((ratio - 1).abs().max(), kl.mean()), torch.cat(
+        [p.grad.flatten() for p in model.dit.parameters() if p.grad is not None]).clone()
 
 
 def close(a, b, tol=1e-5):
@@ -193,7 +194,7 @@ def test_kl_is_the_gaussians(model):
     args, guided, rest = case(model, beta=0.7, kl="mean")
     prompt, xs, old, A, ts, window, denominator, _ = rest
     rest[3] = A = torch.zeros_like(A)                      # only the KL is left
-    (_, _, kl), grad = gradient(model, guided, rest, ref=model.dit)
+    (_, kl), grad = gradient(model, guided, rest, ref=model.dit)
     assert kl == 0 and grad.abs().max() == 0
 
     ref = copy.deepcopy(model.dit).requires_grad_(False)
@@ -203,7 +204,7 @@ def test_kl_is_the_gaussians(model):
     own = model.dit
     for form in ("mean", "velocity"):
         rest[-1] = replace(args, kl=form)
-        (_, _, kl), grad = gradient(model, guided, rest, ref)
+        (_, kl), grad = gradient(model, guided, rest, ref)
         assert model.dit is own                            # the reference was only borrowed
         model.dit.zero_grad()
         want = []
@@ -304,9 +305,9 @@ def test_shuffled_rewards_are_the_same_rewards(parts, tmp_path, monkeypatch):
     """The control row: the same numbers, but credit to other images, of other groups too."""
     seen = []
 
-    def spy(R, W, n):
+    def spy(R, *more):
         seen.append(R[:, 0])
-        return group_advantage(R, W, n)
+        return group_advantage(R, *more)
     monkeypatch.setattr(grpo, "group_advantage", spy)
     tiny.play(parts, tmp_path / "a", "--steps", 1)
     tiny.play(parts, tmp_path / "b", "--steps", 1, "--shuffle")
@@ -319,7 +320,7 @@ def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monk
     seen = []
 
     def spy(model, *inputs):
-        (dit, bridge), guided = inputs[-1]
+        (dit, bridge), guided = inputs[-2]
         with grpo.swapped(model, (dit, bridge)):
             assert model.bridge is bridge and model.dit is dit
         assert model.bridge is not bridge and model.dit is not dit
