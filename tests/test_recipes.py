@@ -536,6 +536,7 @@ def test_checkpointing_in_main(parts, photos, tmp_path, monkeypatch):
     assert calls and torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 pytest ...")
 @pytest.mark.parametrize("kind", [MMDiT, SanaDiT])
 def test_compiled_gradients(kind):
     """Of contexts of any length, with and without pads, in batches of any size."""
