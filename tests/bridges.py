@@ -1,4 +1,4 @@
-"""The papers' ablations of bridge and fine-tuning, at classroom scale. Not a test: it takes 45 min.
+"""The papers' ablations of bridge and fine-tuning, at classroom scale. Not a test: it takes 30 min.
 
     python tests/bridges.py --out out/bridges     # two seeds side by side, one core each
 
@@ -61,10 +61,9 @@ CLAIMS = [                                    # better, worse, GenEval there, wh
     ("both learn", "connector frozen", ".86 > .84", "UniPic 2.0 table 3"),
     ("both learn", "DiT frozen", ".86 > .85", "UniPic 2.0 table 3"),
 ]
-STEPS = {1: 200, 2: 150}
 
 
-def run_arm(arm, seed, out):
+def run_arm(arm, seed, out, steps):
     """Train one arm and keep which of the held-out images are right: out/right.npy (P,4)."""
     changes, stage, flags = ARMS[arm]
     name = "shapes" if not changes else f"shapes-{out.name}"        # a preset of its own
@@ -76,7 +75,8 @@ def run_arm(arm, seed, out):
                 self.agglayer_norm = nn.Identity()
         model.Bridge = Bare
     sys.argv = [f"stage {stage}", "--preset", name, "--out", str(out), "--seed", str(seed),
-                "--steps", str(STEPS[stage]), "--eval-every", "1000", *flags.split()]
+                "--steps", str(steps if stage == 1 else steps * 3 // 4), "--eval-every", "10000",
+                *flags.split()]
     if stage == 2:
         sys.argv += ["--init", str(out.parent / folder("scb"))]
     [pretrain, sft][stage - 1].main()
@@ -94,13 +94,13 @@ def folder(arm):
     return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
 
 
-def table(out, seeds):
-    """All scores, and the claims with their verdicts, as markdown."""
+def table(out, seeds, arms):
+    """Scores of these arms, and the claims about them with their verdicts, as markdown."""
     rows = read_prompts(PROMPTS / "eval.jsonl")
     right = {arm: np.stack([np.load(out / f"seed{s}" / folder(arm) / "right.npy")
-                            for s in range(seeds)], 1) for arm in ARMS}        # (P,seeds,4)
+                            for s in range(seeds)], 1) for arm in arms}        # (P,seeds,4)
     print(f"| arm | minutes | score, {seeds} seeds | each seed |\n|---|---|---|---|")
-    for arm in ARMS:
+    for arm in arms:
         each = [mean_and_error(right[arm][:, s], rows)[0] for s in range(seeds)]
         mean, error = mean_and_error(right[arm].reshape(len(rows), -1), rows)
         logs = [out / f"seed{s}" / folder(arm) / "log.jsonl" for s in range(seeds)]
@@ -108,7 +108,7 @@ def table(out, seeds):
         print(f"| {arm} | {minutes:.1f} | {mean:.3f} ± {error:.3f} | "
               + " ".join(f"{e:.3f}" for e in each) + " |")
     print("\n| claim | GenEval there | difference here | verdict |\n|---|---|---|---|")
-    for better, worse, there, where in CLAIMS:
+    for better, worse, there, where in (c for c in CLAIMS if {*c[:2]} <= {*arms}):
         gain = right[better] - right[worse]                                    # (P,seeds,4)
         mean, error = mean_and_error(gain.reshape(len(rows), -1), rows)
         each = [mean_and_error(gain[:, s], rows)[0] for s in range(seeds)]
@@ -123,22 +123,25 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/bridges"))
     p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--steps", type=int, default=200, help="of stage 1; stage 2 has 3/4 of them")
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     if a.arm:
-        return run_arm(a.arm, a.seed, a.out / f"seed{a.seed}" / folder(a.arm))
+        return run_arm(a.arm, a.seed, a.out / f"seed{a.seed}" / folder(a.arm), a.steps)
     if a.seeds < 2:
         sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
     env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // a.seeds)))
-    for arm in ARMS:
+    for arm in a.arms:
         todo = [s for s in range(a.seeds)
                 if not (a.out / f"seed{s}" / folder(arm) / "right.npy").exists()]
         runs = [subprocess.Popen([sys.executable, __file__, "--out", a.out, "--arm", arm,
-                                  "--seed", str(s)], env=env) for s in todo]
+                                  "--seed", str(s), "--steps", str(a.steps)], env=env)
+                for s in todo]
         if any([r.wait() for r in runs]):
             sys.exit(f"error: arm {arm!r} failed; remove its folder in {a.out} and start again")
-    table(a.out, a.seeds)
+    table(a.out, a.seeds, a.arms)
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def test_every_question_has_its_answer():
             assert text.endswith(ASSISTANT) or task == "text"
 
 
-@pytest.mark.parametrize("folder, least", [("sft", 0.38)])
+@pytest.mark.parametrize("folder, least", [("sft", 0.38), ("sana/sft", 0.26)])
 def test_what_ships_draws(folder, least):
     """The checkpoints of stage 2, from which RL starts: 96 images, standard error 0.05."""
     model = Unified.load(f"data/shapes/{folder}")
