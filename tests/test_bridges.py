@@ -769,4 +769,4 @@ def test_presets_set_flags_that_exist(name):
         assert values.keys() <= kinds.keys()
         assert all(type(v) is kinds[k] for k, v in values.items())
         if script is grpo:
-            grpo.check(grpo.Args(preset=name, **values), 1)
+            grpo.check(grpo.Args(preset=name, prompts="its.jsonl", **values), 1)

@@ -37,7 +37,7 @@ def complaint(run, *args):
 
 @pytest.mark.parametrize("flags, words", [
     ("--preset shape", "unknown preset 'shape'; there are: shapes"),
-    ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, jpeg_c"),
+    ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, clip"),
     ("--reward geneval:x", "not a number"),
     ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --recipe "),
     ("--steps three", "--steps: invalid int value: 'three'"),

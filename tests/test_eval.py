@@ -332,7 +332,8 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
 
     class Painter:
         load = classmethod(lambda cls, *path, **parts: cls())
-        to = draw = lambda self, *args: self if len(args) == 1 else draw(*args[:2])
+        to = slim = lambda self, device: self
+        draw = staticmethod(lambda *args: draw(*args[:2]))
     monkeypatch.setattr(judges, "Unified", Painter)
     monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])
     main()                                               # the command line finds the same

@@ -16,7 +16,7 @@ import grpo
 import model
 import pretrain
 import sft
-from model import PRESETS, Unified
+from model import PRESETS, RECIPES, Unified
 
 PAPERS = [name for name in PRESETS if not name.startswith("shapes")]
 # Smaller numbers of the same things; what is left is the preset's own.
@@ -24,7 +24,8 @@ STAGES = {
     1: (pretrain, "--steps 1 --batch 2 --warmup 1"),
     2: (sft, "--steps 1 --batch 2 --warmup 1"),
     3: (grpo, "--steps 10 --B 2 --G 2 --T 6 --window 2 --window-start 0 --window-stop 2 --eval-T 2 "
-              "--micro 3 --eval-every 10 --lora-rank {lora} --reward jpeg_incompressibility"),
+              "--micro 3 --eval-every 10 --lora-rank {lora} --reward jpeg_incompressibility "
+              "--trained 0 --sft-batch 2"),
 }
 
 
@@ -51,10 +52,15 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
     for stage, (script, flags) in STAGES.items():
         if getattr(full, f"stage{stage}") is None:
             continue
-        lora = getattr(full, f"stage{stage}").get("lora_rank", 0) and 2
+        paper = getattr(full, f"stage{stage}")
+        paper = RECIPES.get(paper.get("recipe"), {}) | paper
+        lora = paper.get("lora_rank", 0) and 2
         argv = ["--preset", name, "--out", tmp_path / f"stage{stage}", "--init", init,
                 *flags.format(lora=lora).split()]
-        argv += (["--prompts", parts / "prompts.jsonl"] if stage == 3 else ["--data", data])
+        argv += (["--prompts", parts / "prompts.jsonl", "--sft-data", data] if stage == 3
+                 else ["--data", data])
+        if "ldam" in paper:
+            argv += ["--ldam", "jpeg_incompressibility:1-2"]
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
         before = Unified.from_preset(name, init)
         script.main()
@@ -72,4 +78,4 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
     assert ("vlm" in moved.get(2, ())) == (name == "deepgen")
     if 3 in moved:
         assert rows[1]["ratio_off"] <= 2e-4 and {r["step"] for r in rows} == set(range(11))
-        assert moved[3] == {"dit"} | (bridge if full.stage3.get("train") == "both" else set())
+        assert moved[3] == {"dit"} | (bridge if paper.get("train") == "both" else set())
