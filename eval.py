@@ -283,7 +283,7 @@ def mask2former(name):
            + sorted(k[0] for k in info["mismatched_keys"]))
     if model.config.num_labels != len(COCO):
         fail(f"{name} knows {model.config.num_labels} classes, not COCO's {len(COCO)}")
-    return see, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return see, to_device(model)
 
 
 @torch.no_grad()
@@ -328,12 +328,11 @@ def detect_coco(images):
 def color_clip(name, tag):
     """-> open_clip model, image transform, tokenizer"""
     try:
-        model, _, prepare = open_clip.create_model_and_transforms(
-            name, tag, device="cuda" if torch.cuda.is_available() else "cpu")
+        model, _, prepare = open_clip.create_model_and_transforms(name, tag)
     except (OSError, RuntimeError) as e:
         fail(f"GenEval's colour classifier, open_clip {name} {tag}, cannot be loaded: "
              + str(e).strip().splitlines()[0])
-    return model.eval(), prepare, open_clip.get_tokenizer(name)
+    return to_device(model), prepare, open_clip.get_tokenizer(name)
 
 
 @cache
@@ -1089,6 +1088,15 @@ def spread(rows, k):
     return [of[a * len(of) // min(k, len(of))] for of in tags for a in range(min(k, len(of)))]
 
 
+def draw_rows(draw, rows, chosen, n, name=""):
+    """n images for each rows[i], i in chosen -> numpy (P,n,64,64,3); draw: see bench_shapes."""
+    todo = [(rows[i]["prompt"], 1000 * i + j) for i in chosen for j in range(n)]
+    images = []
+    for a in tqdm(range(0, len(todo), 64), name, unit="batch", disable=None):
+        images.append(draw(*map(list, zip(*todo[a : a + 64]))).cpu())
+    return arrays(torch.cat(images)).reshape(-1, n, SIDE, SIDE, 3)
+
+
 def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
     """GenEval at classroom scale -> flat dict of metrics, with `unseen` for the held-out pairs.
 
@@ -1102,11 +1110,7 @@ def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
         k = limit // n_per_prompt // len(by_tag(rows)) if limit else len(rows)
         assert k, f"limit={limit} images do not reach every tag with {n_per_prompt} per prompt"
         chosen = spread(rows, k)
-        todo = [(rows[i]["prompt"], 1000 * i + j) for i in chosen for j in range(n_per_prompt)]
-        images = []
-        for a in tqdm(range(0, len(todo), 64), split, unit="batch", disable=None):
-            images.append(draw(*map(list, zip(*todo[a : a + 64]))).cpu())
-        images = arrays(torch.cat(images)).reshape(-1, n_per_prompt, SIDE, SIDE, 3)
+        images = draw_rows(draw, rows, chosen, n_per_prompt, split)
         rows = [rows[i] for i in chosen]
         out, right = summary(rows, images)
         results |= out if split == "eval" else {split: out}

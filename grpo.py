@@ -370,7 +370,8 @@ def main():
 
         # 3  score the images; compare each with its own group
         R, W, names = score(images, batch, G, weights)                           # (N,K) each
-        tried, failed = W != 0, R.isnan() & (W != 0)     # a failure moves nothing, but counts
+        tried = W != 0                                   # a failure moves nothing, but counts
+        failed = tried & R.isnan()
         lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
         lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
         if lost.max() > args.max_failed:                 # on every rank, so all stop

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -29,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 import pretrain  # noqa: E402
 import sft  # noqa: E402
-from eval import PROMPTS, arrays, mean_and_error, read_prompts, summary  # noqa: E402
+from eval import PROMPTS, draw_rows, mean_and_error, read_prompts, summary  # noqa: E402
 
 ALL = (6, 5, 4, 3, 2, 1)                      # the classroom VLM's layers, deep to shallow
 LIM = dict(bridge="lim", layers=ALL)
-# arm: (what of the preset changes, stage, flags), what it is compared with, what the paper's did
+# arm: what of the preset changes, stage, flags
 ARMS = {
     "scb": ({}, 1, ""),
     "last": (dict(bridge="last", layers=()), 1, ""),
@@ -83,11 +82,7 @@ def run_arm(arm, seed, out, steps):
 
     done = model.Unified.load(out)
     rows = read_prompts(PROMPTS / "eval.jsonl")
-    todo = [(r["prompt"], 1000 * i + j) for i, r in enumerate(rows) for j in range(4)]
-    images = torch.cat([done.draw(*map(list, zip(*todo[a : a + 64])))
-                        for a in range(0, len(todo), 64)])
-    right = summary(rows, arrays(images).reshape(len(rows), 4, 64, 64, 3))[1]
-    np.save(out / "right.npy", right)
+    np.save(out / "right.npy", summary(rows, draw_rows(done.draw, rows, range(len(rows)), 4))[1])
 
 
 def folder(arm):

@@ -366,14 +366,7 @@ def saved(out):
 def test_resume_continues_as_if_never_stopped(parts, tmp_path, monkeypatch):
     flags = ["--steps", 4, "--train", "both", "--updates", 2, "--beta", 0.01, "--eval-every", 2]
     whole = tiny.play(parts, tmp_path / "a", *flags)
-    steps = iter(range(3))
-
-    def killed_in_the_fourth(*inputs):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return rollout(*inputs)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(grpo, "rollout", killed_in_the_fourth)
+    with tiny.killed_at(grpo, "rollout", 3):
         tiny.play(parts, tmp_path / "b", *flags)
     rows = (tmp_path / "b" / "log.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 3                         # of which no checkpoint knows

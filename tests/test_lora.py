@@ -22,7 +22,7 @@ import grpo
 import model as ours
 import sample
 import sft
-from grpo import rollout, swapped
+from grpo import swapped
 from model import Config, Ema, MMDiT, Unified, adapter, memory_plan
 
 PROMPTS = ["a photo of a red circle", "two blue stars"]
@@ -146,19 +146,6 @@ def test_the_reference_is_the_adapter_switched_off(cfg, parts):
     assert sum(p.requires_grad for p in model.dit.parameters()) == 2 * (8 + 7)     # and again on
 
 
-def play_pretending(monkeypatch, fail_at, *args, **more):
-    """A run that is killed at its rollout number fail_at."""
-    steps = iter(range(fail_at))
-
-    def killed(*inputs):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return rollout(*inputs)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(grpo, "rollout", killed)
-        tiny.play(*args, **more)
-
-
 def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
     """Ratio 1 and KL 0 at first, no second DiT, an exact restart, a run from its checkpoint."""
     flags = ["--steps", 3, "--lora-rank", 4, "--beta", 0.1, "--lr", 0.01, "--eval-every", 1,
@@ -172,7 +159,8 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
     assert first[1]["ratio_off"] <= 1e-6 and first[1]["kl"] == 0 and first[1]["grad_norm"] > 0
     whole = tiny.play(parts, tmp_path / "a", *flags)
     assert whole[1]["kl"] == 0 and whole[3]["kl"] > 1e-6
-    play_pretending(monkeypatch, 2, parts, tmp_path / "b", *flags)
+    with tiny.killed_at(grpo, "rollout", 2):
+        tiny.play(parts, tmp_path / "b", *flags)
     tiny.play(parts, tmp_path / "b", *flags, "--resume")
     assert torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
     next_ = tiny.play(parts, tmp_path / "c", *flags, "--init", tmp_path / "a")
@@ -218,14 +206,7 @@ def test_sft_with_both_loras(parts, cfg, tmp_path, monkeypatch):
     other = tiny.play(parts, tmp_path / "o", *flags, "--vlm-lora-dropout", 0.0, main=sft.main)
     assert other[0]["loss"] == whole[0]["loss"]                          # B = 0: nothing to drop
     assert other[2]["loss"] != whole[2]["loss"]
-    step, real = iter(range(2)), sft.train_times
-
-    def killed(*inputs):
-        if next(step, None) is None:
-            raise KeyboardInterrupt
-        return real(*inputs)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(sft, "train_times", killed)
+    with tiny.killed_at(sft, "train_times", 2):
         tiny.play(parts, tmp_path / "b", *flags, main=sft.main)
     tiny.play(parts, tmp_path / "b", *flags, "--resume", main=sft.main)
     assert torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))

@@ -460,15 +460,7 @@ def test_ldam_in_main(lim, photos, tmp_path, monkeypatch):
     assert len(policy) == 3                         # the policy, its reference, the second update
     assert torch.equal(policy[0], policy[1]) and torch.equal(policy[0], policy[2])
     assert policy[0][0] == 1 != policy[0][1]
-    steps = iter(range(2))
-
-    def killed(*inputs):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return rollout(*inputs)
-    rollout = grpo.rollout
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(grpo, "rollout", killed)
+    with tiny.killed_at(grpo, "rollout", 2):
         tiny.play(lim, tmp_path / "b", *flags)
     again = tiny.play(lim, tmp_path / "b", *flags, "--resume")
     assert [r["ldam"] for r in again[1:]] == [0, 0, 1, 0, 0]

@@ -6,6 +6,7 @@
 import json
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,6 +100,20 @@ def blue(images, metas, group):
     b = images[:, 2].float().mean((1, 2)).view(-1, group)
     r = b.argsort(1).argsort(1).flatten() / (group - 1)
     return torch.where(torch.tensor([m["flat"] for m in metas]), torch.tensor(1 / 3), r)
+
+
+@contextmanager
+def killed_at(module, name, n):
+    """Inside, the user interrupts when module.name is called for the n-th time, n from 0."""
+    calls, real = iter(range(n)), getattr(module, name)
+
+    def killed(*inputs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(*inputs)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(module, name, killed)
+        yield
 
 
 def play(folder, out, *flags, bf16=False, main=grpo.main):
