@@ -3,6 +3,7 @@ stochastic sampler. Here stands what defines the policy: rollout and gradient sh
 """
 
 import argparse
+import atexit
 import io
 import json
 import math
@@ -1512,6 +1513,7 @@ def setup():
         torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)   # or its threads may outlive Python and abort
     return rank, world, device if cuda else torch.device("cpu")
 
 
