@@ -89,6 +89,17 @@ def folder(arm):
     return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
 
 
+def difference(better, worse, rows):
+    """Values (P,seeds,n) of two arms, for the P rows' same noise -> mean of better - worse, the
+    larger of its standard errors over prompts and over seeds, and what it says of the claim."""
+    gain, seeds = better - worse, better.shape[1]
+    mean, error = mean_and_error(gain.reshape(len(rows), -1), rows)
+    each = [mean_and_error(gain[:, s], rows)[0] for s in range(seeds)]
+    error = max(error, np.std(each, ddof=1) / seeds**0.5)
+    return mean, error, ("inside the noise" if abs(mean) <= 2 * error else
+                         "reproduced" if mean > 0 else "not reproduced")
+
+
 def table(out, seeds, arms):
     """Scores of these arms, and the claims about them with their verdicts, as markdown."""
     rows = read_prompts(PROMPTS / "eval.jsonl")
@@ -104,12 +115,7 @@ def table(out, seeds, arms):
               + " ".join(f"{e:.3f}" for e in each) + " |")
     print("\n| claim | GenEval there | difference here | verdict |\n|---|---|---|---|")
     for better, worse, there, where in (c for c in CLAIMS if {*c[:2]} <= {*arms}):
-        gain = right[better] - right[worse]                                    # (P,seeds,4)
-        mean, error = mean_and_error(gain.reshape(len(rows), -1), rows)
-        each = [mean_and_error(gain[:, s], rows)[0] for s in range(seeds)]
-        error = max(error, np.std(each, ddof=1) / seeds**0.5)
-        verdict = ("inside the noise" if abs(mean) <= 2 * error else
-                   "reproduced" if mean > 0 else "not reproduced")
+        mean, error, verdict = difference(right[better], right[worse], rows)
         print(f"| {better} > {worse} ({where}) | {there} | {mean:+.3f} ± {error:.3f} | {verdict} |")
 
 
