@@ -1,9 +1,11 @@
 """The classroom's parts once more: the real classes with few random weights, made in a second.
 
-    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them
+    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; with
+    --data: cycle_edit.py's
 """
 
 import json
+import random
 import signal
 import sys
 from contextlib import contextmanager
@@ -23,10 +25,11 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))          # where torchrun does not look
 
+import cycle_edit  # noqa: E402
 import eval as judges  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
-from data.shapes.prepare import tokenizer  # noqa: E402
+from data.shapes.prepare import sample_edit, tokenizer  # noqa: E402
 from model import Config, MMDiT, Unified, save_checkpoint  # noqa: E402
 
 MMDIT = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
@@ -44,7 +47,7 @@ def randomise(module):
 
 
 def make(folder):
-    """Writes vlm/, vae/, dit/, sft/ (a checkpoint) and prompts.jsonl. -> their Config"""
+    """Writes vlm/, vae/, dit/, sft/ (a checkpoint), prompts.jsonl, edits.jsonl. -> their Config"""
     torch.manual_seed(0)
     tok = tokenizer("<|im_end|>")
     tok.save_pretrained(folder / "vlm")
@@ -79,6 +82,10 @@ def make(folder):
     rows = (ROOT / "data/shapes/prompts/train.jsonl").read_text().splitlines()[:4]
     rows = [json.loads(line) | dict(flat=i == 1) for i, line in enumerate(rows)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rng = random.Random(0)
+    rows = [sample_edit(rng, kind) | dict(flat=kind == "move")
+            for kind in ("add", "move", "recolor", "replace")]
+    (folder / "edits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     full = build(cfg)
     randomise(full.bridge)
     trained = {k: p for k, p in full.state_dict().items() if k.startswith(("bridge", "dit"))}
@@ -126,7 +133,10 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         m.setitem(judges.REWARDS, "blue", blue)
         m.setattr(sys.modules[main.__module__], "bench_shapes",      # one image per tag is enough
                   lambda draw, n=4, limit=None, png=None: judges.bench_shapes(draw, 1, 6, png))
-        rl = [*FLAGS, "--prompts", folder / "prompts.jsonl"] if main is grpo.main else []
+        m.setattr(cycle_edit, "bench_edit",
+                  lambda edit, n=1, limit=None, png=None: judges.bench_edit(edit, 1, 5, png))
+        rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
+              cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"]}.get(main, [])
         argv = ["x.py", "--init", folder / "sft", "--out", out, *rl, *flags]
         m.setattr(sys, "argv", list(map(str, argv)))
         try:
@@ -137,4 +147,5 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
 
 
 if __name__ == "__main__":
-    play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:],
+         main=cycle_edit.main if "--data" in sys.argv else grpo.main)
