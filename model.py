@@ -60,6 +60,21 @@ def per_sample(t, x):
     return t.to(x.device, torch.float32).expand(len(x))
 
 
+def by_size(f, items):
+    """f(batch) of every tensor, in order: those of one shape go through it together."""
+    out = [None] * len(items)
+    for shape in dict.fromkeys(a.shape for a in items):
+        at = [i for i, a in enumerate(items) if a.shape == shape]
+        for i, y in zip(at, f(torch.stack([items[i] for i in at])).unbind()):
+            out[i] = y
+    return out
+
+
+def ragged(parts, lengths):
+    """Tensors (n,D), several to a row, row b `lengths[b]` long in all -> (B,L,D), right-padded."""
+    return pad_sequence(torch.cat(parts).split(lengths), batch_first=True)
+
+
 # ---------------------------------------------------------------------------------------------
 # MMDiT: Stable Diffusion 3's transformer. Attribute names are diffusers' parameter names, so that
 # released weights load with load_state_dict(strict=True), and ours load in diffusers.
@@ -305,13 +320,15 @@ class MMDiT(nn.Module):
         but its content tells it from the target. Ragged rows are padded on the right."""
         assert len(refs) == len(x), f"{len(refs)} lists of references for a batch of {len(x)}"
         dtype = self.pos_embed.proj.weight.dtype
-        rows = [torch.cat([x[b], *(self.pos_embed(r[None].to(dtype))[0] for r in refs[b])])
-                for b in range(len(x))]
-        lengths = [len(row) for row in rows]
+        tokens = by_size(lambda r: self.pos_embed(r.to(dtype)), [r for row in refs for r in row])
+        rest = iter(tokens)
+        rows = [[own, *(next(rest) for _ in row)] for own, row in zip(x.unbind(), refs)]
+        lengths = [sum(map(len, row)) for row in rows]
+        x = ragged([part for row in rows for part in row], lengths)
         if min(lengths) == max(lengths):
-            return torch.stack(rows), None
+            return x, None
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        return pad_sequence(rows, batch_first=True), real.to(x.device)
+        return x, real.to(x.device)
 
     def forward(self, x, t, ctx, ctx_mask=None, pooled=None, refs=None):
         """Velocity at x (B,C,H,W) and t in [0,1], scalar or (B,) (diffusers' timestep / 1000).
@@ -479,8 +496,9 @@ class SanaDiT(nn.Module):
                 f"an added reference has the target's size {tuple(size)}, not {tuple(r[0].shape)}")
         proj = self.ref_patch_embed.proj
         ref = torch.stack([r[0] for r in refs if r]).to(proj.weight.dtype)
-        rows = iter(self.ref_linear(proj(ref).flatten(2).mT))                        # (N,D) each
-        return torch.stack([row + next(rows) if r else row for row, r in zip(x, refs)])
+        ref = self.ref_linear(proj(ref).flatten(2).mT)                               # (few,N,D)
+        at = torch.tensor([b for b, r in enumerate(refs) if r]).to(x.device)         # (few,)
+        return x.index_add(0, at, ref.to(x.dtype))
 
     def forward(self, x, t, ctx, ctx_mask=None, pooled=None, refs=None):
         """As MMDiT's, with the same shapes. SANA has no use for `pooled`; a row of ctx_mask has at
@@ -616,6 +634,8 @@ class Config:
     edit_text: str = "{images}\n{}"
     suffix: str = ""                  # opens the assistant's turn
     image_tokens: tuple = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    refs: str = "both"                # who is shown an edit's images: vlm | dit | both | none
+    ref_noise: float = 0.0            # share of noise in the latents that the DiT is shown
     vit_scale: float = 0.0            # a reference's size for the VLM, 1 = as it is; 0: a fixed one
     pos: str = "mrope"                # position ids: mrope | arange
     # what classifier-free guidance contrasts with
@@ -642,7 +662,7 @@ class Config:
         return self.mmdit or self.sana
 
 
-PARTS = ("vlm", "dit", "vae")             # what the flags of these names replace
+PARTS = ("vlm", "dit", "vae")             # what the flags of these names replace; and --refs
 
 # Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
 SD35M = dict(
@@ -722,14 +742,14 @@ PRESETS = {c.preset: c for c in (
         sana=dict(sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=8,
                   num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
                   cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,
-                  mlp_ratio=2.5, qk_norm="rms_norm_across_heads"),
+                  mlp_ratio=2.5, qk_norm="rms_norm_across_heads", ref="add"),
         stage1=dict(steps=450), stage2=dict(steps=1200), stage3=dict(init="data/shapes/sana/sft"),
     ),
     # UniRL-Zero (2510.17937), appendix A and its scripts. Bridge and DiT learn together from the
     # start: `sft.py`. References are added to the DiT's input.
     Config(
         preset="unirl-zero", **QWEN_3B, bridge="last", keep="query", n_query=256, edit_queries=True,
-        dit="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/transformer",
+        dit="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/transformer", ref_noise=0.2,
         vae="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/vae",
         system="You are a helpful assistant.", vit_scale=672 / 1024, pos="arange", null="zeros",
         t2i_text="Please generate image based on the following caption: {}",
@@ -754,7 +774,7 @@ PRESETS = {c.preset: c for c in (
     ),
     # Flow-GRPO: RL only, on SD3.5-M as it is.
     Config(
-        preset="flow-grpo", **SD35M, bridge="text", text="sd3", t5_tokens=128,
+        preset="flow-grpo", **SD35M, bridge="text", text="sd3", t5_tokens=128, refs="none",
         dit="stabilityai/stable-diffusion-3.5-medium/transformer",
         vae="stabilityai/stable-diffusion-3.5-medium/vae",
         text_encoder="stabilityai/stable-diffusion-3.5-medium",
@@ -763,7 +783,7 @@ PRESETS = {c.preset: c for c in (
     ),
     # UniPic 2.0, section 4.1: first the DiT learns to edit, and RL starts from there ...
     Config(
-        preset="unipic2-kontext", **SD35M, bridge="text", text="sd3", null_edit=BLURRY,
+        preset="unipic2-kontext", **SD35M, bridge="text", text="sd3", null_edit=BLURRY, refs="dit",
         dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
         vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
         text_encoder="Skywork/UniPic2-SD3.5M-Kontext-2B", t_dist="uniform", train_shift=3.0,
@@ -785,6 +805,7 @@ PRESETS = {c.preset: c for c in (
     # 2's lr is 1e-5).
     Config(
         preset="parauni", **INTERNVL_2B, bridge="lim", layers=tuple(range(1, 29)), size=1024,
+        refs="vlm",
         dit="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer",
         sana=SANA | dict(qk_norm="rms_norm_across_heads"),
         stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
@@ -793,7 +814,7 @@ PRESETS = {c.preset: c for c in (
     ),
     # OpenUni-L-512, its configs.
     Config(
-        preset="openuni", **INTERNVL_2B, bridge="last", size=512,
+        preset="openuni", **INTERNVL_2B, bridge="last", size=512, refs="vlm",
         dit="Efficient-Large-Model/Sana_1600M_512px_diffusers/transformer",
         sana=SANA | dict(sample_size=16),
         stage1=FLOW | dict(steps=100_000, batch=512, lr=1e-4, warmup=1000),
@@ -801,6 +822,19 @@ PRESETS = {c.preset: c for c in (
         stage3=None,
     ),
 )}  # fmt: skip
+
+
+def shown(cfg):
+    """Who is shown an edit's images: {"vlm", "dit"}, or one of them; or the user's error."""
+    able = {"vlm"} if cfg.bridge != "text" else set()
+    able |= {"dit"} if cfg.mmdit or cfg.sana.get("ref") == "add" else set()
+    asked = dict(both={"vlm", "dit"}, vlm={"vlm"}, dit={"dit"}, none=set()).get(cfg.refs)
+    if asked is None:
+        fail(f"unknown --refs {cfg.refs!r}; there are: vlm, dit, both")
+    if not asked or not asked <= able:
+        fail(f"preset {cfg.preset!r} cannot edit with --refs {cfg.refs}; it can show images to: "
+             f"{', '.join(sorted(able)) or 'nobody'}")
+    return asked
 
 
 def preset(name):
@@ -823,16 +857,23 @@ class Cond:
     refs: list | None = None                    # B lists of clean latents (C,h,w)
 
     def map(self, f):
-        """f of every tensor, e.g. a choice of rows or a repetition."""
+        """f of every tensor but the references, which nobody learns."""
         keep = [None if a is None else f(a) for a in (self.ctx, self.mask, self.pooled)]
-        assert self.refs is None, "rows of references are chosen by their owner"
-        return Cond(*keep)
-
-    def repeat(self, n):
-        return self.map(lambda a: a.repeat_interleave(n, 0))
+        return Cond(*keep, self.refs)
 
     def rows(self, index):
-        return self.map(lambda a: a[index])
+        """index: a slice, a list, or a tensor of integers or of bools."""
+        cond = self.map(lambda a: a[index])
+        if self.refs is not None:
+            at = index.cpu() if torch.is_tensor(index) else index
+            cond.refs = [self.refs[i] for i in torch.arange(len(self.refs))[at]]
+        return cond
+
+    def repeat(self, n):
+        cond = self.map(lambda a: a.repeat_interleave(n, 0))
+        if self.refs is not None:
+            cond.refs = [row for row in self.refs for _ in range(n)]
+        return cond
 
 
 class ConnectorLayer(nn.Module):
@@ -1169,7 +1210,7 @@ class Unified(nn.Module):
         about = read_about(init) if init else {}
         if about.get("preset", name) != name:
             fail(f"{init} is a checkpoint of preset {about['preset']!r}, not {name!r}")
-        had = {k: about[k] for k in PARTS if k in about}
+        had = {k: about[k] for k in (*PARTS, "refs") if k in about}
         cfg = replace(preset(name), **(had | changes))
         text = cfg.bridge == "text"
         for part in ("dit", "vae") + (("text_encoder",) if text else ("vlm",)):
@@ -1231,6 +1272,9 @@ class Unified(nn.Module):
         parts = {k.split(".")[0] for k in whole}
         if "vlm" in parts | loras.keys():
             untie(self.vlm)
+        if "dit" in parts and self.cfg.sana.get("ref") == "add":     # older ones had no references
+            had = {k.removeprefix("dit."): v for k, v in whole.items() if k.startswith("dit.")}
+            whole |= {f"dit.{k}": v for k, v in (self.dit.with_refs(had) | had).items()}
         must_fit(f"{path} does not fit preset {self.cfg.preset!r}", whole,
                  {k: v for k, v in self.state_dict().items() if k.split(".")[0] in parts})
         self.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False)
@@ -1288,37 +1332,45 @@ class Unified(nn.Module):
 
     def encode(self, prompts, images=None, task="t2i", layer_noise=None):
         """B prompts, None being the preset's null -> Cond. images, for task edit: B lists of uint8
-        (3,H,W), any number and size. The VLM is causal and padded on the right: no row sees
-        another's length, and position ids are those of a row alone, as all peers' are."""
-        cfg, edit = self.cfg, task == "edit"
+        (3,H,W), any number and size; without text and images, an edit's null is T2I's. The VLM is
+        causal and padded on the right: no row sees another's length, and position ids are those
+        of a row alone, as all peers' are."""
+        cfg = self.cfg
+        edit = [task == "edit" and not (p is None and images is not None and not len(images[b]))
+                for b, p in enumerate(prompts)]
         if cfg.bridge == "text":
-            null = cfg.null_edit if edit else cfg.null_prompt
-            prompts = [null if p is None else p for p in prompts]
+            prompts = [p if p is not None else cfg.null_edit if e else cfg.null_prompt
+                       for p, e in zip(prompts, edit)]
             with self.autocast():
                 return (self.encode_text if cfg.text == "clip" else self.text_encoder)(prompts)
-        assert edit == (images is not None), "an edit, and nothing else, shows the VLM its images"
+        assert (task == "edit") == (images is not None), (
+            "an edit, and nothing else, shows the VLM its images")
+        if images is None or cfg.refs == "dit":
+            images = [()] * len(prompts)
         lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
         b = self.bridge
-        queries = b.edit_queries if edit and cfg.edit_queries else b.meta_queries
-        images = images or [()] * len(prompts)
         with self.autocast():
-            seen = iter(self.see([image for row in images for image in row]))
-        rows, pos = [], []
-        for prompt, refs in zip(prompts, images, strict=True):
-            refs = [next(seen) for _ in refs]                                    # (tokens, grid)
-            ids = self.tokenizer(self.chat(prompt, edit, [len(t) for t, _ in refs]))["input_ids"]
-            at = torch.tensor(ids, device=self.device)
-            x = lm.get_input_embeddings()(at)                                    # (L,d)
-            if refs:
-                tokens = torch.cat([t for t, _ in refs]).to(x.dtype)
-                x = x.masked_scatter((at == image_id)[:, None], tokens)
-            rows.append(torch.cat([x, queries]))
-            if cfg.pos == "mrope":
-                pos.append(mrope(ids + [-1] * cfg.n_query, image_id, [g for _, g in refs]).T)
-        lengths, x = [len(r) for r in rows], pad_sequence(rows, batch_first=True)    # (B,L,d)
+            seen = self.see([image for row in images for image in row])          # (tokens, grid)
+        rest = iter(seen)
+        shows = [[next(rest) for _ in row] for row in images]
+        ids = [self.tokenizer(self.chat(p, e, [len(t) for t, _ in show]))["input_ids"]
+               for p, e, show in zip(prompts, edit, shows, strict=True)]
+        # All rows' tokens as one line, then cut into rows, each with its queries behind it.
+        line = torch.tensor([i for row in ids for i in row], device=self.device)
+        x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
+        if seen:
+            tokens = torch.cat([t for t, _ in seen]).to(x.dtype)
+            x = x.masked_scatter((line == image_id)[:, None], tokens)
+        queries = [b.edit_queries if e and cfg.edit_queries else b.meta_queries for e in edit]
+        lengths = [len(row) + cfg.n_query for row in ids]
+        x = ragged([part for pair in zip(x.split([len(row) for row in ids]), queries)
+                    for part in pair], lengths)                                  # (B,L,d)
         # Explicit positions: left to itself, a VLM remembers the last image's offset.
-        pos = (pad_sequence(pos, batch_first=True).permute(2, 0, 1) if pos       # (3,B,L)
-               else torch.arange(x.shape[1]).expand(len(x), -1))                 # (B,L)
+        pos = torch.arange(x.shape[1]).expand(len(x), -1)                        # (B,L)
+        if cfg.pos == "mrope":
+            pos = pad_sequence([mrope(row + [-1] * cfg.n_query, image_id, [g for _, g in show]).T
+                                for row, show in zip(ids, shows)], batch_first=True)
+            pos = pos.permute(2, 0, 1)                                           # (3,B,L)
         with self.autocast():
             out = lm(inputs_embeds=x, position_ids=pos.to(self.device), attention_mask=None,
                      use_cache=False, output_hidden_states=True)
@@ -1386,6 +1438,39 @@ class Unified(nn.Module):
             (1 - guidance, self.null(len(cond.ctx), images, task))]
         return [(guidance, cond), *null]
 
+    def encode_edit(self, prompts, images, keys=None):
+        """B instructions (None: no text) and B lists of uint8 (3,H,W) (empty: no image) -> Cond,
+        with its references in VLM and DiT as cfg.refs says. keys: see ref_latents."""
+        cond = self.encode(prompts, images, "edit")
+        if "dit" in shown(self.cfg):
+            cond.refs = self.ref_latents(images, keys)
+        return cond
+
+    def ref_latents(self, images, keys=None):
+        """B lists of uint8 (3,H,W) -> B lists of clean latents (C,h,w), those of one size encoded
+        together; or with UniRL-Zero's noise, .8 z + .2 eps: row b's drawn from keys[b] alone."""
+        share, g = self.cfg.ref_noise, torch.Generator()
+        rest = iter(by_size(self.to_latents, [image for row in images for image in row]))
+        refs = [[next(rest) for _ in row] for row in images]
+        assert not share or keys is not None, "this preset's references are noisy: it needs keys"
+        for row, k in zip(refs, keys if share else ()):
+            g.manual_seed(~k)                        # k itself begins the image's own noise
+            row[:] = [(1 - share) * z + share * torch.randn(z.shape, generator=g).to(z.device)
+                      for z in row]
+        return refs
+
+    def edit_branches(self, prompts, images, guidance=1.0, image_guidance=1.0, keys=None):
+        """Guidance of two kinds as branches for `velocity`, those of weight 0 left out:
+        v(none) + image_guidance (v(image) - v(none)) + guidance (v(full) - v(image))."""
+        n, terms = len(prompts), []
+        if guidance:
+            terms.append((guidance, self.encode_edit(prompts, images, keys)))
+        if image_guidance != guidance:
+            terms.append((image_guidance - guidance, self.encode_edit([None] * n, images, keys)))
+        if image_guidance != 1:
+            terms.append((1 - image_guidance, self.null(n)))
+        return terms
+
     # ---- condition -> image
 
     def velocity(self, x, t, branches):
@@ -1395,19 +1480,26 @@ class Unified(nn.Module):
             return sum(w * self.dit(x, t, c.ctx, c.mask, c.pooled, c.refs) for w, c in branches)
 
     def noise(self, keys, size=None):
-        """(B,C,H,W) standard normal, row b drawn from keys[b] alone: any batch, any rank, same."""
-        side = (size or self.cfg.size) // self.cfg.vae_factor
-        shape, g = (self.cfg.dit_config["in_channels"], side, side), torch.Generator()
+        """(B,C,H,W) standard normal, row b drawn from keys[b] alone: any batch, any rank, same.
+        size: pixels of a side, or of both, (H,W)."""
+        size = size or self.cfg.size
+        size = size if isinstance(size, tuple) else (size, size)
+        h, w = (side // self.cfg.vae_factor for side in size)
+        shape, g = (self.cfg.dit_config["in_channels"], h, w), torch.Generator()
         return torch.stack([torch.randn(shape, generator=g.manual_seed(k)) for k in keys]
                            ).to(self.device)
 
     @torch.no_grad()
-    def sample(self, branches, steps, size=None, noise=None, trajectory=False):
-        """Euler along the ODE from `noise`. -> latents (B,C,H,W), or all of them (T+1,B,C,H,W)."""
+    def sample(self, branches, steps, size=None, noise=None, trajectory=False, keep=None):
+        """Euler along the ODE from `noise`. -> latents (B,C,H,W), or all of them (T+1,B,C,H,W).
+        keep: latents (B,C,H,W), and where (B,1,H,W) they are put back at each step's noise."""
         x = self.noise(range(len(branches[0][1].ctx)), size) if noise is None else noise
         xs, ts = [x], sigmas(steps, self.cfg.sample_shift).tolist()
         for t, s in zip(ts, ts[1:]):
-            xs.append(xs[-1] - (t - s) * self.velocity(xs[-1], t, branches))
+            x = xs[-1] - (t - s) * self.velocity(xs[-1], t, branches)
+            if keep is not None:
+                x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
+            xs.append(x)
         return torch.stack(xs) if trajectory else xs[-1]
 
     @torch.no_grad()
@@ -1415,6 +1507,20 @@ class Unified(nn.Module):
         """B prompts and B seeds -> uint8 (B,3,H,W)."""
         branches = self.guided(self.encode(prompts), guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
+
+    @torch.no_grad()
+    def edit(self, prompts, images, seeds, steps=10, guidance=1.0, image_guidance=1.0, masks=None):
+        """B instructions, B lists of uint8 (3,H,W) and B seeds -> uint8 (B,3,H,W), of the first
+        image's size, which all rows share. masks: B of bool (H,W), True = may change; elsewhere
+        the first image stays, pixel by pixel."""
+        first = torch.stack([row[0] for row in images]).to(self.device)          # (B,3,H,W)
+        size, f, keep = tuple(first.shape[2:]), self.cfg.vae_factor, None
+        if masks is not None:
+            masks = torch.stack(list(masks)).to(self.device)[:, None]            # (B,1,H,W)
+            keep = self.to_latents(first), F.max_pool2d(masks.float(), f) == 0
+        branches = self.edit_branches(prompts, images, guidance, image_guidance, seeds)
+        new = self.to_images(self.sample(branches, steps, noise=self.noise(seeds, size), keep=keep))
+        return new if masks is None else torch.where(masks, new, first)
 
     def flow_loss(self, images, prompts, keys):
         """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
@@ -1625,8 +1731,8 @@ def start_model(args, what, rows, reads, rank, device, copies=()):
 
 
 def given_parts(args):
-    """--vlm, --dit, --vae, where given: in place of the preset's."""
-    return {k: getattr(args, k) for k in PARTS if getattr(args, k)}
+    """--vlm, --dit, --vae, --refs, where given: in place of the preset's."""
+    return {k: getattr(args, k) for k in (*PARTS, "refs") if getattr(args, k, "")}
 
 
 def open_run(out, args, resume, start, rank):
