@@ -33,8 +33,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.shapes.prepare import render
-from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, parse_weights, score, show_table,
-                  spread)
+from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
+                  show_table, spread)
 from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
                    open_run, parse, plot, preset, sde_step, setup, sigmas, start_model, stop_flag,
                    sum_grads, write)
@@ -133,7 +133,7 @@ def checked(args, world):
         fail(e)
     asks = any(w.get(name) for w in weights.values() for name in CYCLED)
     back = args.reverse == "yes" or args.reverse == "auto" and asks
-    return [{kind: {n: x for n, x in w.items() if (back and n in CYCLED) == leg}
+    return [{kind: {n: x for n, x in w.items() if x and (back and n in CYCLED) == leg}
              for kind, w in weights.items()} for leg in (False, True)], back
 
 
@@ -305,6 +305,8 @@ def main():
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
         rows = read_edits(args.data)
+        for row in rows:
+            must_score([n for w in weights for n in w.get(row["tag"], w.get("*", ()))], [row])
     except (OSError, ValueError) as e:
         fail(e)
     if not rows:

@@ -1,0 +1,378 @@
+"""The real cycle_edit.py, on tiny real parts: both trajectories start at ratio 1 and learn from one
+advantage, and nothing that should not matter changes what is learned."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_cli import complaint, files
+from test_grpo import G, close, config, gradient, learned, saved
+from test_rewards import vlm  # noqa: F401
+
+import cycle_edit
+import eval as judges
+import grpo
+from cycle_edit import Args, group_advantage, picture, read_edits, rollout, surrogate
+from data.shapes.prepare import render, sample_edit
+from eval import score
+from model import key, sigmas
+
+BOTH = ["--reward", "blue", "--reverse", "yes"]      # blue is a rank: no pixel's rounding moves it
+
+
+def play(parts, out, *flags, **more):
+    return tiny.play(parts, out, *flags, main=cycle_edit.main, **more)
+
+
+@pytest.fixture
+def noisy(parts, tmp_path):
+    """A folder of parts whose preset adds noise to references, as UniRL-Zero's."""
+    folder = tmp_path / "noisy"
+    folder.mkdir()
+    for part in ("sft", "edits.jsonl"):
+        (folder / part).symlink_to(parts / part)
+    about = json.loads((parts / "config.json").read_text()) | dict(ref_noise=0.2)
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def calls(monkeypatch, name):
+    """What cycle_edit hands to one of its functions, and gets back: [(inputs, output)]"""
+    seen, real = [], getattr(cycle_edit, name)
+
+    def spy(*inputs):
+        seen.append((inputs, real(*inputs)))
+        return seen[-1][1]
+    monkeypatch.setattr(cycle_edit, name, spy)
+    return seen
+
+
+# --- the ratio at the first update ---
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_first_update_has_ratio_one(noisy, monkeypatch, bf16):
+    """With both guidances, noise on references, and another batch than the rollout's."""
+    model = tiny.build(config(noisy), init=noisy / "sft")
+    monkeypatch.setattr(model, "bf16", bf16)
+    limit = Args().clip / 10 if bf16 else 1e-6
+    args, ts, window = Args(T=6, G=1, micro=5), sigmas(6).tolist(), range(1, 4)
+    rows = [json.loads(line) for line in open(noisy / "edits.jsonl")]
+    asked = [r["inverse"] for r in rows], [[picture(r, noisy, 64)] for r in rows]
+    keys = [(key(0, 0, n * 200 + 100), key(0, 0, n * 200 + 101)) for n in range(4)]
+    first = [a for a, _ in keys]
+    with torch.no_grad():
+        branches = model.edit_branches(*asked, 3.0, 1.5, first)
+        again, other = (model.edit_branches(*asked, 3.0, *more) for more in
+                        ((1.5, first), (0.0, first)))
+        fresh = model.edit_branches(*asked, 3.0, 1.5, [k + 1 for k in first])
+    assert len(branches) == 3
+    _, xs, old = rollout(model, branches, ts, window, args, keys)
+    some = torch.tensor([0, 3])
+    rest = [some, xs[:, some], old[:, some], torch.tensor([1.0, -1.0]), ts, window, 6, args]
+    for guided in (branches, again):
+        assert gradient(model, guided, rest)[0][0] <= limit
+    for wrong in (other, fresh):                     # guidance that differs, noise drawn anew
+        assert gradient(model, wrong, rest)[0][0] > 5 * limit
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_first_update_of_main_has_ratio_one(noisy, tmp_path, bf16):
+    rows = play(noisy, tmp_path / "run", *BOTH, "--steps", 1, "--guidance", 2,
+                "--image-guidance", 1.5, bf16=bf16)
+    assert [r["step"] for r in rows] == [0, 1]
+    assert rows[1]["ratio_off"] <= (Args().clip / 10 if bf16 else 1e-6)
+    assert rows[1]["kept"] == 0.75 and rows[1]["grad_norm"] > 0 and rows[1]["clipped"] == 0
+
+
+# --- two trajectories, one advantage ---
+
+
+def test_the_way_back_starts_from_what_was_drawn(parts, tmp_path, monkeypatch):
+    """Each sample's own picture is the reference of its way back; and credit is shared."""
+    rolled, climbed = calls(monkeypatch, "rollout"), calls(monkeypatch, "surrogate")
+    scored, compared = calls(monkeypatch, "score"), calls(monkeypatch, "group_advantage")
+    play(parts, tmp_path / "run", "--steps", 1, "--reward", "clip_image", "--beta", 0.1)
+    (there, (x0, *_)), (back, (x1, *_)) = rolled
+    model, guided = there[0], back[1]
+    assert len(there[1][0][1].ctx) == 4 and len(guided[0][1].ctx) == 16
+    drawn = model.to_images(x0).cpu()
+    for b in (0, 7, 15):
+        z = model.to_latents(drawn[b : b + 1])[0]
+        torch.testing.assert_close(guided[0][1].refs[b][0], z, atol=1e-4, rtol=1e-4)
+    # A group starts back from one noise, another than it came from.
+    starts = [[a for a, _ in inputs[5]] for inputs in (there, back)]
+    assert [len(set(s)) for s in starts] == [4, 4] and not set(starts[0]) & set(starts[1])
+    every = [a for inputs in (there, back) for k in inputs[5] for a in (k[1] + s for s in range(6))]
+    assert len(set(every)) == len(every)
+
+    # clip_image sees the cycled picture only, yet its advantage is that of both.
+    (edited, none), (cycled, R) = scored
+    assert none[2] == [] and R[2] == ["clip_image"]
+    assert torch.equal(edited[0], drawn) and torch.equal(cycled[0], model.to_images(x1).cpu())
+    assert torch.equal(compared[0][0][0], R[0])
+    (a, _), (b, _) = climbed
+    assert torch.equal(a[5], b[5]) and a[5].abs().max() > 0.1    # advantages of rows
+    assert torch.equal(a[2], torch.arange(16) // G) and torch.equal(b[2], torch.arange(16))
+    assert a[8] == b[8] == 2 * 16 * 3                            # denominator
+
+
+def test_both_trajectories_are_climbed(parts, tmp_path, monkeypatch):
+    """The update's gradient is the mean of that of the edit and that of the way back."""
+    seen = []
+
+    def alone(model, *inputs):
+        """The gradient of one trajectory, taken out of the sum and put back."""
+        before = [None if p.grad is None else p.grad.clone() for p in model.dit.parameters()]
+        model.dit.zero_grad()
+        out = surrogate(model, *inputs)
+        seen.append(torch.cat([p.grad.flatten() for p in model.dit.parameters()
+                               if p.grad is not None]))
+        for p, old in zip(model.dit.parameters(), before):
+            p.grad = p.grad if old is None else p.grad + old
+        return out
+    monkeypatch.setattr(cycle_edit, "surrogate", alone)
+    play(parts, tmp_path / "both", *BOTH, "--steps", 1)
+    there, back = seen
+    total = learned(tmp_path / "both")[0]
+    close(total / total.norm(), (there + back) / (there + back).norm())
+    cosine = torch.cosine_similarity(there, back, dim=0).abs()
+    assert min(there.norm(), back.norm()) > 1e-4 and cosine < 0.95      # two different things
+    # Without the way back: the same edits, the same gradient, by half as many rows.
+    play(parts, tmp_path / "edit", "--reward", "blue", "--steps", 1)
+    close(seen[2] / 2, there)
+
+
+@pytest.mark.parametrize("flags, legs, names", [
+    (["--reward", "blue"], 1, ["blue"]), ([*BOTH], 2, ["blue"]),
+    (["--reward", "blue,clip_image"], 2, ["blue", "clip_image"]),
+    (["--reward", "blue,clip_image", "--reverse", "no"], 1, ["blue", "clip_image"]),
+    (["--reward", "cycle"], 2, ["clip", "clip_direction", "clip_image"])])
+def test_when_to_go_back(parts, tmp_path, monkeypatch, flags, legs, names):
+    rolled = calls(monkeypatch, "rollout")
+    rows = play(parts, tmp_path / "run", "--steps", 1, *flags)
+    assert len(rolled) == legs and ("s_back" in rows[1]) == (legs == 2)
+    assert sorted(k[7:] for k in rows[1] if k.startswith("reward_")) == names
+
+
+def test_identity_earns_no_edit_reward():
+    """Nothing done, nothing earned, whatever it preserves; the edit asked for earns; a scene drawn
+    anew does not."""
+    rng, metas, kinds = random.Random(0), [], ("add", "remove", "recolor", "replace", "move")
+    for kind in kinds:
+        row = sample_edit(rng, kind)
+        metas.append(row["target_meta"] | row | dict(
+            source_image=torch.from_numpy(render(row["source"])).permute(2, 0, 1), tag=kind,
+            captions=[row[f"{k}_meta"]["prompt"] for k in ("source", "target")]))
+    weights = {"*": dict(edit=1.0, clip_direction=1.0)}
+    same = torch.stack([m["source_image"] for m in metas])
+    R, W, names = score(same, metas, 1, weights)
+    assert names == ["edit", "clip_direction"] and not R.any()
+    done = torch.stack([torch.from_numpy(render(m["target"])).permute(2, 0, 1) for m in metas])
+    R, _, _ = score(done, metas, 1, weights)
+    assert (R[:, 0] == 1).all() and (R[:, 1] > 0).all()
+    assert score(done.roll(1, 0), metas, 1, weights)[0][:, 0].max() < 0.5
+
+
+# --- what must not change the gradient ---
+
+
+def test_ranks_and_micro_batches_of_main(parts, tmp_path):
+    """One process = two processes = many micro-batches, with the bridge learning, too."""
+    flags = [*BOTH, "--steps", 1, "--train", "both", "--guidance", 2, "--image-guidance", 1.5]
+    play(parts, tmp_path / "one", *flags)
+    want, norm = learned(tmp_path / "one")
+    play(parts, tmp_path / "micro", *flags, "--micro", 5)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
+               tiny.ROOT / "tests/tiny.py", parts, tmp_path / "ranks", *flags,
+               "--data", parts / "edits.jsonl"]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          cwd=tiny.ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    # A picture's rounding moves the reference of its way back: a thousandth, not a millionth.
+    for run, tol in (("micro", 1e-5), ("ranks", 1e-3)):
+        got, its_norm = learned(tmp_path / run)
+        close(got, want, tol)
+        assert its_norm == pytest.approx(norm, rel=tol)          # clipping hides a wrong scale
+        a, b = ([json.loads(line) for line in open(tmp_path / r / "log.jsonl")][-1]
+                for r in ("one", run))
+        assert a["reward_blue"] == pytest.approx(b["reward_blue"], abs=1e-6)
+        assert a["kept"] == b["kept"] == 0.75
+
+
+def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monkeypatch):
+    """--beta with --train both: the KL's other side must not follow the bridge that learns."""
+    seen = []
+
+    def spy(model, *inputs):
+        (dit, bridge), guided = inputs[-1]
+        assert model.bridge is not bridge and model.dit is not dit
+        seen.append((guided[0][1].ctx.clone(), inputs[0][0][1].ctx.detach().clone()))
+        return surrogate(model, *inputs)
+    monkeypatch.setattr(cycle_edit, "surrogate", spy)
+    (parts / "one.jsonl").write_text((parts / "edits.jsonl").read_text().splitlines()[0] + "\n")
+    play(parts, tmp_path / "run", "--steps", 3, "--train", "both", "--beta", 1.0, "--lr", 0.05,
+         "--reward", "blue", "--data", parts / "one.jsonl")
+    (ref, own), *_, (last_ref, last_own) = seen
+    torch.testing.assert_close(ref, own)                       # both start as one policy
+    assert torch.equal(ref, last_ref) and (own - last_own).abs().max() > 1e-2
+
+
+def test_shuffled_rewards_are_the_same_rewards(parts, tmp_path, monkeypatch):
+    """The control row: the same numbers, but credit to other samples, of other groups too."""
+    seen = calls(monkeypatch, "group_advantage")
+    for name, flag in (("a", []), ("b", ["--shuffle"])):
+        play(parts, tmp_path / name, *BOTH, "--steps", 1, *flag)
+    (right, *_), (wrong, *_) = seen[0][0], seen[1][0]
+    assert not torch.equal(right, wrong)
+    assert torch.equal(right.flatten().sort()[0], wrong.flatten().sort()[0])
+
+
+# --- a run ---
+
+
+def test_resume_continues_as_if_never_stopped(noisy, tmp_path):
+    flags = [*BOTH, "--steps", 4, "--train", "both", "--updates", 2, "--beta", 0.01,
+             "--eval-every", 2]
+    whole = play(noisy, tmp_path / "a", *flags)
+    with tiny.killed_at(cycle_edit, "rollout", 6):               # two to an update
+        play(noisy, tmp_path / "b", *flags)
+    rows = (tmp_path / "b" / "log.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 3                     # of which no checkpoint knows
+    again = play(noisy, tmp_path / "b", *flags, "--resume")
+    assert torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
+
+    def timeless(rows):
+        return [{k: v for k, v in r.items() if k != "at" and not k.startswith("s_")} for r in rows]
+    assert timeless(again) == timeless(whole)
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {
+        "config.json", "log.jsonl", "curves.png", "results.json", "samples", "ckpt"}
+    assert {p.stem for p in (tmp_path / "b" / "samples").iterdir()} == {
+        "step_00000", "step_00002", "step_00004", "before", "after"}
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert {"success", "preservation", "both", "t2i"} <= results["before"].keys()
+
+
+def test_drawing_goes_on_from_an_edit_run(parts, tmp_path):
+    """PDTR: grpo.py --init out/EDITS draws with what edits have taught."""
+    play(parts, tmp_path / "edit", "--reward", "blue", "--steps", 1, "--lr", 0.05)
+    tiny.play(parts, tmp_path / "draw", "--steps", 1, "--lr", 0, "--init", tmp_path / "edit")
+    runs = [config(parts, preset="shapes") for _ in range(2)]
+    edit, draw = (tiny.build(c, init=tmp_path / run)
+                  for c, run in zip(runs, ("edit", "draw")))
+    base = tiny.build(runs[0], init=parts / "sft")
+    for k, p in edit.state_dict().items():
+        assert torch.equal(p, draw.state_dict()[k]), k
+    assert any(not torch.equal(p, base.state_dict()[k]) for k, p in edit.state_dict().items())
+    play(parts, tmp_path / "again", "--reward", "blue", "--steps", 1, "--init", tmp_path / "draw")
+
+
+# --- data ---
+
+
+def test_pictures_that_people_have(tmp_path):
+    """A folder with metadata.jsonl; pictures of any mode and size become square RGB."""
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    image, turned = Image.fromarray(rgb), Image.fromarray(rgb).getexif()
+    turned[0x0112] = 3                                   # orientation: upside down
+    image.save(tmp_path / "rgb.png")
+    image.save(tmp_path / "turned.png", exif=turned)
+    image.convert("L").save(tmp_path / "grey.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    names = ["rgb", "turned", "grey", "rgba"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(dict(
+        source=f"{n}.png", instruction="invert it", inverse="invert it", source_prompt="a b",
+        target_prompt="b a")) + "\n" for n in names))
+    rows = read_edits(tmp_path)
+    rgb, turned, grey, rgba = (picture(row, tmp_path, 64) for row in rows)
+    assert all(x.shape == (3, 64, 64) and x.dtype == torch.uint8 for x in (rgb, turned, grey, rgba))
+    assert torch.equal(rgb, rgba) and (grey[0] == grey[1]).all()
+    assert (turned.flip(1, 2).int() - rgb.int()).abs().max() <= 1
+    assert rows[0]["prompt"] == "b a" and rows[0]["captions"] == ["a b", "b a"]
+    scene = sample_edit(random.Random(0))
+    (tmp_path / "one.jsonl").write_text(json.dumps(scene) + "\n")
+    (row,) = read_edits(tmp_path / "one.jsonl")
+    assert torch.equal(picture(row, tmp_path, 64), torch.from_numpy(
+        render(scene["source"])).permute(2, 0, 1))
+    assert row["captions"] == [scene[f"{k}_meta"]["prompt"] for k in ("source", "target")]
+    assert row["tag"] == scene["kind"] and row["include"] == scene["target_meta"]["include"]
+
+
+def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(judges, "has_bf16", lambda: False)
+    rows = [json.loads(line) for line in open(parts / "edits.jsonl")]
+    del rows[2]["inverse"]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rolled = calls(monkeypatch, "write_inverses")
+    play(parts, tmp_path / "run", *BOTH, "--steps", 1, "--judge", vlm,
+         "--data", tmp_path / "edits.jsonl")
+    got = rolled[0][0][0]
+    assert isinstance(got[2]["inverse"], str) and got[2]["inverse"]
+    assert [got[i]["inverse"] for i in (0, 1, 3)] == [rows[i]["inverse"] for i in (0, 1, 3)]
+    # None is asked for where nobody goes back.
+    play(parts, tmp_path / "edit", "--reward", "blue", "--steps", 1,
+         "--data", tmp_path / "edits.jsonl")
+    assert len(rolled) == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset unirl-zero --T 20 --data " + Args.data, "edits photos and needs --data of its own"),
+    ("--reward geneva", "unknown reward 'geneva'"), ("--reward cycle:2", "not a number"),
+    ("--reverse maybe", "unknown --reverse 'maybe'; there are: auto, yes, no"),
+    ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "a group of one"),
+    ("--B 3", "--B 3 sources cannot be shared by 2 ranks"), ("--window 9", "must end before"),
+    ("--updates 3", "cannot be shared by --updates 3"),
+    ("--lora-rank 4 --train bridge", "--lora-rank adapts the DiT"),
+    ("--data BAD", "bad.jsonl, line 2: not a JSON object with `source`"),
+    ("--data NONE", "No such file"), ("--data EMPTY", "holds no edits"),
+    ("--data BACK", "back.jsonl, line 1: no `inverse` (nor have 0 other rows)"),
+    ("--data GONE", "gone.jsonl, line 1: its source cannot be read (FileNotFoundError"),
+    ("--data CUT", "cut.jsonl, line 1: its source cannot be read (OSError"),
+    ("--reward clip_direction --data BARE", "line 1: reward 'clip_direction' needs `captions`"),
+    ("--data SCENE", "scene.jsonl, line 1: its source cannot be read (KeyError"),
+    ("--init NONE", "no checkpoint at "), ("--resume", "nothing to resume")])
+def test_cycle_edit_refuses(parts, tmp_path, monkeypatch, flags, words):
+    """In one line, and nothing is written."""
+    if "--B" in flags:
+        monkeypatch.setattr(cycle_edit, "setup", lambda: (0, 2, torch.device("cpu")))
+    row = json.loads(open(parts / "edits.jsonl").readline())
+    Image.fromarray(render(row["source"])).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    scene = row["source"][:1] + [dict(shape="circle")]
+    (tmp_path / "bare.jsonl").write_text(json.dumps(
+        {k: row[k] for k in ("source", "instruction", "inverse")}) + "\n")
+    for name, change in dict(back=dict(inverse=""), gone=dict(source="gone.png"),
+                             cut=dict(source="cut.png"), scene=dict(source=scene)).items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | change) + "\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"source": 3, "instruction": "x"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    places = {n.upper(): f"{n}.jsonl" for n in ("bad", "bare", "empty", "back", "gone", "cut",
+                                                         "scene")}
+    flags = [str(tmp_path / (places | dict(NONE="none"))[f]) if f in {*places, "NONE"} else f
+             for f in flags.split()]
+    before = files(tmp_path)
+    assert words in complaint(play, parts, tmp_path / "run", *BOTH, *flags)
+    assert files(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+def test_defaults_are_those_of_grpo():
+    """What both scripts have means, and is, the same; but a sample costs twice as much."""
+    other = dict(init="data/shapes/sft-edit", reward="cycle", out="out/cycle", B=8)
+    for name in vars(Args()).keys() & vars(grpo.Args()).keys():
+        assert getattr(Args(), name) == other.get(name, getattr(grpo.Args(), name)), name
+
+
+def test_a_flat_batch_learns_nothing(parts, tmp_path):
+    rows = [json.loads(line) | dict(flat=True) for line in open(parts / "edits.jsonl")]
+    (tmp_path / "flat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    log = play(parts, tmp_path / "run", *BOTH, "--steps", 1, "--data", tmp_path / "flat.jsonl")
+    assert log[1]["kept"] == 0 and log[1]["grad_norm"] == 0 and log[1]["ratio_off"] == 0
+    assert not group_advantage(torch.ones(8, 1) / 3, torch.ones(8, 1), G).any()
