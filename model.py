@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import getsource
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -1441,8 +1441,11 @@ class Unified(nn.Module):
     def encode_edit(self, prompts, images, keys=None):
         """B instructions (None: no text) and B lists of uint8 (3,H,W) (empty: no image) -> Cond,
         with its references in VLM and DiT as cfg.refs says. keys: see ref_latents."""
+        ways, most = shown(self.cfg), max(map(len, images), default=0)
+        if "dit" in ways and self.cfg.sana and most > 1:
+            fail(f"SANA adds one reference to what it draws, not {most}")
         cond = self.encode(prompts, images, "edit")
-        if "dit" in shown(self.cfg):
+        if "dit" in ways:
             cond.refs = self.ref_latents(images, keys)
         return cond
 
@@ -1673,8 +1676,8 @@ def odds(rows, mix):
     other) come as `mix` says, e.g. {"text": 3, "*": 1}. -> (rows,)"""
     kinds = [row.get("category", row.get("tag")) for row in rows]
     kinds = [k if k in mix else "*" for k in kinds]
-    count = Counter(kinds)
-    return torch.tensor([mix.get(k, 0.0) / count[k] for k in kinds])
+    many = Counter(kinds)
+    return torch.tensor([mix.get(k, 0.0) / many[k] for k in kinds])
 
 
 def memory_plan(model, args, rows, reads, copies, device):
@@ -1689,6 +1692,8 @@ def memory_plan(model, args, rows, reads, copies, device):
     # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
     text = cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
+    if getattr(args, "edits", "") and cfg.mmdit:                 # a reference is more image
+        patches *= 2
     each = 85 * (patches + text) if cfg.mmdit else 100 * patches
     acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
     if getattr(args, "checkpoint", False):   # of each layer its fp32 inputs, of one layer all
@@ -1902,9 +1907,47 @@ class Ema:
         return saved["step"]
 
 
-def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
+def read_image(source):
+    """A file -> PIL RGB: upright as its EXIF says, 16 bits as 8, what is transparent on white."""
+    image = ImageOps.exif_transpose(Image.open(source))
+    if image.mode[0] in "IF":                    # of 16 bits convert would keep what is below 256
+        a = np.asarray(image)
+        if image.mode == "F" or a.min() < 0 or a.max() > 65535:
+            raise ValueError(f"its pixels, {a.min():g} to {a.max():g}, are neither 8 nor 16 bits")
+        image = Image.fromarray((a / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # read_image's
+
+
+def bucket(width, height, cfg):
+    """Sides in pixels that keep an image's shape, at the preset's area; the DiT's multiples."""
+    step = cfg.vae_factor * cfg.dit_config["patch_size"]       # pixels a side must divide into
+    most = step * cfg.mmdit.get("pos_embed_max_size", 999)       # pixels that have a place
+    ratio = (width / height) ** 0.5
+    return tuple(min(most, max(step, round(cfg.size * r / step) * step))
+                 for r in (ratio, 1 / ratio))
+
+
+def to_bucket(images, cfg):
+    """PIL images, the last of which decides -> uint8 (3,H,W) each: it and the first, which is what
+    it was drawn from, in one bucket; further references in their own."""
+    sizes = [bucket(*image.size, cfg) for image in images]
+    sizes[0] = sizes[-1]
+    return [torch.from_numpy(np.array(
+        image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    )).permute(2, 0, 1) for image, size in zip(images, sizes)]
+
+
+def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=False):
     """Endless batches of (uint8 (n,3,H,W), n prompts) from what people have: a folder with
     metadata.jsonl (file_name, prompt), or WebDataset shards *.tar (png/jpg + json/txt).
+    edits: of (targets, n instructions, n lists of references) from metadata.jsonl (source, a file
+    or several; target; instruction), or shards (source*.png, target.png + json).
 
     Aspect ratio is kept at the preset's area: each batch is of one bucket of sizes. A record that
     cannot be read is named and counted; a share of more than bad_share of them ends the run.
@@ -1914,14 +1957,19 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
     if not shards and not (folder / "metadata.jsonl").exists():
         fail(f"{folder} holds neither metadata.jsonl nor *.tar shards"
              + "; the classroom's: python -m data.shapes.prepare data")
+    wants = ("source", "target", "instruction") if edits else ("file_name", "prompt")
+
+    def files(row):
+        """The files of a row, what is drawn last."""
+        sources = row["source"] if edits else []
+        return [*([sources] if isinstance(sources, str) else sources), row[wants[-2]]]
     for i, line in enumerate([] if shards else (folder / "metadata.jsonl").open(), 1):
         try:
             row = json.loads(line)
-            rows.append((row["file_name"], folder / row["file_name"], row["prompt"]))
+            rows.append((row[wants[-2]], [folder / f for f in files(row)], row[wants[-1]]))
         except (ValueError, TypeError, KeyError) as e:
-            fail(f"{folder}/metadata.jsonl line {i}: no file_name or prompt ({e!r})")
-    step = cfg.vae_factor * cfg.dit_config["patch_size"]       # pixels a side must divide into
-    most = step * cfg.mmdit.get("pos_embed_max_size", 999)       # pixels that have a place
+            fail(f"{folder}/metadata.jsonl line {i}: no {', '.join(wants[:-1])} or {wants[-1]} "
+                 f"({e!r})")
 
     def unreadable(name, error):
         if name not in bad:                                      # once, not in every pass
@@ -1940,42 +1988,56 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1):
         for r in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None,
                                 handler=lambda e: unreadable(e.args[-1], e.args[0])
                                 ).shuffle(2000, rng=rng):
-            image = next((r[k] for k in ("png", "jpg", "jpeg", "webp") if k in r), b"")
+            names = [k for k in sorted(r) if k.split(".")[-1] in ("png", "jpg", "jpeg", "webp")]
+            source, target = ([k for k in names if k.startswith(w)] for w in ("source", "target"))
             try:
-                text = json.loads(r["json"])["prompt"] if "json" in r else r["txt"].decode()
-                yield r["__key__"], io.BytesIO(image), text
+                text = json.loads(r["json"])[wants[-1]] if "json" in r else r["txt"].decode()
+                if edits and not (source and target):
+                    raise KeyError("source or target")
+                names = source + target[:1] if edits else [k for k in names if "." not in k][:1]
+                yield r["__key__"], [io.BytesIO(r[k]) for k in names] or [io.BytesIO()], text
             except (ValueError, TypeError, KeyError) as e:
-                unreadable(r["__key__"], f"no prompt ({e!r})")
+                unreadable(r["__key__"], f"no {wants[-1]} ({e!r})")
 
     def batches():
         nonlocal good, skip
         while True:
-            for i, (name, source, prompt) in enumerate(records()):
+            for i, (name, sources, prompt) in enumerate(records()):
                 if i % world != rank:
                     continue
                 try:
-                    image = ImageOps.exif_transpose(Image.open(source)).convert("RGB")
+                    images = [read_image(source) for source in sources]
                     good += 1
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+                except UNREADABLE as e:
                     unreadable(name, e)
                     continue
-                if image.size != (cfg.size, cfg.size):
-                    ratio = (image.width / image.height) ** 0.5  # sides that keep shape and area
-                    w, h = (min(most, max(step, round(cfg.size * r / step) * step))
-                            for r in (ratio, 1 / ratio))
-                    image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
-                bucket = buckets.setdefault(image.size, [])
-                bucket.append((torch.from_numpy(np.array(image)).permute(2, 0, 1), prompt))
-                if len(bucket) == n:
-                    buckets[image.size] = []
+                *refs, image = to_bucket(images, cfg)
+                batch = buckets.setdefault(image.shape, [])
+                batch.append((image, prompt, refs))
+                if len(batch) == n:
+                    buckets[image.shape] = []
                     if skip:
                         skip -= 1
                     else:
-                        yield torch.stack([a for a, _ in bucket]), [b for _, b in bucket]
+                        images, prompts, refs = zip(*batch)
+                        yield torch.stack(images), list(prompts), *[list(refs)] * edits
             if not good:
                 fail(f"{folder} holds no image that rank {rank} of {world} could read")
 
     return batches()
+
+
+def mixture(args, cfg, n, rank=0, world=1, start=0):
+    """Endless batches of one task each, from step `start`: images and prompts of --data and None,
+    or, in a share --edit-share of the steps, targets, instructions and references of --edits.
+    (seed, step) alone decides which: ranks agree, and so does a run that resumes."""
+    def edits(step):
+        chance = random.Random(key(args.seed, step, 0)).random()
+        return bool(args.edits) and chance < args.edit_share
+    done = sum(map(edits, range(start)))
+    t2i = pairs(args.data, cfg, n, args.seed, rank, world, skip=start - done)
+    edit = args.edits and pairs(args.edits, cfg, n, args.seed, rank, world, skip=done, edits=True)
+    return (next(edit) if edits(step) else (*next(t2i), None) for step in count(start))
 
 
 def stop_flag():

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_shapes, grid
-from model import (Ema, adapter, all_mean, fail, key, log, open_run, pairs, parse, plot, setup,
-                   start_model, stop_flag, sum_grads, train_times)
+from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
+                   setup, shown, start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Args:
     dit: str = ""                     # the same; or owner/repo/subfolder
     vae: str = ""                     # the same
     data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
+    edits: str = ""                   # the same of edits (source, target, instruction): see README
+    edit_share: float = 0.5           # share of the steps whose batch is of edits, where given
     out: str = "out/sft"              # run folder
     steps: int = 3000                 # optimiser steps
     batch: int = 64                   # images per step, over all ranks
@@ -41,6 +43,8 @@ class Args:
     warmup: int = 50                  # steps of linear warm-up before the cosine
     wd: float = 0.01                  # weight decay, on matrices only
     drop: float = 0.1                 # share of captions replaced by the null prompt, for guidance
+    edit_drop: float = 0.05           # of edits: how often text, references or both are withheld
+    refs: str = ""                    # who is shown references: vlm, dit or both; the preset's
     ema: float = 0.99                 # decay of the averaged weights that are evaluated and kept
     eval_every: int = 500             # steps between sample grids, quick scores and checkpoints
     seed: int = 0
@@ -53,6 +57,8 @@ def main():
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
     n = args.batch // world
+    if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
+        fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
     if args.train not in ("dit", "bridge", "both"):
         fail(f"unknown --train {args.train!r}; there are: dit, bridge, both")
     if args.lora_rank and args.train == "bridge":
@@ -72,19 +78,27 @@ def main():
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     cfg, stop = model.cfg, stop_flag()
-    data = pairs(args.data, cfg, n, args.seed, rank, world, skip=start)
+    if args.edits:
+        shown(cfg)
+    data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
+    if args.edits:
+        orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
+                                                        edits=True))[1:])
     bar = tqdm(range(start, args.steps), "sft", initial=start, total=args.steps,
                disable=rank > 0)
-    shown = {}
+    scores = {}
     for step in bar:
-        # 1  a batch of images and captions; some captions are withheld, so that guidance can work
-        images, prompts = next(data)                                             # (n,3,H,W) uint8
+        # 1  a batch of one task; text, references or both are withheld, so that guidance can work
+        images, prompts, refs = next(data)                  # (n,3,H,W) uint8; to draw, refs is None
         rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
         model.train()
-        gone = torch.rand(n, generator=rng) < args.drop
+        u, d = torch.rand(n, generator=rng), args.edit_drop
+        gone = u < (args.drop if refs is None else 2 * d)
         prompts = [None if g else p for g, p in zip(gone, prompts)]
+        if refs is not None:
+            refs = [[] if g else r for g, r in zip((u >= d) & (u < 3 * d), refs)]
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
@@ -93,7 +107,9 @@ def main():
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
         # 3  the velocity that leads from one to the other
-        v = model.velocity(x_t, t, [(1.0, model.encode(prompts))])               # (n,C,h,w)
+        keys = [key(args.seed, step, rank * n + i) for i in range(n)]
+        cond = model.encode(prompts) if refs is None else model.encode_edit(prompts, refs, keys)
+        v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
 
@@ -109,24 +125,30 @@ def main():
 
         # 5  one row per step; a look at the pictures and a place to restart, now and then
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
-        row = dict(step=step + 1, loss=mean, grad_norm=norm.item(),
-                   at=round(time.time() - begin, 1))
+        name = "loss" if refs is None else "edit_loss"
+        row = {"step": step + 1, name: mean, "grad_norm": norm.item(),
+               "at": round(time.time() - begin, 1)}
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
         if ((step + 1) % args.eval_every == 0 or last) and rank == 0:
             model.eval()
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")
+                if args.edits:
+                    drawn = model.edit(orders, originals, range(len(orders)), guidance=3.0).cpu()
+                    grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
+                         [words for order in orders for words in ("", order)],
+                         out / "samples" / f"edits_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
-                    shown = dict(score=bench_shapes(model.draw, 1, 96)["score"])
-                    row |= shown
+                    scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
+                    row |= scores
             ema.save(out, model, step + 1, opt)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", **shown, refresh=False)
+        bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
         if stopped:
             break
     if rank == 0:
-        plot(out, ["loss"], ["grad_norm"], ["score"])
+        plot(out, ["loss", "edit_loss"], ["grad_norm"], ["score"])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ from data.shapes.prepare import (
     USER,
     box,
     canonical,
+    held,
     holds,
+    make_edits,
     make_prompts,
     phrase,
     relation,
@@ -43,6 +45,7 @@ from data.shapes.prepare import (
     scene_for,
     to_tensor,
     tokenizer,
+    training_edit,
     training_pair,
     vlm_task,
 )
@@ -151,13 +154,14 @@ def test_twins_are_one_prompt():
 def test_prompt_files():
     files = {p.stem: [json.loads(line) for line in p.open()]
              for p in (HERE / "prompts").glob("*.jsonl")}  # fmt: skip
-    assert files == json.loads(json.dumps(make_prompts()))
+    assert files == json.loads(json.dumps(make_prompts() | make_edits()))
+    files = {k: rows for k, rows in files.items() if not k.startswith("edit_")}
     assert Counter(m["tag"] for m in files["eval"]) == {tag: 60 for tag in TAGS}
     count = Counter(m["tag"] for m in files["train"])
     assert [count[t] for t in TAGS] == [0, 100, 500, 100, 700, 300]
-    for held, trained in (("eval", "train"), ("text", "text_train"), ("reason", "reason_train")):
+    for test, trained in (("eval", "train"), ("text", "text_train"), ("reason", "reason_train")):
         known = {(m["tag"], canonical(m)) for m in files[trained]}
-        assert not any((m["tag"], canonical(m)) in known for m in files[held])
+        assert not any((m["tag"], canonical(m)) in known for m in files[test])
     pairs = [(m["tag"], (g.get("color"), g["class"]) in UNSEEN_PAIRS,
               (g["class"], g["count"]) == UNSEEN_COUNT)
              for m in files["unseen"] for g in m["include"]]  # fmt: skip
@@ -217,6 +221,43 @@ def test_edits(kind):
         assert len(kept) == len(e["source"]) - (kind != "add")  # exactly one thing changed
         assert not UNSEEN_PAIRS & {(c, s) for s, c in target[0].items()}
         assert seen(render(e["target"])) == truth(e["target"])
+
+
+def test_edits_that_are_tested_are_never_trained():
+    train, test = (make_edits()[name] for name in ("edit_train", "edit_eval"))
+    for rows, n in ((train, 40), (test, 60)):
+        assert Counter(e["kind"] for e in rows) == dict.fromkeys(KINDS, n)
+        assert all(e not in rows[:i] for i, e in enumerate(rows))
+    assert all(held(e["source"]) for e in test) and not any(held(e["source"]) for e in train)
+    assert not any("target" in e for e in train)
+    for e in test:                        # in whatever order a scene's things stand
+        assert held(e["source"][::-1]) and holds(e["target_meta"], e["target"])
+    rng = random.Random(6)
+    for _ in range(2000):
+        e = training_edit(rng)
+        assert not held(e["source"]) and not held(e["target"])
+
+
+def test_edits_err_at_the_stated_rate():
+    """A target of another edit fails the caption, or has a thing more or less."""
+    rng, n, wrong = random.Random(7), 4000, 0
+    for _ in range(n):
+        e = training_edit(rng)
+        wrong += not holds(e["target_meta"], e["target"]) or (
+            len(e["target"]) != len(e["target_meta"]["include"]))
+    assert abs(wrong / n - CAPTION_ERROR) < 3 * math.sqrt(CAPTION_ERROR * (1 - CAPTION_ERROR) / n)
+
+
+def test_edit_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "PER_SHARD", 20)
+    world.write_shard(tmp_path / "a.tar", "x", world.edit_example)
+    data = wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode("rgb8")
+    rows, rng = list(data.to_tuple("source.png", "target.png", "json")), random.Random("x")
+    assert len(rows) == 20
+    for source, target, text in rows:
+        e = training_edit(rng)
+        assert (source == render(e["source"])).all() and (target == render(e["target"])).all()
+        assert text == {k: e[k] for k in ("instruction", "inverse")}
 
 
 # ---------------------------------------------------------------------------------------------

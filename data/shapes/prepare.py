@@ -461,10 +461,35 @@ def sample_edit(rng, kind=None, source=None):
                             inverse=inverse, source_meta=say(scene), target_meta=say(target))
 
 
+def held(scene):
+    """Is the scene kept for evaluation? An eighth of all, by its hash: no edit that is trained on,
+    by example or by reward, starts from one or leads to one."""
+    things = json.dumps(sorted(scene, key=str), sort_keys=True)
+    return hashlib.sha256(things.encode()).digest()[0] < 32
+
+
+def split_edit(rng, kind=None, test=False):
+    """sample_edit on one side of the split; a test's source is held, wherever it leads."""
+    while True:
+        e = sample_edit(rng, kind)
+        if held(e["source"]) if test else not (held(e["source"]) or held(e["target"])):
+            return e
+
+
+def training_edit(rng, error=CAPTION_ERROR):
+    """An edit whose target shows, at the stated rate, another edit than the instruction says."""
+    e = split_edit(rng)
+    if rng.random() < error:
+        told = e["target"]
+        while e["target"] == told or held(e["target"]):
+            e["target"] = sample_edit(rng, source=e["source"])["target"]
+    return e
+
+
 # ---------------------------------------------------------------------------------------------
 # Files: training images as WebDataset shards, prompts as jsonl in GenEval's schema.
 
-SHARDS, PER_SHARD = 30, 1000
+SHARDS, EDIT_SHARDS, PER_SHARD = 30, 10, 1000
 RL_MIX = dict(position=700, counting=500, color_attr=300, colors=100, two_object=100)  # Flow-GRPO's
 
 
@@ -517,35 +542,68 @@ def make_prompts():
     return files
 
 
-def write_shard(path, seed):
-    """PER_SHARD images with erring captions, as WebDataset: 000000.png, 000000.json, ..."""
+def make_edits():
+    """{file name: rows of sample_edit}: what edit RL starts from, and what is evaluated."""
+    rng, files = random.Random(4), {}
+    for name, n in dict(edit_train=40, edit_eval=60).items():
+        rows = files[name] = []
+        for i in range(len(KINDS) * n):
+            while (e := split_edit(rng, KINDS[i // n], name == "edit_eval")) in rows:
+                pass
+            rows.append(e)
+    for e in files["edit_train"]:
+        del e["target"]  # RL has to do without
+    rng.shuffle(files["edit_train"])
+    return files
+
+
+def example(rng):
+    """One captioned image of the training shards: {file's ending: scene or text}."""
+    meta, scene = training_pair(rng)
+    return dict(png=scene, json=dict(prompt=meta["prompt"]))
+
+
+def edit_example(rng):
+    e = training_edit(rng)
+    return {"source.png": e["source"], "target.png": e["target"],
+            "json": {k: e[k] for k in ("instruction", "inverse")}}  # fmt: skip
+
+
+def write_shard(path, seed, make=example):
+    """PER_SHARD examples, which err, as WebDataset: 000000.png, 000000.json, ..."""
     rng = random.Random(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(PER_SHARD):
-            meta, scene = training_pair(rng)
-            png = io.BytesIO()
-            Image.fromarray(render(scene)).save(png, "png")
-            text = json.dumps(dict(prompt=meta["prompt"])).encode()
-            for end, data in (("png", png.getvalue()), ("json", text)):
+            for end, what in make(rng).items():
+                data = io.BytesIO()
+                if end.endswith("png"):
+                    Image.fromarray(render(what)).save(data, "png")
+                else:
+                    data.write(json.dumps(what).encode())
                 info = tarfile.TarInfo(f"{i:06d}.{end}")  # its time is 0: same seed, same bytes
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                info.size = data.tell()
+                tar.addfile(info, io.BytesIO(data.getvalue()))
+
+
+def write_shards(name, n, make):
+    new = HERE / f"{name}.tmp"  # renamed once whole: nobody trains on half of it
+    new.mkdir(exist_ok=True)
+    whole = hashlib.sha256()
+    for i in tqdm(range(n), name):
+        path = new / f"{i:05d}.tar"
+        write_shard(path, f"{name} {i}", make)
+        whole.update(path.read_bytes())
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    new.rename(HERE / name)
+    print(f"{name}/: {n * PER_SHARD} examples, sha256 {whole.hexdigest()[:16]}")
 
 
 def make_data():
-    """train/*.tar (not committed) and prompts/*.jsonl (committed)."""
-    new = HERE / "train.tmp"  # renamed once whole: nobody trains on half of it
-    new.mkdir(exist_ok=True)
+    """train/*.tar and edits/*.tar (not committed), prompts/*.jsonl (committed)."""
+    write_shards("train", SHARDS, example)
+    write_shards("edits", EDIT_SHARDS, edit_example)
     (HERE / "prompts").mkdir(exist_ok=True)
-    whole = hashlib.sha256()
-    for i in tqdm(range(SHARDS), "shards"):
-        path = new / f"{i:05d}.tar"
-        write_shard(path, seed=f"train {i}")
-        whole.update(path.read_bytes())
-    shutil.rmtree(HERE / "train", ignore_errors=True)
-    new.rename(HERE / "train")
-    print(f"train/: {SHARDS * PER_SHARD} images, sha256 {whole.hexdigest()[:16]}")
-    for name, rows in make_prompts().items():
+    for name, rows in (make_prompts() | make_edits()).items():
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         (HERE / "prompts" / f"{name}.jsonl").write_bytes(text)
         print(f"prompts/{name}.jsonl: {len(rows)} rows, {len(set(text.splitlines()))} distinct, "
