@@ -77,10 +77,10 @@ def test_first_update_has_ratio_one(noisy, monkeypatch, bf16):
     _, xs, old = rollout(model, branches, ts, window, args, keys)
     some = torch.tensor([0, 3])
     rest = [some, xs[:, some], old[:, some], torch.tensor([1.0, -1.0]), ts, window, 6, args]
-    for guided in (branches, again):
-        assert gradient(model, guided, rest)[0][0] <= limit
-    for wrong in (other, fresh):                     # guidance that differs, noise drawn anew
-        assert gradient(model, wrong, rest)[0][0] > 5 * limit
+    same, twin, guidance, noise = (gradient(model, guided, rest)[0][0]
+                                   for guided in (branches, again, other, fresh))
+    assert max(same, twin) <= limit
+    assert min(guidance, noise) > 10 * max(same, 1e-6)         # such mistakes would be seen
 
 
 @pytest.mark.parametrize("bf16", [False, True])
