@@ -311,6 +311,9 @@ def main():
         fail(e)
     if not rows:
         fail(f"{args.data} holds no edits")
+    other = {row["tag"] for row in rows} - weights[0].keys()
+    if other and "*" not in weights[0]:
+        fail(f"{args.reward} has no mix for edits of kind {min(other)!r}, and no '*'")
     home = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
     see = partial(picture, folder=home, size=preset(args.preset).size)
     [see(row) for row in rows]                           # all can be read, or nothing starts

@@ -256,6 +256,10 @@ def test_resume_continues_as_if_never_stopped(noisy, tmp_path):
         "config.json", "log.jsonl", "curves.png", "results.json", "samples", "ckpt"}
     assert {p.stem for p in (tmp_path / "b" / "samples").iterdir()} == {
         "step_00000", "step_00002", "step_00004", "before", "after"}
+    before = files(tmp_path)
+    assert "holds another run: choose another --out" in complaint(
+        play, noisy, tmp_path / "b", *flags)
+    assert files(tmp_path) == before
     results = json.loads((tmp_path / "b" / "results.json").read_text())
     assert {"success", "preservation", "both", "t2i"} <= results["before"].keys()
 
@@ -326,6 +330,8 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
     ("--preset shape", "unknown preset 'shape'; there are: shapes"),
     ("--preset unirl-zero --T 20 --data " + Args.data, "edits photos and needs --data of its own"),
     ("--reward geneva", "unknown reward 'geneva'"), ("--reward cycle:2", "not a number"),
+    ('--reward {"add":"edit"} --data EDITS', "no mix for edits of kind 'move', and no '*'"),
+    ("--preset deepgen", "which this script lacks"),
     ("--reverse maybe", "unknown --reverse 'maybe'; there are: auto, yes, no"),
     ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "a group of one"),
     ("--B 3", "--B 3 sources cannot be shared by 2 ranks"), ("--window 9", "must end before"),
@@ -356,8 +362,9 @@ def test_cycle_edit_refuses(parts, tmp_path, monkeypatch, flags, words):
     (tmp_path / "empty.jsonl").write_text("")
     places = {n.upper(): f"{n}.jsonl" for n in ("bad", "bare", "empty", "back", "gone", "cut",
                                                          "scene")}
-    flags = [str(tmp_path / (places | dict(NONE="none"))[f]) if f in {*places, "NONE"} else f
-             for f in flags.split()]
+    places = {k: tmp_path / v for k, v in places.items()} | dict(
+        NONE=tmp_path / "none", EDITS=parts / "edits.jsonl")
+    flags = [str(places.get(f, f)) for f in flags.split()]
     before = files(tmp_path)
     assert words in complaint(play, parts, tmp_path / "run", *BOTH, *flags)
     assert files(tmp_path) == before and not (tmp_path / "run").exists()
