@@ -40,7 +40,7 @@ from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoP
 
 from data.shapes.prepare import (  # isort: skip
     COLORS, GLYPHS, GROUND, IMAGE, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS, SHAPES,
-    SIDE, SIZES, TAGS, WHICH, article, make_meta, plural, relation)
+    SIDE, SIZES, TAGS, WHICH, article, box, make_meta, plural, relation)
 from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
                    pretrained, setup, write)
 
@@ -241,6 +241,62 @@ def judge(image, meta):
     read = read_sign(image)
     same = read == meta["text"]
     return dict(correct=same, strict=same, partial=text_match(read, meta["text"]), extra=extra)
+
+
+# ---------------------------------------------------------------------------------------------
+# Edits of known scenes: is the change there, by GenEval's rule, and is all else as it was?
+
+NEAR = 5  # pixels between a box's sides: the detector errs by 3, the VAE by 1 more; places are 16
+          # apart, sizes 4, so that the next size passes and the next place does not
+
+
+def near(found, place):
+    return max(abs(a - b) for a, b in zip(found["box"], place)) <= NEAR
+
+
+def asked_of(edit):
+    """-> what an edit changes, as GenEval metadata that the source does not meet; what it moves, as
+    (class, old box), or None; and what must stay, [(classes, colours, box or None = anywhere)]:
+    every thing of the source, a recoloured or replaced one as its old or its new self.
+    Shapes are distinct within a scene."""
+    old = {t["shape"]: t for t in edit["source"]}
+    new = {want["class"]: want for want in edit["target_meta"]["include"]}
+    came = [want for s, want in new.items() if s not in old]
+    gone = [s for s in old if s not in new]
+    if edit["kind"] == "move":
+        change, s = edit["target_meta"], edit["target_meta"]["include"][1]["class"]
+        moved = s, box(old[s])
+    else:
+        came += [new[s] for s, t in old.items() if s in new and new[s]["color"] != t["color"]]
+        change = dict(include=came, exclude=[{"class": s, "count": 1} for s in gone])
+        moved = None
+    stay = []
+    for s, t in old.items():
+        after = new.get(s) or (came and came[0])                 # gone, and one came: replaced
+        if after:
+            stay.append(({s, after["class"]}, {t["color"], after.get("color", t["color"])},
+                         None if moved and s == moved[0] else box(t)))
+    return change, moved, stay
+
+
+def judge_edit(image, edit):
+    """One image (H,W,3) and a row of edit_*.jsonl -> dict(success, preservation, extra).
+
+    success       0 or 1: what the instruction changes is there, every count exact (`strict`); what
+                  it moves is no longer where it was: a diagonal may seem to hold both relations
+    preservation  in [0,1]: of the source's other things, the share still there in shape, colour and,
+                  within NEAR, place and size; each thing too many counts as one more that is not
+    extra         things too many: of a shape in neither source nor target, or a second of one"""
+    change, moved, stay = asked_of(edit)
+    found = [f for f in detect_shapes(image) if f["score"] > SHAPES_THRESHOLDS[0]]
+    still = moved and any(f["class"] == moved[0] and near(f, moved[1]) for f in found)
+    kept = sum(any(f["class"] in classes and f["color"] in colors and (not place or near(f, place))
+                   for f in found) for classes, colors, place in stay)
+    known = {t["shape"] for t in edit["source"]} | {
+        want["class"] for want in edit["target_meta"]["include"]}
+    extra = extra_objects(found, dict(include=[{"class": s, "count": 1} for s in known]))
+    return dict(success=float(evaluate(found, change)["strict"] and not still),
+                preservation=kept / (len(stay) + extra), extra=extra)
 
 
 # ---------------------------------------------------------------------------------------------
