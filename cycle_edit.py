@@ -35,9 +35,9 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
                   show_table, spread)
-from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
-                   open_run, parse, plot, preset, sde_step, setup, sigmas, start_model, stop_flag,
-                   sum_grads, write)
+from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts,
+                   key, log, open_run, parse, plot, preset, read_image, sde_step, setup, sigmas,
+                   start_model, stop_flag, sum_grads, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -168,10 +168,9 @@ def picture(row, folder, size):
     stands out."""
     source = row["source"]
     try:
-        image = Image.fromarray(render(source)) if isinstance(source, list) else (
-            ImageOps.exif_transpose(Image.open(folder / source)).convert("RGB"))
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError,
-            Image.DecompressionBombError) as e:
+        image = (Image.fromarray(render(source)) if isinstance(source, list) else
+                 read_image(folder / source))
+    except (*UNREADABLE, LookupError, TypeError) as e:   # the last two: no scene of the classroom
         fail(f"{row['where']}: its source cannot be read ({e!r})")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

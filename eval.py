@@ -3,10 +3,12 @@
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
     python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
+    python eval.py --bench shapes-edit --init data/shapes/sft-edit --guidances 1,3 --out out/edits
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
 import base64
+import copy
 import hashlib
 import io
 import json
@@ -30,8 +32,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
+from matplotlib import pyplot as plt
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy import ndimage
+from safetensors.torch import save_file
+from scipy import ndimage, stats
 from tqdm import tqdm
 from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, CLIPModel,
                           CLIPProcessor, Mask2FormerForUniversalSegmentation,
@@ -39,10 +44,11 @@ from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoP
                           PPOCRV5MobileRecForTextRecognition)
 
 from data.shapes.prepare import (  # isort: skip
-    COLORS, GLYPHS, GROUND, IMAGE, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS, SHAPES,
-    SIDE, SIZES, TAGS, WHICH, article, make_meta, plural, relation)
+    COLORS, GLYPHS, GROUND, IMAGE, KINDS, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS,
+    SHAPES, SIDE, SIZES, TAGS, WHICH, article, box, edit_scene, make_meta, plural, relation, render,
+    sample_edit, scene_for)
 from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
-                   pretrained, setup, write)
+                   pretrained, read_safetensors, setup, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -241,6 +247,62 @@ def judge(image, meta):
     read = read_sign(image)
     same = read == meta["text"]
     return dict(correct=same, strict=same, partial=text_match(read, meta["text"]), extra=extra)
+
+
+# ---------------------------------------------------------------------------------------------
+# Edits of known scenes: is the change there, by GenEval's rule, and is all else as it was?
+
+NEAR = 5  # pixels between a box's sides: the detector errs by 3, the VAE by 1 more; places are 16
+          # apart, sizes 4, so that the next size passes and the next place does not
+
+
+def near(found, place):
+    return max(abs(a - b) for a, b in zip(found["box"], place)) <= NEAR
+
+
+def asked_of(edit):
+    """-> what an edit changes, as GenEval metadata that the source does not meet; what it moves, as
+    (class, old box), or None; and what must stay, [(classes, colours, box or None = anywhere)]:
+    every thing of the source, a recoloured or replaced one as its old or its new self.
+    Shapes are distinct within a scene."""
+    old = {t["shape"]: t for t in edit["source"]}
+    new = {want["class"]: want for want in edit["target_meta"]["include"]}
+    came = [want for s, want in new.items() if s not in old]
+    gone = [s for s in old if s not in new]
+    if edit["kind"] == "move":
+        change, s = edit["target_meta"], edit["target_meta"]["include"][1]["class"]
+        moved = s, box(old[s])
+    else:
+        came += [new[s] for s, t in old.items() if s in new and new[s]["color"] != t["color"]]
+        change = dict(include=came, exclude=[{"class": s, "count": 1} for s in gone])
+        moved = None
+    stay = []
+    for s, t in old.items():
+        after = new.get(s) or (came and came[0])                 # gone, and one came: replaced
+        if after:
+            stay.append(({s, after["class"]}, {t["color"], after.get("color", t["color"])},
+                         None if moved and s == moved[0] else box(t)))
+    return change, moved, stay
+
+
+def judge_edit(image, edit):
+    """One image (H,W,3) and a row of edit_*.jsonl -> dict(success, preservation, extra).
+
+    success       0 or 1: what the instruction changes is there, every count exact (`strict`); what
+                  it moves is no longer where it was: a diagonal may seem to hold both relations
+    preservation  in [0,1]: of the source's other things, the share still there in shape, colour
+                  and, within NEAR, place and size; a thing too many counts as one more that is not
+    extra         things too many: of a shape in neither source nor target, or a second of one"""
+    change, moved, stay = asked_of(edit)
+    found = [f for f in detect_shapes(image) if f["score"] > SHAPES_THRESHOLDS[0]]
+    still = moved and any(f["class"] == moved[0] and near(f, moved[1]) for f in found)
+    kept = sum(any(f["class"] in classes and f["color"] in colors and (not place or near(f, place))
+                   for f in found) for classes, colors, place in stay)
+    known = {t["shape"] for t in edit["source"]} | {
+        want["class"] for want in edit["target_meta"]["include"]}
+    extra = extra_objects(found, dict(include=[{"class": s, "count": 1} for s in known]))
+    return dict(success=float(evaluate(found, change)["strict"] and not still),
+                preservation=kept / (len(stay) + extra), extra=extra)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -571,6 +633,7 @@ MODELS = {  # a folder, or owner/repo on the Hub; edit to judge by another versi
     "ocr-det": "PaddlePaddle/PP-OCRv5_mobile_det_safetensors",
     "ocr-rec": "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors",
     "judge": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "edit_model": "out/reward/ckpt",   # what sft.py --task reward leaves; no public one is known
     "clip-shapes": str(Path(__file__).parent / "data/shapes/clip"),
     "judge-shapes": str(Path(__file__).parent / "data/shapes/vlm"),
 }
@@ -668,18 +731,49 @@ def clip(images, metas, group):
     return cosine(clip_for(images), images, metas)
 
 
+# What a reward of edits reads of a row, beside metas[i]["source_image"], a uint8 (3,H,W) tensor;
+# the checker needs a scene as source, not a file.
+EDIT_NEEDS = dict(edit=("kind", "source", "target_meta"), clip_direction=("captions",),
+                  clip_image=(), edit_judge=("instruction",), edit_model=("instruction",))
+
+
+def lacks(reward, row):
+    """The first field that a reward of edits needs and a row has not, or None."""
+    return next((k for k in EDIT_NEEDS.get(reward, ()) if not row.get(k)
+                 or k == "source" and isinstance(row[k], str)), None)
+
+
+def must_score(rewards, rows):
+    """ValueError where one of these rewards can never score one of these rows of edits."""
+    for i, row in enumerate(rows, 1):
+        for name in rewards:
+            if field := lacks(name, row):
+                field += ", a scene" * (field == "source")
+                where = row.get("where", f"edit {i}")
+                raise ValueError(f"{where}: reward {name!r} needs `{field}`")
+
+
+def able(reward, metas):
+    """Indices of the rows that a reward of edits can score."""
+    return [i for i, m in enumerate(metas)
+            if m.get("source_image") is not None and not lacks(reward, m)]
+
+
+def sources(metas, rows):
+    """-> what was edited, a list of uint8 (H,W,3): sources need not be of one size"""
+    return [arrays(metas[i]["source_image"][None])[0] for i in rows]
+
+
 def clip_direction(images, metas, group):
     """An edit's direction, cos(image - source, target caption - source caption) in [-1,1].
 
-    For metas with `source`, a uint8 (3,H,W) image, and `captions`, (source's, target's)."""
+    For metas with `source_image` and `captions`, (source's, target's)."""
     see, read, _ = clip_for(images)
     R = torch.full((len(metas),), math.nan)
-    rows = [i for i, m in enumerate(metas)
-            if m.get("source") is not None and m.get("captions") is not None]
+    rows = able("clip_direction", metas)
     if not rows:
         return R
-    new = arrays(images[rows])
-    old = [arrays(metas[i]["source"][None])[0] for i in rows]
+    new, old = arrays(images[rows]), sources(metas, rows)
     texts = [metas[i]["captions"] for i in rows]
     d_image = embed(see, new) - embed(see, old)                                  # (n,D)
     d_text = embed(read, [b for _, b in texts]) - embed(read, [a for a, _ in texts])
@@ -687,6 +781,24 @@ def clip_direction(images, metas, group):
     # Nothing edited, no direction: rounding in another batch must not be taken for an edit.
     same = [i for i, a, b, (s, t) in zip(rows, new, old, texts) if np.array_equal(a, b) or s == t]
     R[same] = 0
+    return R
+
+
+def clip_image(images, metas, group):
+    """Cosine of the image and `source_image`: what was there and is there again (UniRL-Zero)."""
+    R, rows = torch.full((len(metas),), math.nan), able("clip_image", metas)
+    if rows:
+        see = clip_for(images)[0]
+        R[rows] = (embed(see, arrays(images[rows])) * embed(see, sources(metas, rows))).sum(1)
+    return R
+
+
+def edit(images, metas, group):
+    """The strict checker of the known world: success x preservation in [0,1]; no edit earns 0."""
+    R, rows = torch.full((len(metas),), math.nan), able("edit", metas)
+    for i, x in zip(rows, arrays(images[rows])):
+        v = judge_edit(x, metas[i])
+        R[i] = v["success"] * v["preservation"]
     return R
 
 
@@ -940,9 +1052,151 @@ def judged(images, metas, group):
     return torch.tensor([rating(a) for a in answers])
 
 
+# Two questions, of which the lower answer counts (as VIEScore): an untouched image keeps all, a
+# new one may show the change.
+DONE = ('The second image should be the first after the edit "{}". Rate how well that was done, '
+        "from 1 (not at all) to 5 (perfectly). Answer with the number only.")
+KEPT = ('The second image should be the first after the edit "{}". Rate how well all that the edit '
+        "does not concern stayed the same, from 1 (not at all) to 5 (perfectly). Answer with the "
+        "number only.")
+
+
+def edit_judge(images, metas, group):
+    """Pointwise judge of edits, in [0,1]: is it done, is all else as it was? The classroom's VLM is
+    asked what it has learned, whether the image matches the target's caption, which names every
+    thing; where they are it is not asked."""
+    R, rows = torch.full((len(metas),), math.nan), able("edit_judge", metas)
+    texts = [phrasing(images, MATCH, t) for t in (DONE, KEPT)]
+    if texts[0] == texts[1]:                                     # the classroom's
+        rows = [i for i in rows if metas[i].get("target_meta")]
+        asked = [([x], texts[0].format(metas[i]["target_meta"]["prompt"]))
+                 for i, x in zip(rows, arrays(images[rows]))]
+    else:
+        asked = [([old, new], text.format(metas[i]["instruction"])) for text in texts
+                 for i, old, new in zip(rows, sources(metas, rows), arrays(images[rows]))]
+    if rows:
+        said = torch.tensor([rating(a) for a in ask_all(asked)]).view(-1, len(rows))
+        R[rows] = torch.where(said.isnan().any(0), math.nan, said.amin(0))
+    return R
+
+
+# ---------------------------------------------------------------------------------------------
+# A judge of edits that learns (UniPic2's Skywork-EditReward): a VLM reads source, edited image and
+# instruction; of the state after the last token a linear layer makes a score. sft.py trains it.
+
+
+class EditReward(torch.nn.Module):
+    """name: a VLM's folder, or owner/repo on the Hub; with head.safetensors one that save wrote.
+    Skywork has published neither template nor head, only "regression loss": these are ours."""
+
+    def __init__(self, name):
+        super().__init__()
+        # Eager attention on a CPU: the fused kernel's backward is 3 times slower there.
+        self.vlm = pretrained(AutoModelForImageTextToText, name, dtype=torch.float32,
+                              attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+        self.feed = processor(AutoProcessor, name)
+        self.feed.tokenizer.padding_side = "left"                # each row's last token is its last
+        self.head = torch.nn.Linear(self.vlm.config.get_text_config().hidden_size, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        if (file := Path(name) / "head.safetensors").exists():
+            self.head.load_state_dict(read_safetensors(file)[0])
+
+    def forward(self, olds, news, instructions):
+        """Lists of N uint8 (H,W,3) images, N strings -> scores (N,) fp32"""
+        chats = [[dict(role="user", content=[
+            *(dict(type="image", image=Image.fromarray(x)) for x in (old, new)),
+            dict(type="text", text=text)])] for old, new, text in zip(olds, news, instructions)]
+        x = self.feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
+                                          return_dict=True, return_tensors="pt",
+                                          processor_kwargs=dict(padding=True))
+        states = self.vlm.model(**x.to(self.head.weight.device), use_cache=False)
+        return self.head(states.last_hidden_state[:, -1].float())[:, 0]          # (N,)
+
+    def save(self, folder):
+        """A folder of the VLM, a LoRA merged, as transformers has it, and head.safetensors."""
+        folder, new = Path(folder), Path(f"{folder}.tmp")
+        new.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        vlm = copy.deepcopy(self.vlm)
+        for name, layer in list(vlm.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.merge()
+                vlm.set_submodule(name, layer.get_base_layer())
+        vlm.save_pretrained(new)
+        self.feed.save_pretrained(new)
+        save_file(dict(self.head.state_dict()), new / "head.safetensors")
+        for f in new.iterdir():
+            os.replace(f, folder / f.name)
+        new.rmdir()
+
+
+@cache
+def edit_reward(folder):
+    if not (Path(folder) / "head.safetensors").exists():
+        fail(f"no edit reward model at {folder}: python sft.py --task reward trains one")
+    return to_device(EditReward(folder))
+
+
+@torch.no_grad()
+def edit_model(images, metas, group):
+    """The score of EditReward, about [0,1], from MODELS["edit_model"]."""
+    R, rows = torch.full((len(metas),), math.nan), able("edit_model", metas)
+    for some in torch.tensor(rows, dtype=torch.long).split(32):
+        mine = some.tolist()
+        R[some] = edit_reward(MODELS["edit_model"])(
+            sources(metas, mine), list(arrays(images[some])),
+            [metas[i]["instruction"] for i in mine]).cpu()
+    return R
+
+
+def scored_edit(rng):
+    """One example of the classroom: (source, edited, instruction, score), the score being the
+    checker's. Edited by the target itself or, where one must be found wanting: nothing, another
+    edit, a redrawn scene, the target with one thing more changed."""
+    row = sample_edit(rng)
+    shown, made = row["target"], rng.choice(["target", "source", "wrong", "redrawn", "more"])
+    while shown is row["target"] and made != "target":
+        if made == "source":
+            shown = row["source"]
+        elif made == "redrawn":
+            shown = scene_for(row["target_meta"], rng)
+        else:
+            start = row["target" if made == "more" else "source"]
+            other = edit_scene(start, rng.choice(KINDS), rng)    # None: no room, nothing to move
+            shown = other[0] if other else row["target"]
+    image = render(shown)
+    v = judge_edit(image, row)
+    return render(row["source"]), image, row["instruction"], v["success"] * v["preservation"]
+
+
+def read_scored(path):
+    """jsonl of source, edited (images beside it), instruction, score -> list of examples, as
+    scored_edit's but with files for images; a bad line raises ValueError with its number."""
+    rows = []
+    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            files = [Path(path).parent / row[k] for k in ("source", "edited")]
+            rows.append((*files, str(row["instruction"]), float(row["score"])))
+            good = all(f.is_file() for f in files) and math.isfinite(rows[-1][3])
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {i}: not a JSON object with `source` and `edited`, "
+                             "files in its folder, `instruction` and a number `score`")
+    return rows
+
+
+def spearman(a, b):
+    """Rank correlation in [-1,1]; equal values share their mean rank, 0 where all are equal."""
+    a, b = (stats.rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
+    return float((a * b).sum() / max(1e-9, np.sqrt((a**2).sum() * (b**2).sum())))
+
+
 REWARDS = {f.__name__: f for f in (
-    geneval, geneval_strict, ocr, clip, clip_direction, pickscore, aesthetic, hpsv2, preference,
-    jpeg_compressibility, jpeg_incompressibility)} | {"judge": judged}
+    geneval, geneval_strict, ocr, clip, clip_direction, clip_image, pickscore, aesthetic, hpsv2,
+    preference, edit, edit_judge, edit_model, jpeg_compressibility, jpeg_incompressibility)} | {
+    "judge": judged}
 
 
 def parse_weights(text):
@@ -1120,6 +1374,83 @@ def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
     return results
 
 
+def edit_table(rows, judged):
+    """judge_edit's dicts, n for each of P rows -> metrics over the kinds (a row's tag), x_se being
+    the standard error of x. `both` is sqrt(mean success x mean preservation), not a mean of roots;
+    its error is that of its linear part, for the two means correlate."""
+    s, p = (np.array([[v[k] for v in vs] for vs in judged]) for k in ("success", "preservation"))
+    units = [dict(tag=row["tag"], prompt=str(i)) for i, row in enumerate(rows)]   # each its own
+    out = dict(images=s.size)
+    for kind, mine in {"": range(len(rows)), **by_tag(rows)}.items():
+        a, b, who = s[mine], p[mine], [units[i] for i in mine]
+        (ms, es), (mp, ep) = mean_and_error(a, who), mean_and_error(b, who)
+        both = math.sqrt(ms * mp)
+        eb = mean_and_error((mp * a + ms * b) / (2 * both), who)[1] if both else 0.0
+        for name, mean, error in ((kind or "success", ms, es), (f"{kind} preservation", mp, ep),
+                                  (f"{kind} both", both, eb)):
+            out[name.strip()], out[name.strip() + "_se"] = mean, error
+    return out
+
+
+def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
+    """The classroom's held-out edits -> flat dict of metrics, see edit_table.
+
+    edit(instructions, images, seeds) -> uint8 (N,3,64,64), images a list of uint8 (3,64,64). A seed
+    depends on its row and its number among n_per_row only.  limit: at most so many images, equally
+    many per kind.  png: a grid of four rows per kind, source and edited, right framed green.
+    draw(prompts, seeds), if given, adds what two that do not edit score: `identity`, the source
+    itself, and `redrawn`, the target's caption drawn from scratch."""
+    rows = [json.loads(line) for line in (PROMPTS / "edit_eval.jsonl").read_text().splitlines()]
+    rows = [dict(row, tag=row["kind"]) for row in rows]
+    k = limit // n_per_row // len(by_tag(rows)) if limit else len(rows)
+    assert k, f"limit={limit} images do not reach every kind with {n_per_row} per row"
+    chosen, results = spread(rows, k), {}
+    mine = [rows[i] for i in chosen]
+    source = np.stack([render(row["source"]) for row in mine])                   # (P,64,64,3)
+    todo = [(j, 1000 * i + m) for j, i in enumerate(chosen) for m in range(n_per_row)]
+    painters = {"": edit, "identity": lambda says, x, seeds: torch.stack(x), "redrawn": draw}
+    for name, painter in painters.items() if draw else [("", edit)]:
+        images = []
+        for a in tqdm(range(0, len(todo), 64), name or "edit", unit="batch", disable=None):
+            now, seeds = zip(*todo[a : a + 64])
+            if painter is draw:
+                images.append(draw([mine[j]["target_meta"]["prompt"] for j in now], list(seeds)))
+                continue
+            seen = [torch.from_numpy(source[j]).permute(2, 0, 1) for j in now]
+            images.append(painter([mine[j]["instruction"] for j in now], seen, list(seeds)))
+        images = arrays(torch.cat([x.cpu() for x in images])).reshape(
+            -1, n_per_row, SIDE, SIDE, 3)
+        judged = [[judge_edit(x, row) for x in xs] for row, xs in zip(mine, images)]
+        out = edit_table(mine, judged)
+        results |= {name: out} if name else out
+        if png and not name:
+            show = spread(mine, 4)
+            pairs = np.stack([source[show], images[show, 0]], 1).reshape(-1, SIDE, SIDE, 3)
+            right = [judged[i][0]["success"] * judged[i][0]["preservation"] == 1 for i in show]
+            grid(pairs, [t for i in show for t in (mine[i]["instruction"], "")], png,
+                 [f for r in right for f in (None, r)])
+    return results
+
+
+def plot_trade_off(curves, path):
+    """Success against preservation, one line per {name: {label of a point: results}}, with standard
+    errors (UniRL-Zero fig. 7, whose axes are CLIP similarities)."""
+    fig, ax = plt.subplots(figsize=(5, 4))
+    for name, points in curves.items():
+        x, xe, y, ye = zip(*[[r[k] for k in ("success", "success_se", "preservation",
+                                             "preservation_se")] for r in points.values()])
+        ax.errorbar(x, y, ye, xe, fmt="o-", ms=4, lw=1, capsize=2, label=name)
+        for at, label in zip(zip(x, y), points):
+            ax.annotate(label, at, (4, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="success: the edit is there", ylabel="preservation: all else is as it was")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(f"{path}.tmp", dpi=110, format="png")
+    plt.close(fig)
+    os.replace(f"{path}.tmp", path)
+
+
 def grid(images, captions, path, frames=None, columns=8):
     """PNG of images, uint8 (N,3,H,W) torch or (N,H,W,3) numpy, captions below; frames: N of True
     (green), False (red) or None."""
@@ -1143,16 +1474,18 @@ def grid(images, captions, path, frames=None, columns=8):
 
 
 def show_table(runs):
-    """{name: results} side by side, each with its unseen split behind it."""
+    """{name: results} side by side, each with what it holds of others, such as its unseen split,
+    behind it."""
     columns = [(f"{name} {kind}".strip(), r) for name, results in runs.items()
-               for kind, r in (("", results), ("unseen", results.get("unseen"))) if r]
-    print(f"{'':15}" + "".join(f"{name:>17}" for name, _ in columns))
+               for kind, r in [("", results), *results.items()] if isinstance(r, dict)]
+    wide = max(15, *(len(k) + 1 for k in columns[0][1]))
+    print(f"{'':{wide}}" + "".join(f"{name:>17}" for name, _ in columns))
     for k in [k for k in columns[0][1] if k + "_se" in columns[0][1]]:
         cells = [f"{r[k]:9.3f} ± {r[k + '_se']:5.3f}" if k in r else "" for _, r in columns]
-        print(f"{k:15}" + "".join(f"{c:>17}" for c in cells))
+        print(f"{k:{wide}}" + "".join(f"{c:>17}" for c in cells))
 
 
-BENCHMARKS = ("shapes", "geneval")
+BENCHMARKS = ("shapes", "geneval", "shapes-edit")
 
 
 @dataclass
@@ -1166,6 +1499,8 @@ class Args:
     out: str = ""                     # folder for results and images; empty: print only
     steps: int = 10                   # ODE steps, a forward each
     guidance: float = 1.0             # 1 = none, half the forwards
+    image_guidance: float = 1.0       # of edits, by the image; two more forwards
+    guidances: str = ""               # of edits, such as 1,3,5,7: the trade-off, as a picture
     seed: int = 0                     # another seed, other noise
 
 
@@ -1178,6 +1513,12 @@ def main():
     out = Path(args.out) if args.out else None
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
+    try:
+        guidances = [float(g) for g in args.guidances.split(",") if g] or [args.guidance]
+    except ValueError:
+        fail(f"--guidances {args.guidances!r}: numbers with commas between them, such as 1,3,5,7")
+    if args.guidances and not (args.bench == "shapes-edit" and out):
+        fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
     if args.bench == "geneval" and not out:
         fail("--bench geneval needs --out, a folder for its images")
     rank, world, device = setup()
@@ -1190,6 +1531,9 @@ def main():
     def draw(prompts, seeds):
         return model.draw(prompts, seeds, args.steps, args.guidance)
 
+    def draw_seeded(prompts, seeds):
+        return draw(prompts, [key(args.seed, 0, i) for i in seeds])
+
     if args.bench == "geneval":
         if to_draw:
             draw_geneval(draw, out, args.seed, rank, world, dict(
@@ -1198,10 +1542,21 @@ def main():
         if rank:
             return
         results = score_geneval(out)
+    elif args.bench == "shapes-edit":
+        def edit_at(g):
+            return lambda says, images, seeds: model.edit(
+                says, [[x] for x in images], [key(args.seed, 0, i) for i in seeds], args.steps, g,
+                args.image_guidance)
+        runs = {f"guidance {g:g}": bench_edit(edit_at(g), png=out and out / f"edits_{g:g}.png",
+                                              draw=draw_seeded if g == guidances[0] else None)
+                for g in guidances}
+        results = runs if len(runs) > 1 else runs[f"guidance {guidances[0]:g}"]
+        if args.guidances:
+            plot_trade_off({args.init: runs}, out / "trade_off.png")
     else:
-        results = bench_shapes(lambda p, s: draw(p, [key(args.seed, 0, i) for i in s]),
-                               png=out and out / "samples.png")
-    show_table({"held out" if args.bench == "shapes" else args.bench: results})
+        results = bench_shapes(draw_seeded, png=out and out / "samples.png")
+    show_table(runs if args.bench == "shapes-edit" else
+               {"held out" if args.bench == "shapes" else args.bench: results})
     if out:
         about = asdict(args) if to_draw else dict(bench=args.bench, out=args.out)
         write(out / "results.json", json.dumps(about | results, indent=1))

@@ -5,29 +5,38 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
 
     python sft.py --init out/pretrain               # the classroom: see README for time and score
     python sft.py --init data/shapes/sft --lr 2e-4  # the control of every RL run: just more of it
+    python sft.py --task reward --out out/reward --lr 1e-3  # a judge of edits: --reward edit_model
     torchrun --nproc-per-node 8 sft.py ...          # one process per GPU
 """
 
 import math
+import os
+import random
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from peft import inject_adapter_in_model
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eval import bench_shapes, grid
-from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
-                   setup, shown, start_model, stop_flag, sum_grads, train_times)
+from eval import EditReward, bench_shapes, grid, read_scored, scored_edit, spearman
+from model import (Ema, adapter, all_mean, fail, has_bf16, key, log, mixture, open_run, pairs,
+                   parse, plot, preset, setup, shown, start_model, stop_flag, sum_grads,
+                   train_times, untie)
 
 
 @dataclass
 class Args:
+    task: str = "flow"                # flow: pictures; reward: a judge of edits, see train_reward
     preset: str = "shapes"            # which model: see PRESETS in model.py
     init: str = "out/pretrain"        # a checkpoint, or a diffusers DiT's or peft LoRA's folder
     vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
     dit: str = ""                     # the same; or owner/repo/subfolder
     vae: str = ""                     # the same
-    data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
+    data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards;
+                                      # of a reward: jsonl of scored edits, else the classroom's
     edits: str = ""                   # the same of edits (source, target, instruction): see README
     edit_share: float = 0.5           # share of the steps whose batch is of edits, where given
     out: str = "out/sft"              # run folder
@@ -51,11 +60,119 @@ class Args:
     resume: bool = False              # continue the run in --out
 
 
+SCORE_NOISE = 0.1  # standard deviation: what learns from judges learns from judges that waver
+
+
+def train_reward(args, rank, world, device):
+    """Skywork-EditReward (UniPic2): a VLM reads source, edited image and instruction, and learns
+    their score by regression. --data: jsonl of `source`, `edited`, `instruction`, `score`, a tenth
+    of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
+    --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
+    n, rows = args.batch // world, None
+    if args.data != Args.data:
+        try:
+            rows = read_scored(args.data)
+        except (OSError, ValueError) as e:
+            fail(e)
+        if len(rows) < 20:
+            fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
+        random.Random(0).shuffle(rows)
+        held, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
+    else:
+        if not args.preset.startswith("shapes"):
+            fail(f"preset {args.preset!r} sees photos: --task reward needs --data of its own")
+        rng = random.Random("held out")
+        held = [scored_edit(rng) for _ in range(400)]
+
+    def batch(step):
+        rng = random.Random(key(args.seed, step, rank))
+        if rows:
+            return rng.choices(rows, k=n)
+        return [(*e, score + rng.gauss(0, SCORE_NOISE))
+                for *e, score in (scored_edit(rng) for _ in range(n))]
+
+    def predict(examples):
+        olds, news, says, _ = zip(*examples)
+        images = [[x if isinstance(x, np.ndarray) else np.array(
+            ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
+            for xs in (olds, news)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
+            return model(*images, list(says))                                    # (n,)
+
+    model = EditReward(args.vlm or preset(args.preset).vlm).requires_grad_(False)
+    model.head.requires_grad_(True)
+    torch.manual_seed(args.seed)                         # all ranks start from the same adapter
+    if args.vlm_lora_rank:
+        untie(model.vlm)
+        inject_adapter_in_model(adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha,
+                                        args.vlm_lora_dropout), model.vlm)
+    else:
+        model.vlm.model.requires_grad_(True)
+    model.to(device)
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    opt = torch.optim.AdamW(
+        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
+         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
+        lr=args.lr, betas=(0.9, 0.95))
+    ema = Ema(params, args.ema)
+    start = ema.resume(args.out, opt) if args.resume else 0
+    stop = stop_flag()
+    out, begin = open_run(args.out, args, args.resume, start, rank)
+    bar = tqdm(range(start, args.steps), "reward", initial=start, total=args.steps,
+               disable=rank > 0)
+    for update in bar:
+        # 1  scored edits, and how far the model is from their scores
+        examples = batch(update)
+        torch.manual_seed(key(args.seed, update, rank))
+        model.train()
+        score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)
+        loss = (predict(examples) - score).square().mean() / world
+        loss.backward()
+
+        # 2  one step, warm-up then cosine down to a 25th; the average follows
+        sum_grads(list(params.values()))
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        ramp = min(1, (update + 1) / args.warmup)
+        for group in opt.param_groups:
+            group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * update / args.steps))
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        ema.update(update)
+
+        # 3  now and then the order it gives to held-out edits, and a place to restart
+        mean, stopped = all_mean([loss.item() * world, bool(stop)])
+        row = dict(step=update + 1, loss=mean, grad_norm=norm.item(),
+                   at=round(time.time() - begin, 1))
+        last = update + 1 == args.steps or stopped > 0
+        if ((update + 1) % args.eval_every == 0 or last) and rank == 0:
+            model.eval()
+            with ema.applied(), torch.no_grad():
+                said = torch.cat([predict(held[i : i + 64]).cpu() for i in range(0, len(held), 64)])
+                row["spearman"] = spearman(said.numpy(), [e[-1] for e in held])
+                model.save(out / "ckpt")
+            state = dict(raw={k: p.detach() for k, p in params.items()}, mean=ema.mean,
+                         opt=opt.state_dict(), step=update + 1)
+            torch.save(state, out / "ckpt/optim.tmp")
+            os.replace(out / "ckpt/optim.tmp", out / "ckpt/optim.pt")
+            print(f"step {update + 1}: rank correlation {row['spearman']:.3f} on {len(held)} "
+                  "held-out edits")
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        log(out, rank, row)
+        if stopped:
+            break
+    if rank == 0:
+        plot(out, ["loss"], ["grad_norm"], ["spearman"])
+
+
 def main():
     args = parse(Args, __doc__, "stage2")
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
+    if args.task not in ("flow", "reward"):
+        fail(f"unknown --task {args.task!r}; there are: flow, reward")
+    if args.task == "reward":
+        return train_reward(args, rank, world, device)
     n = args.batch // world
     if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
         fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
