@@ -36,8 +36,8 @@ from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
                   show_table, spread)
 from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts,
-                   key, log, open_run, parse, plot, preset, read_image, sde_step, setup, sigmas,
-                   start_model, stop_flag, sum_grads, write)
+                   key, log, open_run, parse, plot, preset, read_image, sde_step, setup, shown,
+                   sigmas, start_model, stop_flag, sum_grads, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -327,6 +327,7 @@ def main():
     reads = "bridge" in learns and B * (1 + back * G)
     model = start_model(args, learns, args.micro or args.window * B * G, reads, rank, device,
                         copies)
+    shown(model.cfg)                                     # it can edit, or nothing starts
     model.dit.checkpoint = args.checkpoint
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part
@@ -351,20 +352,20 @@ def main():
         """Fixed edits at fixed noise: source, edited and cycled side by side, and a quick score."""
         png, n = out / "samples" / f"step_{step:05d}.png", len(faces)
         with ema.applied():
-            shown = [torch.stack([see(row) for row in faces])]                   # (n,3,H,W) each
+            columns = [torch.stack([see(row) for row in faces])]                 # (n,3,H,W) each
             texts = [["source"] * n]
             for leg, say in enumerate(("instruction", "inverse")):
                 if all(row.get(say) for row in faces):
                     texts.append([row[say] for row in faces])
-                    shown.append(edit(texts[-1], shown[-1], [100 * leg + i for i in range(n)]))
+                    columns.append(edit(texts[-1], columns[-1], [100 * leg + i for i in range(n)]))
             held = args.preset.startswith("shapes") and bench_edit(edit, 1, 100)
-        grid(torch.stack(shown, 1).flatten(0, 1), [t for line in zip(*texts) for t in line], png,
-             columns=2 * len(shown))
+        grid(torch.stack(columns, 1).flatten(0, 1), [t for line in zip(*texts) for t in line], png,
+             columns=2 * len(columns))
         if held:
             return dict(score=held["both"], success=held["success"],
                         preservation=held["preservation"])
-        faced = [row | dict(source_image=x) for row, x in zip(faces, shown[0])]
-        R, W, _ = judged(faced, 1, shown[1:])
+        faced = [row | dict(source_image=x) for row, x in zip(faces, columns[0])]
+        R, W, _ = judged(faced, 1, columns[1:])
         return dict(score=((R * W).nansum() / W.sum()).item())
 
     def judged(batch, group, drawn):
@@ -388,9 +389,9 @@ def main():
                 anchor = ref, branches()
         return encoded, guided, anchor
 
-    stopped, shown = False, look(0) if rank == 0 and not args.resume else {}
+    stopped, latest = False, look(0) if rank == 0 and not args.resume else {}
     if not args.resume:
-        log(out, rank, dict(step=0, at=0.0, **shown))
+        log(out, rank, dict(step=0, at=0.0, **latest))
     bar = tqdm(range(start, args.steps), "cycle_edit", initial=start, total=args.steps,
                disable=rank > 0)
     for step in bar:
@@ -490,15 +491,15 @@ def main():
                        ("edit", *["back"] * back, "reward", "update"), clock, clock[1:])})
         last = step + 1 == args.steps or stopped
         if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
-            shown = look(step + 1)
-            row |= shown
+            latest = look(step + 1)
+            row |= latest
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
         if rank == 0 and "score" in row:
             plot(out, [f"reward_{n}" for n in names], ["score", "success", "preservation"],
                  ["grad_norm"])
         bar.set_postfix({"reward": f"{next(iter(rewards.values()), 0):.3g}",
-                         "held out": f"{shown.get('score', 0):.3f}",
+                         "held out": f"{latest.get('score', 0):.3f}",
                          "norm": f"{norm.item():.3f}"}, refresh=False)
         if stopped:
             break

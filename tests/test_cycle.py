@@ -19,6 +19,7 @@ from test_rewards import vlm  # noqa: F401
 import cycle_edit
 import eval as judges
 import grpo
+import model
 from cycle_edit import Args, group_advantage, picture, read_edits, rollout, surrogate
 from data.shapes.prepare import render, sample_edit
 from eval import score
@@ -344,6 +345,7 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
     ("--data CUT", "cut.jsonl, line 1: its source cannot be read (OSError"),
     ("--reward clip_direction --data BARE", "line 1: reward 'clip_direction' needs `captions`"),
     ("--data SCENE", "scene.jsonl, line 1: its source cannot be read (KeyError"),
+    ("--refs all", "unknown --refs 'all'; there are: vlm, dit, both"),
     ("--init NONE", "no checkpoint at "), ("--resume", "nothing to resume")])
 def test_cycle_edit_refuses(parts, tmp_path, monkeypatch, flags, words):
     """In one line, and nothing is written."""
@@ -383,3 +385,12 @@ def test_a_flat_batch_learns_nothing(parts, tmp_path):
     log = play(parts, tmp_path / "run", *BOTH, "--steps", 1, "--data", tmp_path / "flat.jsonl")
     assert log[1]["kept"] == 0 and log[1]["grad_norm"] == 0 and log[1]["ratio_off"] == 0
     assert not group_advantage(torch.ones(8, 1) / 3, torch.ones(8, 1), G).any()
+
+
+def test_photos_have_no_checker(parts, tmp_path, monkeypatch):
+    """Another world is scored by the training's own rewards, on a few rows."""
+    monkeypatch.setitem(model.PRESETS, "photos", config(parts, preset="photos"))
+    rows = play(parts, tmp_path / "run", "--preset", "photos", "--init", parts / "dit",
+                "--reward", "blue,clip_image", "--steps", 1)
+    assert all(-1 <= r["score"] <= 1 and "success" not in r for r in rows)
+    assert not (tmp_path / "run" / "results.json").exists()
