@@ -1,7 +1,8 @@
-"""Draw: prompts -> a PNG grid with captions, or a GIF of the path from noise to image.
+"""Draw or edit: prompts -> a PNG grid with captions, or a GIF of the path from noise to image.
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
+    python sample.py --image in.png --edit "make the circle blue" --init data/shapes/sft-edit
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval import grid
-from model import PARTS, Unified, fail, fetch, given_parts, setup
+from model import (PARTS, UNREADABLE, Unified, fail, fetch, given_parts, read_image, setup, shown,
+                   to_bucket)
 
 
 def export(model, folder, init):
@@ -46,6 +48,13 @@ def export(model, folder, init):
     print(*sorted(f"{f}/" for f in folder.iterdir()), sep="\n")
 
 
+def read(file):
+    try:
+        return read_image(file)
+    except UNREADABLE as e:
+        fail(f"{file} cannot be read as an image: {str(e).splitlines()[0]}")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +64,10 @@ def main():
     p.add_argument("--preset", default="", help="what --init is for, if no checkpoint of ours")
     for part in PARTS:
         p.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the Hub")
+    p.add_argument("--image", action="append", default=[], help="to edit; more: further references")
+    p.add_argument("--edit", action="append", default=[], help="what to do to --image, in quotes")
+    p.add_argument("--mask", help="image of --image's size, white where the edit may change it")
+    p.add_argument("--image-guidance", type=float, default=1.0, help="more: closer to --image")
     p.add_argument("--export", metavar="DIR", help="write the parts for other people's pipelines")
     p.add_argument("--out", default="sample.png", help="file to write; a .gif with --trajectory")
     p.add_argument("--n", type=int, default=4, help="images per prompt")
@@ -64,8 +77,17 @@ def main():
     p.add_argument("--trajectory", action="store_true", help="write the denoising path as a GIF")
     p.error = fail
     args = p.parse_args()
-    if not args.prompts and not args.export:
+    if not args.prompts and not args.export and not args.edit:
         fail("the following arguments are required: prompts")
+    if bool(args.image) != bool(args.edit) or args.edit and args.prompts:
+        fail("an edit is an --image and an --edit; prompts are drawn without")
+    if args.mask and not args.image or args.mask and args.trajectory:
+        fail("--mask confines an --edit, and has no --trajectory")
+    images = [read(file) for file in args.image]
+    mask = read(args.mask) if args.mask else None
+    if mask and mask.size != images[0].size:
+        fail(f"--mask {args.mask} has {mask.size[0]} x {mask.size[1]} pixels, --image "
+             f"{images[0].size[0]} x {images[0].size[1]}")
     if args.n < 1:
         fail(f"--n {args.n}: at least one image per prompt")
     if args.export and Path(args.export).exists():
@@ -77,18 +99,34 @@ def main():
     model = Unified.load(args.init, args.preset, **given_parts(args))
     if args.export:
         export(model, Path(args.export), args.init)
-        if not args.prompts:
+        if not args.prompts and not args.edit:
             return
+    if args.edit:
+        shown(model.cfg)
     model.slim(device).to(device)
-    prompts = [t for t in args.prompts for _ in range(args.n)]
-    seeds = [args.seed + i for i in range(args.n)] * len(args.prompts)
-    if not args.trajectory:
+    prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
+    seeds = [args.seed + i for i in range(args.n)] * (len(prompts) // args.n)
+    if args.edit:      # the first image decides the size of what is drawn, as a target would
+        *refs, _ = to_bucket([*images, images[0]], model.cfg)
+        rows, guidance = [refs] * len(prompts), (args.guidance, args.image_guidance)
+        if mask:
+            mask = [to_bucket([mask], model.cfg)[0].float().mean(0) > 127] * len(prompts)
+    if not args.trajectory and not args.edit:
         images = model.draw(prompts, seeds, args.steps, args.guidance)
         grid(images, prompts, args.out, columns=args.n)
+    elif not args.trajectory:
+        images = model.edit(prompts, rows, seeds, args.steps, *guidance, mask).cpu()
+        images = images.unflatten(0, (-1, args.n))                               # (P,n,3,H,W)
+        before = refs[0].expand(len(images), 1, -1, -1, -1)                      # in each row first
+        grid(torch.cat([before, images], 1).flatten(0, 1),
+             [t for edit in args.edit for t in ["source", *[edit] * args.n]], args.out,
+             columns=args.n + 1)
     else:
         with torch.no_grad():
-            branches = model.guided(model.encode(prompts), args.guidance)
-            path = model.sample(branches, args.steps, noise=model.noise(seeds), trajectory=True)
+            branches = (model.edit_branches(prompts, rows, *guidance, seeds) if args.edit
+                        else model.guided(model.encode(prompts), args.guidance))
+            noise = model.noise(seeds, tuple(refs[0].shape[1:]) if args.edit else None)
+            path = model.sample(branches, args.steps, noise=noise, trajectory=True)
         frames = []
         for z in path:                   # one row of images per prompt
             x = model.to_images(z).unflatten(0, (-1, args.n)).permute(0, 3, 1, 4, 2)  # (P,H,n,W,3)

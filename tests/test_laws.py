@@ -74,19 +74,30 @@ def test_ragged_references_are_singles(dual):
     assert (v - dit(x, t, ctx, mask, pooled)).flatten(1).abs().amax(1)[[0, 2]].min() > 1e-3
 
 
-def test_references_are_more_sequence():
-    """diffusers fed [target | reference] as one row of ready-made tokens gives the same target."""
+@pytest.mark.parametrize("n", [1, 3])
+def test_references_are_more_sequence(n):
+    """diffusers fed [target | references] as one row of ready-made tokens gives the same target."""
     theirs, ours = randomise(SD3Transformer2DModel(**CONFIG)), MMDiT(**CONFIG)
     ours.load_state_dict(theirs.state_dict())
     x, t, ctx, pooled = inputs(B=2, H=8, W=8)
-    ref = torch.randn(2, 4, 4, 16)                            # other shape, as many tokens
-    v = ours(x, t, ctx, pooled=pooled, refs=[[r] for r in ref])
-    tokens = torch.cat([theirs.pos_embed(x), theirs.pos_embed(ref)], 1)           # (B,32,D)
+    refs = torch.randn(n, 2, 4, 4, 16)                        # other shape, as many tokens
+    v = ours(x, t, ctx, pooled=pooled, refs=[list(row) for row in refs.transpose(0, 1)])
+    tokens = torch.cat([theirs.pos_embed(x), *map(theirs.pos_embed, refs)], 1)    # (B,16+16n,D)
     theirs.pos_embed = torch.nn.Identity()
     theirs.pos_embed.forward = lambda _: tokens
-    out = theirs(torch.zeros(2, 4, 16, 8), ctx, pooled, 1000 * t).sample          # rows 0-7: target
-    # 32 tokens unpatchify as 8x4 patches; the target's 16 are the first 4 rows of 4 = the 8x8 half
+    out = theirs(torch.zeros(2, 4, 8 + 8 * n, 8), ctx, pooled, 1000 * t).sample
+    # the tokens unpatchify as rows of 4 patches; the target's 16 are the first 4 of these rows
     same(v, out[:, :, :8])
+
+
+def test_order_of_references():
+    """As DeepGen's: each is coded from its own centre, so the DiT sees them as a set."""
+    dit = randomise(MMDiT(**CONFIG))
+    x, t, ctx, pooled = inputs()
+    a, b, c = (torch.randn(4, *size) for size in ((6, 10), (12, 8), (6, 10)))
+    v = dit(x, t, ctx, pooled=pooled, refs=[[a, b, c]] * 3)
+    same(dit(x, t, ctx, pooled=pooled, refs=[[c, a, b], [b, a, c], [a, b, c]]), v)
+    assert (dit(x, t, ctx, pooled=pooled, refs=[[a, b, b]] * 3) - v).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dual", [(), (0, 1)])
