@@ -748,9 +748,8 @@ def must_score(rewards, rows):
     for i, row in enumerate(rows, 1):
         for name in rewards:
             if field := lacks(name, row):
-                field += ", a scene" * (field == "source")
-                where = row.get("where", f"edit {i}")
-                raise ValueError(f"{where}: reward {name!r} needs `{field}`")
+                raise ValueError(f"{row.get('where', f'edit {i}')}: reward {name!r} needs "
+                                 f"`{field}`" + ", a scene" * (field == "source"))
 
 
 def able(reward, metas):
@@ -1097,7 +1096,7 @@ class EditReward(torch.nn.Module):
         self.feed = processor(AutoProcessor, name)
         self.feed.tokenizer.padding_side = "left"                # each row's last token is its last
         self.head = torch.nn.Linear(self.vlm.config.get_text_config().hidden_size, 1)
-        torch.nn.init.zeros_(self.head.weight)
+        [torch.nn.init.zeros_(p) for p in self.head.parameters()]    # on every rank the same
         if (file := Path(name) / "head.safetensors").exists():
             self.head.load_state_dict(read_safetensors(file)[0])
 
@@ -1109,8 +1108,10 @@ class EditReward(torch.nn.Module):
         x = self.feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
                                           return_dict=True, return_tensors="pt",
                                           processor_kwargs=dict(padding=True))
-        states = self.vlm.model(**x.to(self.head.weight.device), use_cache=False)
-        return self.head(states.last_hidden_state[:, -1].float())[:, 0]          # (N,)
+        device = self.head.weight.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
+            states = self.vlm.model(**x.to(device), use_cache=False).last_hidden_state
+        return self.head(states[:, -1].float())[:, 0]                            # (N,)
 
     def save(self, folder):
         """A folder of the VLM, a LoRA merged, as transformers has it, and head.safetensors."""
@@ -1141,11 +1142,10 @@ def edit_reward(folder):
 def edit_model(images, metas, group):
     """The score of EditReward, about [0,1], from MODELS["edit_model"]."""
     R, rows = torch.full((len(metas),), math.nan), able("edit_model", metas)
-    for some in torch.tensor(rows, dtype=torch.long).split(32):
-        mine = some.tolist()
+    for some in (rows[a : a + 32] for a in range(0, len(rows), 32)):
         R[some] = edit_reward(MODELS["edit_model"])(
-            sources(metas, mine), list(arrays(images[some])),
-            [metas[i]["instruction"] for i in mine]).cpu()
+            sources(metas, some), list(arrays(images[some])),
+            [metas[i]["instruction"] for i in some]).cpu()
     return R
 
 

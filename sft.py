@@ -22,9 +22,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from eval import EditReward, bench_shapes, grid, read_scored, scored_edit, spearman
-from model import (Ema, adapter, all_mean, fail, has_bf16, key, log, mixture, open_run, pairs,
-                   parse, plot, preset, setup, shown, start_model, stop_flag, sum_grads,
-                   train_times, untie)
+from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
+                   preset, setup, shown, start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
@@ -60,7 +59,8 @@ class Args:
     resume: bool = False              # continue the run in --out
 
 
-SCORE_NOISE = 0.1  # standard deviation: what learns from judges learns from judges that waver
+SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
+HELD_OUT = 400     # edits of the classroom
 
 
 def train_reward(args, rank, world, device):
@@ -82,7 +82,7 @@ def train_reward(args, rank, world, device):
         if not args.preset.startswith("shapes"):
             fail(f"preset {args.preset!r} sees photos: --task reward needs --data of its own")
         rng = random.Random("held out")
-        held = [scored_edit(rng) for _ in range(400)]
+        held = [scored_edit(rng) for _ in range(HELD_OUT)]
 
     def batch(step):
         rng = random.Random(key(args.seed, step, rank))
@@ -96,14 +96,12 @@ def train_reward(args, rank, world, device):
         images = [[x if isinstance(x, np.ndarray) else np.array(
             ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
             for xs in (olds, news)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
-            return model(*images, list(says))                                    # (n,)
+        return model(*images, list(says))                                        # (n,)
 
     model = EditReward(args.vlm or preset(args.preset).vlm).requires_grad_(False)
     model.head.requires_grad_(True)
     torch.manual_seed(args.seed)                         # all ranks start from the same adapter
     if args.vlm_lora_rank:
-        untie(model.vlm)
         inject_adapter_in_model(adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha,
                                         args.vlm_lora_dropout), model.vlm)
     else:

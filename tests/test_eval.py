@@ -206,8 +206,8 @@ def test_text():
 # ---------------------------------------------------------------------------------------------
 # Rewards
 
-MODELLED = {"clip", "clip_direction", "pickscore", "aesthetic", "hpsv2", "preference",
-            "judge"}                                             # see test_rewards.py
+MODELLED = {"clip", "clip_direction", "pickscore", "aesthetic", "hpsv2", "preference", "judge",
+            "edit", "clip_image", "edit_judge", "edit_model"}    # see test_rewards, test_edit_eval
 
 
 def test_jpeg():

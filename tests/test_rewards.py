@@ -211,17 +211,17 @@ def test_clip_direction(clips, monkeypatch):
     monkeypatch.setitem(MODELS, "clip", str(clips / "clip"))
     new, old = pictures(3), pictures(3, seed=1)
     pairs = [("a cat", "a dog"), ("one", "two"), ("red", "blue")]
-    metas = [dict(source=s, captions=p) for s, p in zip(old, pairs)]
+    metas = [dict(source_image=s, captions=p) for s, p in zip(old, pairs)]
     want = F.cosine_similarity(
         by_hand(clips, new, PROMPTS[:1])[0] - by_hand(clips, old, PROMPTS[:1])[0],
         by_hand(clips, new, [b for _, b in pairs])[1] - by_hand(clips, new,
                                                                 [a for a, _ in pairs])[1])
     R = same_in_any_batch(clip_direction, new, metas)
     sure(R, want, 2e-2)
-    back = [dict(source=x, captions=p[::-1]) for x, p in zip(new, pairs)]
+    back = [dict(source_image=x, captions=p[::-1]) for x, p in zip(new, pairs)]
     sure(clip_direction(old, back, 1), R)                        # both sides swapped
     sure(clip_direction(new, [dict(m, captions=m["captions"][::-1]) for m in metas], 1), -R)
-    metas[0], metas[1] = dict(metas[0], source=new[0]), dict(source=old[1])
+    metas[0], metas[1] = dict(metas[0], source_image=new[0]), dict(source_image=old[1])
     still = clip_direction(new, metas, 1)
     assert still[0] == 0 and still[1].isnan()                    # no edit; nothing to compare with
     sure(still[2], R[2])
@@ -237,7 +237,7 @@ def test_clip_of_the_classroom():
     edits = [sample_edit(rng) for _ in range(40)]
     target, source = (torch.from_numpy(np.stack([render(e[k]) for e in edits])).permute(0, 3, 1, 2)
                       for k in ("target", "source"))
-    metas = [dict(source=s, captions=(e["source_meta"]["prompt"], e["target_meta"]["prompt"]),
+    metas = [dict(source_image=s, captions=(e["source_meta"]["prompt"], e["target_meta"]["prompt"]),
                   prompt=e["target_meta"]["prompt"]) for s, e in zip(source, edits)]
     right = clip_direction(target, metas, 1)
     assert (right > clip_direction(target.roll(1, 0), metas, 1)).float().mean() > 0.85
