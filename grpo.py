@@ -21,6 +21,8 @@ import copy
 import json
 import math
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -313,7 +315,7 @@ def main():
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, rates = math.prod(model.noise([0]).shape), odds(metas, mix)
     B, G = args.B // world, args.G                       # B from here on: prompts of this rank
-    stop = stop_flag()
+    stop, jury = stop_flag(), ThreadPoolExecutor(1)
 
     def look(step):
         """Fixed prompts at fixed noise: a grid to look at, a quick score. -> metrics"""
@@ -351,7 +353,7 @@ def main():
         window = range(first, first + args.window)
         mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
         batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(G)]
-        clock = [time.time()]
+        clock = [("", time.time())]
         prompts = [m["prompt"] for m in batch[::G]]
         encoded, guided = conditions(prompts, noise)                             # B conditions
         anchor = None
@@ -359,17 +361,25 @@ def main():
             with torch.no_grad(), swapped(model, ref):
                 anchor = ref, model.guided(model.encode(prompts, layer_noise=noise), args.guidance)
 
-        # 2  roll out: Euler steps, except in the window
+        # 2  roll out: Euler steps, except in the window. An endpoint judges the first prompts'
+        #    images while the next are drawn, by the same policy; what judges here waits its turn
         index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
         keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
                  key(args.seed, step, n * 100 + 1)) for n in index]
-        x0, xs, old = rollout(model, guided, ts, window, args, keys)
-        clock.append(time.time())
-        images = model.to_images(x0).cpu()                                       # (N,3,H,W) uint8
-        clock.append(time.time())
+        paths, judged = [], []
+        for some in slices(B, -(-B // 4) if JUDGE.url else B):
+            n, c = slice(some.start * G, some.stop * G), [(w, c.rows(some)) for w, c in guided]
+            x0, *path = rollout(model, c, ts, window, args, keys[n])
+            paths.append(path)
+            clock.append(("rollout", time.time()))
+            images = model.to_images(x0).cpu()                                   # (n,3,H,W) uint8
+            clock.append(("decode", time.time()))
+            judged.append(jury.submit(score, images, batch[n], G, weights))
+        xs, old = (torch.cat(x, 1) for x in zip(*paths))
 
         # 3  score the images; compare each with its own group
-        R, W, names = score(images, batch, G, weights)                           # (N,K) each
+        R, W, names = zip(*(of.result() for of in judged))
+        R, W, names = torch.cat(R), torch.cat(W), names[0]                       # (N,K) each
         tried = W != 0                                   # a failure moves nothing, but counts
         failed = tried & R.isnan()
         lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
@@ -384,7 +394,7 @@ def main():
         if args.norm == "group":                                                 # batch z-score
             A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
         keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
-        clock.append(time.time())
+        clock.append(("reward", time.time()))
 
         # 4  climb the clipped surrogate; groups that all agree cost no forward. As in Flow-GRPO, an
         #    update takes its share of the images, drawn over all ranks; the first has ratio 1
@@ -420,7 +430,7 @@ def main():
             opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)
-        clock.append(time.time())
+        clock.append(("update", time.time()))
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
         (ratio, kl), scored = torch.cat(seen).T, ~R.isnan()
@@ -434,11 +444,13 @@ def main():
                      kl_old=(D * ratio.log()).square().mean() / 2)
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
+        spent = Counter()
+        for (_, a), (name, b) in zip(clock, clock[1:]):
+            spent[f"s_{name}"] += b - a
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
                    ldam=noise is not None, clip_nats=args.clip * D, grad_norm=norm.item(),
-                   **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
-                       ("rollout", "decode", "reward", "update"), clock, clock[1:])})
+                   **{k: round(v, 3) for k, v in spent.items()})
         last = step + 1 == args.steps or stopped
         if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
             shown = look(step + 1)

@@ -1,7 +1,7 @@
 """A benchmark, not a test: what an optimised image and a held-out gain cost, here and with peers.
 
     python tests/bench.py                      # --minutes bounds our run; theirs may take 4 x ours
-    python tests/bench.py --recipes            # forwards per image and speed of every recipe
+    python tests/bench.py --recipes --minutes 5    # the same, recipe by recipe
 
 Ours is grpo.py itself, called with its default recipe. Theirs is a plain Flow-GRPO loop (Liu et al.
 2025, as its public code does it) on the same checkpoint, prompts, reward, batch and learning rate:
@@ -61,9 +61,18 @@ def reached(curve, gain):
     return next((b[0] for a, b in zip(curve[1:], curve[2:]) if min(a[1], b[1]) >= goal), None)
 
 
-def ours(a, args, folder):
+def play(flags):
+    sys.argv = ["grpo.py"] + [str(x) for k, v in flags.items()
+                              for x in ("--" + k.replace("_", "-"), v)]
+    grpo.main()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ours(a, args, folder, **flags):
     """grpo.py's main, as a user runs it. -> curve, rows with s_*, forwards per image"""
-    forwards = Forwards()
+    forwards = Forwards(bool(flags.get("lora_rank")))
+    flags = dict(init=a.init, out=folder, seed=a.seed, eval_every=a.eval_every) | flags
 
     def history():                                           # -> logged rows, curve
         rows, curve, at = [json.loads(line) for line in open(folder / "log.jsonl")], [], 0.0
@@ -83,12 +92,8 @@ def ours(a, args, folder):
                 os.kill(os.getpid(), signal.SIGTERM)         # main finishes its step and saves
         return r
     grpo.bench_shapes = look
-    sys.argv = ["grpo.py", "--init", a.init, "--out", str(folder), "--seed", str(a.seed),
-                "--eval-every", str(a.eval_every)]
-    grpo.main()
+    play(flags)
     grpo.bench_shapes = bench_shapes
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     forwards.handle.remove()
     (_, *rows), curve = history()
     return curve, rows, forwards.rows / (len(rows) * args.B * args.G)
@@ -174,8 +179,11 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
 
 
 def recipes(a, folder):
-    """Each recipe of RL on few prompts of the classroom, all else as it says: how many forwards an
-    optimised image costs, and its speed here. A reward that is never flat: no group drops out."""
+    """Every recipe of RL: first what it costs, on few prompts and a reward that is never flat, so
+    that no group drops out; then, as far as --minutes go, how soon it gains.
+
+    The second part levels what belongs to the model and not to the recipe: batch, steps of the
+    evaluation, reward, clip range in nats, and the learning rate where all weights learn."""
     photos = folder.parent / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -183,25 +191,40 @@ def recipes(a, folder):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(photos / f"{i}.png")
     (photos / "metadata.jsonl").write_text("".join(
         json.dumps(dict(file_name=f"{i}.png", prompt="noise")) + "\n" for i in range(8)))
-    grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
 
     def show(name, *cells):
         print(f"{name:12}" + "".join(f"{x:>20}" for x in cells), flush=True)
     show("", "forwards per image", "images/s", *PARTS)
     for name, r in RECIPES.items():
+        grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
         G, forwards = r.get("G", grpo.Args().G), Forwards(bool(r.get("lora_rank")))
-        flags = dict(recipe=name, init=a.init, out=folder / name, steps=a.its, B=4, seed=a.seed,
-                     reward="jpeg_compressibility", mix="", ldam="", sft_data=photos,
-                     sft_batch=4 * G)
-        sys.argv = ["grpo.py"] + [str(x) for k, v in flags.items()
-                                  for x in ("--" + k.replace("_", "-"), v)]
-        grpo.main()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        out = folder / f"{name}-cost"
+        play(dict(recipe=name, init=a.init, out=out, steps=a.its, B=4, seed=a.seed,
+                  reward="jpeg_compressibility", mix="", ldam="", sft_data=photos,
+                  sft_batch=4 * G))
         forwards.handle.remove()
-        _, *rows = [json.loads(line) for line in open(folder / name / "log.jsonl")]
+        _, *rows = [json.loads(line) for line in open(out / "log.jsonl")]
         middle, fast = speed(rows, 4 * G)
         show(name, f"{forwards.rows / (a.its * 4 * G):.1f}", f"{fast:.2f}",
              *(f"{x:.2f} s" for x in middle))
+
+    args = grpo.Args()
+    show("\n", "updates", "s per update", "start", *(f"s to +{gain:.2f}" for gain in GAINS))
+    for name, r in RECIPES.items():
+        own = dict(clip=r.get("clip", args.clip) * (16 * 64 * 64 / 1024 if r else 1),
+                   lr=r["lr"] if r.get("lora_rank") else args.lr, reward=args.reward, mix="",
+                   ldam="", B=args.B, G=args.G, eval_T=args.eval_T, steps=args.steps,
+                   sft_batch=args.sft_batch, eval_every=a.eval_every if not r else 3)
+        curve, rows, _ = ours(a, args, folder / name, recipe=name, **own)
+        show(name, len(rows), f"{sum(speed(rows, 1)[0]):.2f}", f"{curve[0][1]:.3f}",
+             *(said(gain, curve) for gain in GAINS))
+
+
+def said(gain, curve, column=1):
+    """When the curve showed a gain, or how near it came."""
+    at = reached([(c[0], c[column]) for c in curve], gain)
+    best = max(c[column] for c in curve) - curve[0][column]
+    return f"{at:.0f}" if at else f"not in {curve[-1][0]:.0f} (best {best:+.2f})"
 
 
 def speed(rows, N):
@@ -213,11 +236,12 @@ def speed(rows, N):
 def main():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=20, help="of training, for our run")
+    p.add_argument("--minutes", type=float, default=20,
+                   help="of training, for our run, or each recipe's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--init", default="data/shapes/sft")
     p.add_argument("--eval-every", type=int, default=10, help="our updates between evaluations")
-    p.add_argument("--recipes", action="store_true", help="what each recipe costs, no training")
+    p.add_argument("--recipes", action="store_true", help="what each recipe costs and gains")
     p.add_argument("--its", type=int, default=3, help="iterations of each recipe")
     a = p.parse_args()
     if a.recipes:
@@ -238,11 +262,6 @@ def main():
     their_curve, their_rows, their_F = theirs(
         a, args, 4.5, range(args.T - 1), limit, clip=1e-4 * 16 * 64 * 64 / latent, look=look)
 
-    def show(gain, curve, column=1):
-        at = reached([(c[0], c[column]) for c in curve], gain)
-        best = max(c[column] for c in curve) - curve[0][column]
-        return f"{at:.0f}" if at else f"not in {curve[-1][0]:.0f} (best {best:+.2f})"
-
     (mine, fast), (other, slow) = speed(rows, N), speed(their_rows, N)
     table = [("", "grpo.py", "plain Flow-GRPO"),
              ("forwards per image", f"{F:.1f}", f"{their_F:.1f}"),
@@ -252,8 +271,8 @@ def main():
              ("held out at the start", f"{curve[0][1]:.3f}", f"{their_curve[0][1]:.3f}"),
              ("  same, no guidance", f"{curve[0][1]:.3f}", f"{their_curve[0][2]:.3f}")]
     for gain in GAINS:
-        table += [(f"seconds to +{gain:.2f}", show(gain, curve), show(gain, their_curve)),
-                  ("  same, no guidance", show(gain, curve), show(gain, their_curve, 2))]
+        table += [(f"seconds to +{gain:.2f}", said(gain, curve), said(gain, their_curve)),
+                  ("  same, no guidance", said(gain, curve), said(gain, their_curve, 2))]
     early = speed(rows[1:6], N)[1]                           # later, more groups agree
     table += [(name, f"{early:.1f} images/s", f"{x:.1f} ({early / x:.2f} x slower)")
               for name, x in zip(("identical settings", "  flat groups not dropped"),

@@ -2,10 +2,7 @@
 advantage, and nothing that should not matter changes what is learned."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -191,12 +188,7 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
     play(parts, tmp_path / "one", *flags)
     want, norm = learned(tmp_path / "one")
     play(parts, tmp_path / "micro", *flags, "--micro", 5)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
-               tiny.ROOT / "tests/tiny.py", parts, tmp_path / "ranks", *flags,
-               "--data", parts / "edits.jsonl"]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          cwd=tiny.ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    tiny.two_ranks(parts, tmp_path / "ranks", *flags, "--data", parts / "edits.jsonl")
     # A picture's rounding moves the reference of its way back: a thousandth, not a millionth.
     for run, tol in (("micro", 1e-5), ("ranks", 1e-3)):
         got, its_norm = learned(tmp_path / run)

@@ -4,14 +4,12 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -117,11 +115,7 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
     tiny.play(parts, tmp_path / "one", *flags)
     want, norm = learned(tmp_path / "one")
     tiny.play(parts, tmp_path / "micro", *flags, "--micro", 5)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
-               tiny.ROOT / "tests/tiny.py", parts, tmp_path / "ranks", *flags]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          cwd=tiny.ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    tiny.two_ranks(parts, tmp_path / "ranks", *flags)
     for run in ("micro", "ranks"):
         got, its_norm = learned(tmp_path / run)
         close(got, want)
@@ -130,6 +124,19 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
                 for r in ("one", run))
         assert a["reward_blue"] == pytest.approx(b["reward_blue"], abs=1e-6)
         assert a["kept"] == b["kept"] == 0.75
+
+
+def test_two_ranks_give_the_curve_of_one(parts, tmp_path):
+    """Five updates, all that is logged but the time, and what was learned."""
+    flags = ["--steps", 5, "--train", "both", "--lr", 1e-3, "--eval-every", 1]
+    one = tiny.play(parts, tmp_path / "one", *flags)
+    two = tiny.two_ranks(parts, tmp_path / "two", *flags)
+    assert len(one) == len(two) == 6 and len({r["grad_norm"] for r in one[1:]}) == 5
+    for a, b in zip(one, two):
+        for name in a.keys() - {k for k in a if k == "at" or k.startswith("s_")}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+    a, b = (load_file(tmp_path / run / "ckpt/model.safetensors") for run in ("one", "two"))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("flat", [1, 4])

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 
@@ -160,13 +159,8 @@ def test_ratio_one_and_micro_batches(parts, photos, tmp_path, name):
 def test_ranks(parts, photos, tmp_path, name):
     """Two updates, the std of the whole batch, LoRA; SFT pairs, chosen steps: one rank or two."""
     flags = [*small(name, photos), "--lr", 1e-3]
-    rows = [tiny.play(parts, tmp_path / "one", *flags)]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone",
-               tiny.ROOT / "tests/tiny.py", parts, tmp_path / "two", *flags]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          cwd=tiny.ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows.append([json.loads(line) for line in open(tmp_path / "two/log.jsonl")])
+    rows = [tiny.play(parts, tmp_path / "one", *flags),
+            tiny.two_ranks(parts, tmp_path / "two", *flags)]
     (want, norm), (got, its_norm) = (learned(tmp_path / r) for r in ("one", "two"))
     close(got / want.norm(), want / want.norm(), 1e-4)
     assert its_norm == pytest.approx(norm, rel=1e-4)

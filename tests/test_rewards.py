@@ -692,11 +692,20 @@ def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
 
 
 def test_judge_flags_reach_the_judge(parts, tmp_path, endpoint, monkeypatch):
+    """Of four prompts, the first is judged before the last is drawn."""
     import grpo
-    endpoint.plan = lambda k, body: says("12345"[k % 5])
+    drawn, asked = [], threading.Event()
+    endpoint.plan = lambda k, body: asked.set() or says("12345"[k % 5])
+
+    def rollout(*inputs, real=grpo.rollout):
+        assert len(drawn) < 3 or asked.wait(5)
+        drawn.append(len(inputs[1][0][1].ctx))
+        return real(*inputs)
+    monkeypatch.setattr(grpo, "rollout", rollout)
     monkeypatch.setattr(grpo, "JUDGE", judges.JUDGE)
     url, judges.JUDGE.url, judges.JUDGE.model = judges.JUDGE.url, "", ""
     row = tiny.play(parts, tmp_path / "a", "--reward", "judge", "--steps", 1, "--judge", "my-vlm",
                     "--judge-url", url)[-1]
     assert len(endpoint.seen) == 16 and {b["model"] for _, _, b in endpoint.seen} == {"my-vlm"}
     assert 0.2 <= row["reward_judge"] <= 1 and "failed_judge" not in row
+    assert drawn == [1, 1, 1, 1] and row["ratio_off"] <= 1e-6 and row["s_reward"] >= 0

@@ -5,8 +5,10 @@
 """
 
 import json
+import os
 import random
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -143,6 +145,16 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
             main()
         finally:
             [signal.signal(s, handler) for s, handler in handlers.items()]
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+def two_ranks(folder, out, *flags):
+    """As this file is run, under torchrun. -> rows of the log"""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", __file__,
+               folder, out, *flags]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
