@@ -344,8 +344,8 @@ def main():
     faces = [rows[i] for i in spread(rows, -(-10 // len({row["tag"] for row in rows})))][:10]
 
     def edit(prompts, images, seeds, model=model):
-        """As in training: the same guidance, each picture being its only reference."""
-        return model.edit(prompts, [[x] for x in images], seeds, args.eval_T, args.guidance,
+        """With the guidance of training."""
+        return model.edit(prompts, images, seeds, args.eval_T, args.guidance,
                           args.image_guidance).cpu()
 
     def look(step):
@@ -357,7 +357,8 @@ def main():
             for leg, say in enumerate(("instruction", "inverse")):
                 if all(row.get(say) for row in faces):
                     texts.append([row[say] for row in faces])
-                    columns.append(edit(texts[-1], columns[-1], [100 * leg + i for i in range(n)]))
+                    columns.append(edit(texts[-1], [[x] for x in columns[-1]],
+                                        [100 * leg + i for i in range(n)]))
             held = args.preset.startswith("shapes") and bench_edit(edit, 1, 100)
         grid(torch.stack(columns, 1).flatten(0, 1), [t for line in zip(*texts) for t in line], png,
              columns=2 * len(columns))

@@ -1395,9 +1395,9 @@ def edit_table(rows, judged):
 def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
     """The classroom's held-out edits -> flat dict of metrics, see edit_table.
 
-    edit(instructions, images, seeds) -> uint8 (N,3,64,64), images a list of uint8 (3,64,64). A seed
-    depends on its row and its number among n_per_row only.  limit: at most so many images, equally
-    many per kind.  png: a grid of four rows per kind, source and edited, right framed green.
+    edit(instructions, images, seeds) -> uint8 (N,3,64,64), images N lists of one uint8 (3,64,64). A
+    seed depends on its row and its number among n_per_row only.  limit: at most so many images,
+    equally many per kind.  png: four rows per kind, source and edited, right ones framed green.
     draw(prompts, seeds), if given, adds what two that do not edit score: `identity`, the source
     itself, and `redrawn`, the target's caption drawn from scratch."""
     rows = [json.loads(line) for line in (PROMPTS / "edit_eval.jsonl").read_text().splitlines()]
@@ -1408,7 +1408,8 @@ def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
     mine = [rows[i] for i in chosen]
     source = np.stack([render(row["source"]) for row in mine])                   # (P,64,64,3)
     todo = [(j, 1000 * i + m) for j, i in enumerate(chosen) for m in range(n_per_row)]
-    painters = {"": edit, "identity": lambda says, x, seeds: torch.stack(x), "redrawn": draw}
+    painters = {"": edit, "identity": lambda says, x, seeds: torch.stack([own for own, in x]),
+                "redrawn": draw}
     for name, painter in painters.items() if draw else [("", edit)]:
         images = []
         for a in tqdm(range(0, len(todo), 64), name or "edit", unit="batch", disable=None):
@@ -1416,7 +1417,7 @@ def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
             if painter is draw:
                 images.append(draw([mine[j]["target_meta"]["prompt"] for j in now], list(seeds)))
                 continue
-            seen = [torch.from_numpy(source[j]).permute(2, 0, 1) for j in now]
+            seen = [[torch.from_numpy(source[j]).permute(2, 0, 1)] for j in now]
             images.append(painter([mine[j]["instruction"] for j in now], seen, list(seeds)))
         images = arrays(torch.cat([x.cpu() for x in images])).reshape(
             -1, n_per_row, SIDE, SIDE, 3)
@@ -1545,7 +1546,7 @@ def main():
     elif args.bench == "shapes-edit":
         def edit_at(g):
             return lambda says, images, seeds: model.edit(
-                says, [[x] for x in images], [key(args.seed, 0, i) for i in seeds], args.steps, g,
+                says, images, [key(args.seed, 0, i) for i in seeds], args.steps, g,
                 args.image_guidance)
         runs = {f"guidance {g:g}": bench_edit(edit_at(g), png=out and out / f"edits_{g:g}.png",
                                               draw=draw_seeded if g == guidances[0] else None)

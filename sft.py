@@ -21,7 +21,8 @@ from peft import inject_adapter_in_model
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eval import EditReward, bench_shapes, grid, read_scored, scored_edit, spearman
+from eval import (EditReward, bench_edit, bench_shapes, grid, read_scored, scored_edit,
+                  spearman)
 from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
                    preset, setup, shown, start_model, stop_flag, sum_grads, train_times)
 
@@ -256,6 +257,8 @@ def main():
                          out / "samples" / f"edits_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
                     scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
+                    if args.edits:                       # root of success x preservation
+                        scores["edit_score"] = bench_edit(model.edit, 1, 100)["both"]
                     row |= scores
             ema.save(out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
@@ -263,7 +266,7 @@ def main():
         if stopped:
             break
     if rank == 0:
-        plot(out, ["loss", "edit_loss"], ["grad_norm"], ["score"])
+        plot(out, ["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"])
 
 
 if __name__ == "__main__":

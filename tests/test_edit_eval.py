@@ -174,7 +174,7 @@ def painter(rows, drawn=None):
     def edit(says, images, seeds):
         (drawn if drawn is not None else []).extend(zip(says, seeds))
         out = []
-        for say, x in zip(says, images):
+        for say, (x,) in zip(says, images):
             assert x.shape == (3, 64, 64) and x.dtype == torch.uint8
             e = by_words[say, x.permute(1, 2, 0).numpy().tobytes()]
             out.append(torch_image(e["source" if hearty(e) else "target"]))
@@ -244,8 +244,8 @@ def test_command_line(held_out, tmp_path, monkeypatch, capsys):
 
         def edit(self, says, images, seeds, steps, guidance, image_guidance):
             asked.append((guidance, image_guidance, tuple(seeds)))
-            source = [x for (x,) in images]
-            return edit(says, source, seeds) if guidance > 1 else torch.stack(source)
+            return (edit(says, images, seeds) if guidance > 1 else
+                    torch.stack([x for (x,) in images]))
     monkeypatch.setattr(judges, "Unified", Painter)
 
     def run(*flags):
