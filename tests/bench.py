@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,25 +71,30 @@ def play(flags):
 
 
 def ours(a, args, folder, **flags):
-    """grpo.py's main, as a user runs it. -> curve, rows with s_*, forwards per image"""
+    """grpo.py's main, as a user runs it. -> curve of (seconds, score with the run's guidance, score
+    without), rows with s_*, forwards per image"""
     forwards = Forwards(bool(flags.get("lora_rank")))
     flags, told = dict(init=a.init, out=folder, seed=a.seed, eval_every=a.eval_every) | flags, []
+    plain = []
 
     def history():                                           # -> logged rows, curve
         rows, curve, at = [json.loads(line) for line in open(folder / "log.jsonl")], [], 0.0
         for r in rows:
             at += sum(r.get("s_" + p, 0) for p in PARTS)
             if "score" in r:
-                curve.append((at, r["score"]))
+                curve.append((at, r["score"], plain[len(curve)]))
         return rows, curve
 
     def look(draw, n=4, limit=None, png=None):
         with forwards.off():
             r = bench_shapes(draw, n, limit, png)
+            guided = draw.keywords["guidance"] != 1
+            plain.append(bench_shapes(partial(draw, guidance=1.0), n, limit)["score"] if guided else
+                         r["score"])
         if not told and (folder / "log.jsonl").exists():     # seen one evaluation late
             rows, curve = history()
-            if sum(r.get("s_" + p, 0) for r in rows for p in PARTS) > 60 * a.minutes or reached(
-                    curve, GAINS[-1]):
+            if sum(r.get("s_" + p, 0) for r in rows for p in PARTS) > 60 * a.minutes or all(
+                    reached([(c[0], c[i]) for c in curve], GAINS[-1]) for i in (1, 2)):
                 os.kill(os.getpid(), signal.SIGTERM)         # main finishes its step and saves
                 told.append(1)                               # a second one would kill
         return r
@@ -210,15 +216,18 @@ def recipes(a, folder):
              *(f"{x:.2f} s" for x in middle))
 
     args = grpo.Args()
-    show("\n", "updates", "s per update", "start", *(f"s to +{gain:.2f}" for gain in GAINS))
+    show("\nheld out", "updates", "s per update", "guidance", "start",
+         *(f"s to +{gain:.2f}" for gain in GAINS))
     for name, r in RECIPES.items():
         own = dict(clip=r.get("clip", args.clip) * (16 * 64 * 64 / 1024 if r else 1),
                    lr=r["lr"] if r.get("lora_rank") else args.lr, reward=args.reward, mix="",
                    ldam="", B=args.B, G=args.G, eval_T=args.eval_T, steps=args.steps,
                    sft_batch=args.sft_batch, eval_every=a.eval_every if not r else 3)
         curve, rows, _ = ours(a, args, folder / name, recipe=name, **own)
-        show(name, len(rows), f"{sum(speed(rows, 1)[0]):.2f}", f"{curve[0][1]:.3f}",
-             *(said(gain, curve) for gain in GAINS))
+        for i, guidance in ((1, r.get("guidance", 1.0)), (2, 1.0)):
+            if i == 1 or "guidance" in r:
+                show(name, len(rows), f"{sum(speed(rows, 1)[0]):.2f}", guidance,
+                     f"{curve[0][i]:.3f}", *(said(gain, curve, i) for gain in GAINS))
 
 
 def said(gain, curve, column=1):

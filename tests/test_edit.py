@@ -401,9 +401,9 @@ def test_what_is_withheld(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(ours.Unified, "encode_edit", spy)
     monkeypatch.setattr(ours.Unified, "edit", lambda self, t, rows, *a, **k: torch.stack(
         [r[0] for r in rows]))
-    play(parts, tmp_path, "a", "--steps", 60, "--edit-share", 1.0, "--batch", 20)
+    play(parts, tmp_path, "a", "--steps", 30, "--edit-share", 1.0, "--batch", 20)
     n = len(seen)
-    assert n == 1200
+    assert n == 600
     for kind in ((True, False), (False, True), (True, True)):
         assert abs(seen.count(kind) / n - 0.05) < 3 * (0.05 * 0.95 / n) ** 0.5
     seen.clear()
