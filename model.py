@@ -1743,7 +1743,7 @@ def given_parts(args):
 def open_run(out, args, resume, start, rank):
     """Make the run's folder; never write into another run's. -> folder, when the run began."""
     out, begin = Path(out), time.time()
-    if (out / "config.json").exists() and not resume:
+    if (out / "log.jsonl").exists() and not resume:    # stopped before its first row: begun anew
         fail(f"{out} holds another run: choose another --out, or continue it with --resume")
     all_mean([0])                       # every rank has looked before rank 0 writes
     if rank == 0:

@@ -89,6 +89,10 @@ def test_a_run_is_not_written_over(parts, tmp_path):
         assert "holds another run: choose another --out" in complaint(
             lambda: tiny.play(parts, run, *argv, main=main))
         assert files(run) == before
+    begun = tmp_path / "begun"           # stopped before its first row: nothing is lost
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    assert len(tiny.play(parts, begun, "--steps", 1)) == 2
     optim = run / "ckpt/optim.pt"
     optim.write_bytes(optim.read_bytes()[:-5000])
     assert "may be truncated" in complaint(tiny.play, parts, run, "--steps", 2, "--resume")
