@@ -3,7 +3,7 @@
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
     python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
-    python eval.py --bench shapes-edit --init data/shapes/sft-edit --guidances 1,3 --out out/edits
+    python eval.py --bench shapes-edit --init out/sft-edit --guidances 1,3 --out out/edits
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
@@ -1189,8 +1189,7 @@ def read_scored(path):
 
 def spearman(a, b):
     """Rank correlation in [-1,1]; equal values share their mean rank, 0 where all are equal."""
-    a, b = (stats.rankdata(x) - (len(x) + 1) / 2 for x in (a, b))
-    return float((a * b).sum() / max(1e-9, np.sqrt((a**2).sum() * (b**2).sum())))
+    return float(np.nan_to_num(stats.spearmanr(a, b).statistic))
 
 
 REWARDS = {f.__name__: f for f in (

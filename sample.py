@@ -2,7 +2,7 @@
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
-    python sample.py --image in.png --edit "make the circle blue" --init data/shapes/sft-edit
+    python sample.py --image in.png --edit "make the circle blue" --init out/sft-edit
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
+from tiny import apart, pictures, same
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -62,20 +63,6 @@ PAD, EYE, EYES = "<|image_pad|>", "<|vision_start|>{}<|vision_end|>", "<img>{}</
 HELP = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 DRAW, CONTEXT = "Generate an image: ", "<IMG_CONTEXT>"
 PROMPTS = ["a red circle", "three blue squares and a star", "a sign"]
-
-
-def pictures(*sizes):
-    g = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
-
-
-def same(a, b, tol=2e-5):
-    assert b.abs().max() > 0.1, "compares nothing but zeros"
-    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
-
-
-def apart(a, b):
-    return a.shape != b.shape or (a - b).abs().max() > 1e-3
 
 
 def vlm_of(config, **text):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import collect, complaint
+from tiny import apart, pictures, same
 
 import model as ours
 import pretrain
@@ -38,20 +39,6 @@ def cfg(parts):
 @pytest.fixture(scope="module")
 def model(parts, cfg):
     return tiny.build(cfg, init=parts / "sft")
-
-
-def pictures(*sizes, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
-
-
-def same(a, b, tol=2e-5):
-    assert b.abs().max() > 0.1, "compares nothing but zeros"
-    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
-
-
-def apart(a, b):
-    return a.shape != b.shape or (a - b).abs().max() > 1e-3
 
 
 ROWS = [pictures((64, 64)), pictures((64, 64), (32, 48), seed=1), pictures((64, 64), seed=2)]

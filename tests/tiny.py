@@ -111,6 +111,20 @@ def blue(images, metas, group):
     return torch.where(torch.tensor([m["flat"] for m in metas]), torch.tensor(1 / 3), r)
 
 
+def pictures(*sizes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
+
+
+def same(a, b, tol=2e-5):
+    assert b.abs().max() > 0.1, "compares nothing but zeros"
+    torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+
+def apart(a, b):
+    return a.shape != b.shape or (a - b).abs().max() > 1e-3
+
+
 @contextmanager
 def killed_at(module, name, n):
     """Inside, the user interrupts when module.name is called for the n-th time, n from 0."""
