@@ -477,11 +477,13 @@ def split_edit(rng, kind=None, test=False):
 
 
 def training_edit(rng, error=CAPTION_ERROR):
-    """An edit whose target shows, at the stated rate, another edit than the instruction says."""
+    """An edit whose target shows, at the stated rate, not what the instruction says: nothing was
+    done, or, as often, another edit was."""
     e = split_edit(rng)
     if rng.random() < error:
-        told = e["target"]
-        while e["target"] == told or held(e["target"]):
+        told, done = e["target"], rng.random() < 0.5
+        e["target"] = e["source"]
+        while done and (e["target"] == told or e["target"] == e["source"] or held(e["target"])):
             e["target"] = sample_edit(rng, source=e["source"])["target"]
     return e
 
@@ -489,7 +491,7 @@ def training_edit(rng, error=CAPTION_ERROR):
 # ---------------------------------------------------------------------------------------------
 # Files: training images as WebDataset shards, prompts as jsonl in GenEval's schema.
 
-SHARDS, EDIT_SHARDS, PER_SHARD = 30, 10, 1000
+SHARDS, EDIT_SHARDS, PER_SHARD = 30, 30, 1000
 RL_MIX = dict(position=700, counting=500, color_attr=300, colors=100, two_object=100)  # Flow-GRPO's
 
 
