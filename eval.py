@@ -712,18 +712,20 @@ def clip_for(images):
 @torch.no_grad()
 def embed(f, items):
     """f = see or read of a list of images (uint8 numpy) or strings -> (N,D) on the CPU, length 1.
-    In fp32: the models are small beside the DiT that they judge."""
-    items = [x if isinstance(x, str) else Image.fromarray(x) for x in items]
-    chunks = [f(items[i : i + 64]).float() for i in range(0, len(items), 64)]
-    return F.normalize(torch.cat(chunks), dim=-1).cpu()
+    Equal ones are read once: a group shares its prompt, and its source. In fp32: the models are
+    small beside the DiT that they judge."""
+    names = [x if isinstance(x, str) else (x.shape, x.tobytes()) for x in items]
+    at = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    some = [x if isinstance(x, str) else Image.fromarray(x)
+            for x in dict(zip(names, items)).values()]
+    chunks = [f(some[i : i + 64]).float() for i in range(0, len(some), 64)]
+    return F.normalize(torch.cat(chunks), dim=-1).cpu()[[at[name] for name in names]]
 
 
 def cosine(model, images, metas):
-    """Cosine of each image with its own prompt, (N,); images of a group share a prompt."""
+    """Cosine of each image with its own prompt, (N,)."""
     see, read, _ = model
-    prompts = list(dict.fromkeys(m["prompt"] for m in metas))
-    text = embed(read, prompts)[[prompts.index(m["prompt"]) for m in metas]]
-    return (embed(see, arrays(images)) * text).sum(1)
+    return (embed(see, arrays(images)) * embed(read, [m["prompt"] for m in metas])).sum(1)
 
 
 def clip(images, metas, group):
