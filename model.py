@@ -1086,7 +1086,7 @@ def shards(path):
                 read_safetensors(f, names_only=True)
             return files
     fail(f"{path} has no weights: no diffusion_pytorch_model.safetensors, no model.safetensors, "
-         "nor an index of shards")
+         "nor an index of shards (the classroom's SANA: python -m data.shapes.prepare sana)")
 
 
 def read_safetensors(file, names_only=False):
@@ -1227,8 +1227,9 @@ class Unified(nn.Module):
         vae = pretrained(kinds[config["_class_name"]], cfg.vae, meta)
         with torch.device("meta") if meta else nullcontext():
             dit = MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
-        if not meta:
-            weights = dit_tensors(cfg.dit, cfg, dit)
+        tensors, loras = read_init(init, cfg, dit) if init and not meta else ({}, {})
+        if not meta and not any(k.startswith("dit.") and "lora_" not in k for k in tensors):
+            weights = dit_tensors(cfg.dit, cfg, dit)     # not if `init` brings a whole DiT itself
             must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
             dit.load_state_dict(weights)
         vlm = tokenizer = text_encoder = image_processor = None
@@ -1252,7 +1253,7 @@ class Unified(nn.Module):
         with torch.device("meta") if meta else nullcontext():
             model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder, image_processor)
         if init and not meta:
-            model.load_trained(init)
+            model.load_trained(init, tensors, loras)
         return model
 
     @classmethod
@@ -1265,9 +1266,8 @@ class Unified(nn.Module):
             fail(f"{path} is not a checkpoint of ours and names no preset: give --preset")
         return cls.from_preset(about.pop("preset"), path, **(about | changes))
 
-    def load_trained(self, path):
-        """What --init takes, see from_preset, on top of the preset's parts."""
-        tensors, loras = read_init(path, self.cfg, self.dit)
+    def load_trained(self, path, tensors, loras):
+        """What read_init has read of `path`, on top of the preset's parts."""
         whole = {k: v for k, v in tensors.items() if "lora_" not in k}
         parts = {k.split(".")[0] for k in whole}
         if "vlm" in parts | loras.keys():
