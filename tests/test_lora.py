@@ -355,6 +355,15 @@ def shard(folder):
     (folder / f"{file.name}.index.json").write_text(json.dumps(dict(weight_map=names)))
 
 
+def test_an_init_with_a_whole_dit_needs_no_other(cfg, parts, tmp_path):
+    """Billions of weights are not read to be thrown away."""
+    shutil.copytree(parts / "dit", tmp_path / "dit", ignore=lambda *_: ["model.safetensors",
+                    "diffusion_pytorch_model.safetensors"])
+    bare = replace(cfg, dit=str(tmp_path / "dit"))
+    same(*(outcome(tiny.build(c, init=parts / "sft")) for c in (bare, cfg)))
+    assert "has no weights" in complaint(tiny.build, bare)
+
+
 def test_shards(cfg, parts, tmp_path):
     shutil.copytree(parts / "dit", tmp_path / "dit")
     shard(tmp_path / "dit")
