@@ -2,7 +2,7 @@
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
-    python sample.py --image in.png --edit "make the circle blue" --init out/sft-edit
+    python sample.py --image in.png --edit "change the color of the circle to blue" --guidance 3
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 
@@ -59,8 +59,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompts", nargs="*", help="each in quotes")
-    p.add_argument("--init", default="data/shapes/sft", help="checkpoint or run folder; with "
-                   "--preset also a diffusers transformer's or a peft LoRA's folder, or none: ''")
+    p.add_argument("--init", help="checkpoint or run folder; with --preset also a diffusers "
+                   "transformer's or a peft LoRA's folder, or none: ''. Else data/shapes/sft, or "
+                   "data/shapes/sft-edit to edit")
     p.add_argument("--preset", default="", help="what --init is for, if no checkpoint of ours")
     for part in PARTS:
         p.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the Hub")
@@ -83,6 +84,8 @@ def main():
         fail("an edit is an --image and an --edit; prompts are drawn without")
     if args.mask and not args.image or args.mask and args.trajectory:
         fail("--mask confines an --edit, and has no --trajectory")
+    if args.init is None:
+        args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
     images = [read(file) for file in args.image]
     mask = read(args.mask) if args.mask else None
     if mask and mask.size != images[0].size:
