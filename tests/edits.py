@@ -87,7 +87,8 @@ def run_arm(arm, seed, out):
     start, script, steps, flags = ARMS[arm]
     # Evaluated once, below, and its base once for all arms.
     for module in (cycle_edit, grpo):
-        module.bench_shapes = lambda *_, **__: dict(score=0.0, score_se=0.0, extra_rate=0.0)
+        module.bench_shapes = lambda *_, **__: dict(
+            score=0.0, score_se=0.0, extra_rate=0.0, jpeg_kb=0.0)
         module.show_table = lambda *_: None
     cycle_edit.bench_edit = lambda *_, **__: dict(both=0.0, success=0.0, preservation=0.0)
     start = out.parent / folder(start) if start in ARMS else start
