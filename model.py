@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from inspect import getsource
 from itertools import count, groupby
 from pathlib import Path
@@ -632,7 +633,10 @@ class Config:
     system: str = ""
     t2i_text: str = "Generate an image: {}"
     edit_text: str = "{images}\n{}"
-    suffix: str = ""                  # opens the assistant's turn
+    think_text: str = "Think, then generate an image: {}"    # to answer in words: see Words
+    ask_text: str = "{images}{}"
+    judge_text: str = "{images}Does the image match the prompt: {}?"
+    suffix: str = ""                  # opens the assistant's turn, or the queries after its words
     image_tokens: tuple = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
     refs: str = "both"                # who is shown an edit's images: vlm | dit | both | none
     ref_noise: float = 0.0            # share of noise in the latents that the DiT is shown
@@ -677,11 +681,19 @@ SANA = dict(sample_size=32, patch_size=1, in_channels=32, out_channels=32, num_l
             num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20,
             cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
             mlp_ratio=2.5)  # fmt: skip
-QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048)      # 36 layers
-QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584)      # 28 layers
+TALK = dict(
+    think_text="Write a detailed prompt for an image generator that draws what is described below. "
+               "First reason about what must be seen, within <think> </think>; then give the "
+               "prompt, within <answer> </answer>.\n{}",
+    ask_text="{images}{}\nFirst reason within <think> </think>, then give a short answer within "
+             "<answer> </answer>.",
+    judge_text="{images}Does the image match the prompt: {}? Answer yes, or no and what has to "
+               "change.")
+QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048, **TALK)      # 36 layers
+QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584, **TALK)      # 28 layers
 # OpenUni's way to ask InternVL3 (28 layers); its ViT takes 448 x 448 pixels, whatever the image.
 INTERNVL_2B = dict(
-    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange",
+    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange", **TALK,
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"), suffix="<img>", null="turn",
     null_prompt="Generate an image.", null_edit="Keep the image as it is.",
     c_dim=1536, c_ff=8960, c_layers=6, c_heads=24, vae_factor=32, t_dist="uniform",
@@ -876,6 +888,41 @@ class Cond:
         return cond
 
 
+END = "<|im_end|>"                             # of a turn, in the chats of Qwen2.5 and InternVL3
+
+
+@dataclass
+class Words:
+    """What the language model said to B prompts: the actions of its policy."""
+
+    ids: torch.Tensor                           # (B,L) right-padded
+    mask: torch.Tensor                          # (B,L) True = chosen by the policy, END included
+    logp: torch.Tensor                          # (B,L) fp32, tempered and untruncated; pads 0
+    texts: list                                 # B str, without special tokens
+    closed: torch.Tensor                        # (B,) False: cut off at the limit
+
+    def rows(self, index):
+        """index: as Cond's."""
+        at = torch.arange(len(self.texts))[index.cpu() if torch.is_tensor(index) else index]
+        return Words(self.ids[index], self.mask[index], self.logp[index],
+                     [self.texts[i] for i in at], self.closed[index])
+
+    def repeat(self, n):
+        return self.rows(torch.arange(len(self.texts)).repeat_interleave(n))
+
+
+def spans(text):
+    """Words by their tags -> dict(think, answer, ok): the first closed pair of each tag, "" without
+    one; ok: one <think> </think>, then one <answer> </answer>, and nothing else."""
+    def first(tag):
+        found = re.search(f"<{tag}>(.*?)</{tag}>", text, re.S)
+        return found[1].strip() if found else ""
+    tags = re.findall("</?(?:think|answer)>", text)
+    ok = tags == ["<think>", "</think>", "<answer>", "</answer>"] and re.fullmatch(
+        r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.S)
+    return dict(think=first("think"), answer=first("answer"), ok=bool(ok))
+
+
 class ConnectorLayer(nn.Module):
     """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
     ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
@@ -1012,6 +1059,18 @@ class SD3Text(nn.Module):
             t5 = ctx.new_zeros(len(ctx), self.t5_tokens, self.ctx_dim)
         pooled = torch.cat([s.text_embeds for s in seen], -1)                    # (B,2048)
         return Cond(torch.cat([ctx, t5], 1).float(), None, pooled.float())
+
+
+def draw_token(logp, u, top_p):
+    """logp (B,V) and u (B,) uniform in [0,1) -> (B,) where u falls along the distribution, or along
+    the likeliest tokens whose mass reaches top_p. By inversion: one number a token, not V."""
+    p = logp.double().exp()
+    if top_p < 1:
+        sorted_p, order = p.sort(1, descending=True)
+        beyond = sorted_p.cumsum(1) - sorted_p >= top_p
+        p = p.masked_fill(beyond.scatter(1, order, beyond), 0)
+    mass = p.cumsum(1)
+    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
 def mrope(ids, image_id, grids):
@@ -1286,14 +1345,16 @@ class Unified(nn.Module):
             self.adapters[part] = config, mine
 
     def learn(self, what, seed=0):
-        """what: part -> a LoRA's config, or None: all of the part learns. -> self"""
+        """what: part -> a LoRA's config, or None: all of the part learns, of the VLM its language
+        model: the eye stays as it is. -> self"""
         for part, config in what.items():
             module = getattr(self, part)
             if part in self.adapters:                # merged: now a share of the part's weights
                 del self.adapters[part]
                 self.trained.add(part)
             if config is None:
-                module.requires_grad_(True)
+                whole = (module.model.language_model, module.lm_head) if part == "vlm" else [module]
+                [m.requires_grad_(True) for m in whole]
                 continue
             with torch.random.fork_rng():            # all ranks start from the same adapter
                 torch.manual_seed(seed)
@@ -1330,71 +1391,186 @@ class Unified(nn.Module):
 
     # ---- text -> condition
 
-    def encode(self, prompts, images=None, task="t2i", layer_noise=None):
-        """B prompts, None being the preset's null -> Cond. images, for task edit: B lists of uint8
-        (3,H,W), any number and size; without text and images, an edit's null is T2I's. The VLM is
-        causal and padded on the right: no row sees another's length, and position ids are those
-        of a row alone, as all peers' are."""
+    def encode(self, prompts, images=None, task="t2i", layer_noise=None, words=None):
+        """B prompts, None being the preset's null -> Cond. images, for the tasks that look: B lists
+        of uint8 (3,H,W), any number and size; without text and images, an edit's null is T2I's.
+        words: what the VLM answered to `task`, read between the prompt and the queries."""
         cfg = self.cfg
-        edit = [task == "edit" and not (p is None and images is not None and not len(images[b]))
-                for b, p in enumerate(prompts)]
         if cfg.bridge == "text":
-            prompts = [p if p is not None else cfg.null_edit if e else cfg.null_prompt
-                       for p, e in zip(prompts, edit)]
+            prompts = [p if p is not None else cfg.null_edit if of == "edit" else cfg.null_prompt
+                       for p, of in zip(prompts, self.tasks(prompts, images, task))]
             with self.autocast():
                 return (self.encode_text if cfg.text == "clip" else self.text_encoder)(prompts)
-        assert (task == "edit") == (images is not None), (
-            "an edit, and nothing else, shows the VLM its images")
-        if images is None or cfg.refs == "dit":
-            images = [()] * len(prompts)
-        lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
-        b = self.bridge
+        return self.encode_words(prompts, images, words, task, layer_noise=layer_noise)[0]
+
+    def encode_words(self, prompts, images, words, task="think", temperature=1.0, layer_noise=None):
+        """One forward over prompt, words and queries -> Cond, and text_logp's (B,L); None without
+        words. Where the language model learns both carry gradient into it, and so what is drawn
+        teaches it through the queries (UniRL-Zero)."""
+        cfg = self.cfg
+        x, pos, lengths, starts = self.read(prompts, images, task, words)
         with self.autocast():
-            seen = self.see([image for row in images for image in row])          # (tokens, grid)
-        rest = iter(seen)
-        shows = [[next(rest) for _ in row] for row in images]
-        ids = [self.tokenizer(self.chat(p, e, [len(t) for t, _ in show]))["input_ids"]
-               for p, e, show in zip(prompts, edit, shows, strict=True)]
-        # All rows' tokens as one line, then cut into rows, each with its queries behind it.
-        line = torch.tensor([i for row in ids for i in row], device=self.device)
-        x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
-        if seen:
-            tokens = torch.cat([t for t, _ in seen]).to(x.dtype)
-            x = x.masked_scatter((line == image_id)[:, None], tokens)
-        queries = [b.edit_queries if e and cfg.edit_queries else b.meta_queries for e in edit]
-        lengths = [len(row) + cfg.n_query for row in ids]
-        x = ragged([part for pair in zip(x.split([len(row) for row in ids]), queries)
-                    for part in pair], lengths)                                  # (B,L,d)
-        # Explicit positions: left to itself, a VLM remembers the last image's offset.
-        pos = torch.arange(x.shape[1]).expand(len(x), -1)                        # (B,L)
-        if cfg.pos == "mrope":
-            pos = pad_sequence([mrope(row + [-1] * cfg.n_query, image_id, [g for _, g in show]).T
-                                for row, show in zip(ids, shows)], batch_first=True)
-            pos = pos.permute(2, 0, 1)                                           # (3,B,L)
-        with self.autocast():
-            out = lm(inputs_embeds=x, position_ids=pos.to(self.device), attention_mask=None,
-                     use_cache=False, output_hidden_states=True)
+            out = self.vlm.model.language_model(
+                inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
+                output_hidden_states=True)
             cond = self.bridge(out.hidden_states, lengths, layer_noise)
+            logp = words and self.logp_of(words, out.last_hidden_state, starts, temperature)
         if cfg.null == "zeros" and None in prompts:
             real = torch.tensor([p is not None for p in prompts], device=self.device)
             cond.ctx = cond.ctx * real[:, None, None]
-        return cond
+        return cond, logp
 
-    def chat(self, prompt, edit, lengths):
-        """What the VLM reads before the queries; lengths: tokens of each image. Written out here,
-        since the chat templates of tokenizers change."""
-        cfg = self.cfg
-        text, null = (cfg.edit_text, cfg.null_edit) if edit else (cfg.t2i_text, cfg.null_prompt)
-        if prompt is None and cfg.null == "turn" and not edit:
+    def tasks(self, prompts, images, task):
+        """Of each row: an edit without text and images, a null, is as T2I's."""
+        return ["t2i" if task == "edit" and p is None and images is not None and not len(images[b])
+                else task for b, p in enumerate(prompts)]
+
+    def read(self, prompts, images, task, words=None, queries=True):
+        """What the VLM is to read: per row the chat, its `words` and the queries -> embeddings
+        (B,L,d), position ids (3,B,L) or (B,L), each row's length, and where its words begin. The
+        VLM is causal and padded on the right: no row sees another's length, and position ids are
+        those of a row alone, as all peers' are."""
+        cfg, b, B = self.cfg, self.bridge, len(prompts)
+        lm, image_id, encode = (self.vlm.model.language_model, self.vlm.config.image_token_id,
+                                partial(self.tokenizer, add_special_tokens=False))
+        draws = task in ("t2i", "edit")
+        assert (images is None) == (task in ("t2i", "think")) or task == "ask", (
+            "an edit or a judgement, and nothing else, shows the VLM its images")
+        if images is None or task == "edit" and cfg.refs == "dit":
+            images = [()] * B
+        each = {id(i): i for row in images for i in row}     # a group's image is seen once
+        with self.autocast():
+            seen = dict(zip(each, self.see([*each.values()])))                   # (tokens, grid)
+        shows = [[seen[id(i)] for i in row] for row in images]
+        tasks = self.tasks(prompts, images, task)
+        ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
+               for p, of, show in zip(prompts, tasks, shows, strict=True)]
+        starts, marks = [len(row) for row in ids], ids
+        if words is not None:
+            said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
+            tail = encode(cfg.suffix)["input_ids"] * queries
+            ids = [row + of + tail for row, of in zip(ids, said, strict=True)]
+            # An image's placeholder that the LM happens to say is a token, and no image.
+            marks = [row + [-1] * (len(whole) - len(row)) for row, whole in zip(marks, ids)]
+        # All rows' tokens as one line, then cut into rows, each with its queries behind it.
+        line, marked = (torch.tensor([i for row in rows for i in row], device=self.device)
+                        for rows in (ids, marks))
+        x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
+        if any(shows):
+            tokens = torch.cat([t for show in shows for t, _ in show]).to(x.dtype)
+            x = x.masked_scatter((marked == image_id)[:, None], tokens)
+        parts, lengths = [[row] for row in x.split([len(row) for row in ids])], [*map(len, ids)]
+        if queries:
+            own = b.edit_queries if cfg.edit_queries else b.meta_queries
+            [row.append(own if of in ("edit", "judge") else b.meta_queries)
+             for row, of in zip(parts, tasks)]
+            lengths = [n + cfg.n_query for n in lengths]
+        x = ragged([part for row in parts for part in row], lengths)             # (B,L,d)
+        # Explicit positions: left to itself, a VLM remembers the last image's offset. To look and
+        # answer it needs its own, also where a paper draws from others.
+        pos = torch.arange(x.shape[1]).expand(B, -1)                             # (B,L)
+        if cfg.pos == "mrope" or not draws and any(g for show in shows for _, g in show):
+            pos = pad_sequence([mrope(row + [-1] * (n - len(row)), image_id, [g for _, g in show]).T
+                                for row, n, show in zip(marks, lengths, shows)], batch_first=True)
+            pos = pos.permute(2, 0, 1)                                           # (3,B,L)
+        return x, pos.to(self.device), lengths, starts
+
+    def chat(self, prompt, task, lengths):
+        """What the VLM reads before the queries, or before it answers; lengths: tokens of each
+        image. Written out here, since the chat templates of tokenizers change."""
+        cfg, draws = self.cfg, task in ("t2i", "edit")
+        text, null = getattr(cfg, f"{task}_text"), cfg.null_prompt
+        if prompt is None and task == "edit":
+            null = cfg.null_edit
+        elif prompt is None and cfg.null == "turn":
             text = "{}"
         start, pad, end = cfg.image_tokens
         images = "".join(start + pad * n + end for n in lengths)
         user = text.format(null if prompt is None else prompt, images=images)
-        system = f"<|im_start|>system\n{cfg.system}<|im_end|>\n" if cfg.system else ""
-        return f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{cfg.suffix}"
+        system = f"<|im_start|>system\n{cfg.system}{END}\n" if cfg.system else ""
+        return (f"{system}<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
+                + cfg.suffix * draws)
+
+    # ---- text -> words: the policy of the language model
+
+    @torch.no_grad()
+    def generate(self, prompts, images=None, task="think", limit=64, temperature=1.0, top_p=1.0,
+                 keys=None, n=1):
+        """n answers of at most `limit` tokens to each of B prompts, of `task` think, ask or judge
+        -> Words of B n rows, a prompt's in a row. Row b's randomness comes from keys[b] alone: any
+        batch, any rank, same; temperature 0: the likeliest token, log-probs of temperature 1.
+
+        top_p narrows what is drawn, not what is logged: of a truncated distribution a token that
+        later falls outside has no log-prob, and the ratio of two such policies no meaning."""
+        x, pos, lengths, _ = self.read(prompts, images, task, queries=False)
+        lm, g, tok = self.vlm.model.language_model, torch.Generator(), self.tokenizer
+        keys = range(len(prompts) * n) if keys is None else keys
+        u = torch.stack([torch.rand(limit, generator=g.manual_seed(k), dtype=torch.float64)
+                         for k in keys]).to(self.device)                         # (B,limit)
+        end, last = tok.convert_tokens_to_ids(END), torch.tensor(lengths, device=self.device) - 1
+        real = torch.arange(x.shape[1], device=self.device) <= last[:, None]     # (B/n,L)
+        rows = torch.arange(len(prompts), device=self.device)
+        ids, mask, logps = [], [], []
+        with self.autocast():
+            # Prompts are read once, padded on the right; the pads in the cache stay masked.
+            out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=True)
+            cache = out.past_key_values
+            cache.batch_repeat_interleave(n)
+            h = out.last_hidden_state[rows, last].repeat_interleave(n, 0)        # (B,d)
+            real, pos = real.repeat_interleave(n, 0), pos[..., rows, last].repeat_interleave(n, -1)
+            going = real[:, 0]                                                   # (B,) all True
+            for i in range(limit):
+                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (B,V)
+                token = logp.argmax(1) if temperature == 0 else draw_token(logp, u[:, i], top_p)
+                ids.append(torch.where(going, token, tok.pad_token_id))
+                mask.append(going)
+                logps.append(torch.where(going, logp.gather(1, token[:, None])[:, 0], 0))
+                going = going & (token != end)
+                if i + 1 == limit or not going.any():
+                    break
+                real = F.pad(real, (0, 1), value=True)
+                out = lm(inputs_embeds=lm.get_input_embeddings()(ids[-1])[:, None],
+                         position_ids=(pos + i + 1)[..., None], attention_mask=real,
+                         past_key_values=cache, use_cache=True)
+                h = out.last_hidden_state[:, 0]
+        ids, mask, logps = (torch.stack(a, 1) for a in (ids, mask, logps))       # (B,L)
+        return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), ~going)
+
+    def spell(self, texts):
+        """Texts as if they had been generated, with log-probs 0 -> Words"""
+        ids = [torch.tensor(self.tokenizer(t + END, add_special_tokens=False)["input_ids"])
+               for t in texts]
+        mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return Words(ids.to(self.device), mask.to(self.device),
+                     torch.zeros(ids.shape, device=self.device), list(texts),
+                     torch.ones(len(ids), dtype=torch.bool, device=self.device))
+
+    def text_logp(self, prompts, images, words, task="think", temperature=1.0):
+        """Log-probs (B,L) fp32 of `words` as answers to B prompts, with gradient: of the tempered,
+        untruncated distribution, one row per prompt; pads 0."""
+        x, pos, _, starts = self.read(prompts, images, task, words, queries=False)
+        with self.autocast():
+            out = self.vlm.model.language_model(inputs_embeds=x, position_ids=pos,
+                                                attention_mask=None, use_cache=False)
+            return self.logp_of(words, out.last_hidden_state, starts, temperature)
+
+    def logp_of(self, words, hidden, starts, temperature):
+        """hidden (B,N,d); row b's words begin at starts[b], each chosen from the state before it.
+        Few tokens at a time, computed again by backward: the logits of all would be (B,L,V)."""
+        b, i = words.mask.nonzero(as_tuple=True)                                 # (n,) each
+        h = hidden[b, torch.tensor(starts, device=b.device)[b] - 1 + i]          # (n,d)
+
+        def few(h, ids):
+            logits = self.vlm.lm_head(h).float() / (temperature or 1)
+            return -F.cross_entropy(logits, ids, reduction="none")
+        size = max(1, 2**24 // self.vlm.lm_head.out_features)
+        logp = [checkpoint(few, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in zip(h.split(size), words.ids[words.mask].split(size))]
+        return words.logp.new_zeros(words.ids.shape).masked_scatter(words.mask, torch.cat(logp))
 
     def see(self, images):
-        """Images, uint8 (3,H,W) -> for each the VLM's tokens (n,d) and, for mrope, their grid."""
+        """Images, uint8 (3,H,W) -> each: the VLM's tokens (n,d), and Qwen2.5-VL's grid of them."""
         if not images:
             return []
         processor, scale = self.image_processor, self.cfg.vit_scale
@@ -1406,7 +1582,7 @@ class Unified(nn.Module):
         inputs = processor(images=images, do_resize=not scale, return_tensors="pt")
         inputs.pop("num_patches", None)                    # InternVL's, of images cut to pieces
         grids = [None] * len(images)
-        if self.cfg.pos == "mrope":                        # (time, rows, columns) in patches
+        if "image_grid_thw" in inputs:                     # (time, rows, columns) in patches
             grids = (inputs["image_grid_thw"][:, 1:] // processor.merge_size).tolist()
         tokens = self.vlm.model.get_image_features(**inputs.to(self.device)).pooler_output
         return list(zip(tokens, grids, strict=True))
@@ -1438,13 +1614,14 @@ class Unified(nn.Module):
             (1 - guidance, self.null(len(cond.ctx), images, task))]
         return [(guidance, cond), *null]
 
-    def encode_edit(self, prompts, images, keys=None):
+    def encode_edit(self, prompts, images, keys=None, task="edit", words=None):
         """B instructions (None: no text) and B lists of uint8 (3,H,W) (empty: no image) -> Cond,
-        with its references in VLM and DiT as cfg.refs says. keys: see ref_latents."""
+        with its references in VLM and DiT as cfg.refs says. keys: see ref_latents. task judge:
+        prompts whose images are drawn anew, as `words` say."""
         ways, most = shown(self.cfg), max(map(len, images), default=0)
         if "dit" in ways and self.cfg.sana and most > 1:
             fail(f"SANA adds one reference to what it draws, not {most}")
-        cond = self.encode(prompts, images, "edit")
+        cond = self.encode(prompts, images, task, words=words)
         if "dit" in ways:
             cond.refs = self.ref_latents(images, keys)
         return cond
