@@ -923,6 +923,16 @@ def spans(text):
     return dict(think=first("think"), answer=first("answer"), ok=bool(ok))
 
 
+def verdict(text):
+    """A critique -> does it say yes (True), no (False) or neither (None); and is it well formed:
+    yes, or no and a reason?"""
+    says = re.match(r"\s*(yes|no)\b(\W+\w)?", text, re.IGNORECASE)
+    if not says:
+        return None, False
+    yes = says[1].lower() == "yes"
+    return yes, yes or bool(says[2])
+
+
 class ConnectorLayer(nn.Module):
     """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
     ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
@@ -1609,9 +1619,10 @@ class Unified(nn.Module):
         return self.encode([None] * n, images, task)
 
     def guided(self, cond, guidance, images=None, task="t2i"):
-        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards."""
+        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards. What the
+        DiT is drawn from, of `images`, it is drawn from in both."""
         null = [] if guidance == 1 else [
-            (1 - guidance, self.null(len(cond.ctx), images, task))]
+            (1 - guidance, replace(self.null(len(cond.ctx), images, task), refs=cond.refs))]
         return [(guidance, cond), *null]
 
     def encode_edit(self, prompts, images, keys=None, task="edit", words=None):
@@ -1701,6 +1712,29 @@ class Unified(nn.Module):
         branches = self.edit_branches(prompts, images, guidance, image_guidance, seeds)
         new = self.to_images(self.sample(branches, steps, noise=self.noise(seeds, size), keep=keep))
         return new if masks is None else torch.where(masks, new, first)
+
+    @torch.no_grad()
+    def reflect(self, prompts, images, seeds, rounds=1, steps=10, guidance=1.0, limit=32):
+        """Judge and redraw, up to `rounds` times: B prompts, uint8 images (B,3,H,W) and B seeds ->
+        the last images (B,3,H,W), and for each a list of what was said, a critique a round. Who
+        says yes, or neither yes nor no, keeps the image and is not asked again. Words are the
+        likeliest ones."""
+        images, said, todo = images.clone(), [[] for _ in prompts], list(range(len(prompts)))
+        for r in range(rounds):
+            words = self.generate([prompts[b] for b in todo], [[images[b]] for b in todo], "judge",
+                                  limit, temperature=0)
+            [said[b].append(text) for b, text in zip(todo, words.texts)]
+            no = [i for i, text in enumerate(words.texts) if verdict(text)[0] is False]
+            todo = [todo[i] for i in no]
+            if not todo:
+                break
+            asked, shows = [prompts[b] for b in todo], [[images[b]] for b in todo]
+            keys = [seeds[b] + 2**32 * r for b in todo]
+            cond = self.encode_edit(asked, shows, keys, "judge", words.rows(no))
+            branches = self.guided(cond, guidance, shows, "edit")
+            noise = self.noise(keys, tuple(images.shape[2:]))
+            images[todo] = self.to_images(self.sample(branches, steps, noise=noise)).to(images)
+        return images, said
 
     def flow_loss(self, images, prompts, keys):
         """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
