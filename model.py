@@ -1431,9 +1431,10 @@ class Unified(nn.Module):
         return cond, logp
 
     def tasks(self, prompts, images, task):
-        """Of each row: an edit without text and images, a null, is as T2I's."""
-        return ["t2i" if task == "edit" and p is None and images is not None and not len(images[b])
-                else task for b, p in enumerate(prompts)]
+        """Of each row; a null has none but to draw: an edit's where there are images, else T2I's"""
+        return [task if p is not None else
+                "edit" if images is not None and len(images[b]) else "t2i"
+                for b, p in enumerate(prompts)]
 
     def read(self, prompts, images, task, words=None, queries=True):
         """What the VLM is to read: per row the chat, its `words` and the queries -> embeddings
@@ -1443,7 +1444,7 @@ class Unified(nn.Module):
         cfg, b, B = self.cfg, self.bridge, len(prompts)
         lm, image_id, encode = (self.vlm.model.language_model, self.vlm.config.image_token_id,
                                 partial(self.tokenizer, add_special_tokens=False))
-        draws = task in ("t2i", "edit")
+        draws, tasks = task in ("t2i", "edit"), self.tasks(prompts, images, task)
         assert (images is None) == (task in ("t2i", "think")) or task == "ask", (
             "an edit or a judgement, and nothing else, shows the VLM its images")
         if images is None or task == "edit" and cfg.refs == "dit":
@@ -1452,14 +1453,14 @@ class Unified(nn.Module):
         with self.autocast():
             seen = dict(zip(each, self.see([*each.values()])))                   # (tokens, grid)
         shows = [[seen[id(i)] for i in row] for row in images]
-        tasks = self.tasks(prompts, images, task)
         ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
                for p, of, show in zip(prompts, tasks, shows, strict=True)]
         starts, marks = [len(row) for row in ids], ids
         if words is not None:
             said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
-            tail = encode(cfg.suffix)["input_ids"] * queries
-            ids = [row + of + tail for row, of in zip(ids, said, strict=True)]
+            tail = encode(cfg.suffix)["input_ids"] * queries     # a null's chat has ended in it
+            ids = [row + own + tail * (of not in ("t2i", "edit"))
+                   for row, own, of in zip(ids, said, tasks, strict=True)]
             # An image's placeholder that the LM happens to say is a token, and no image.
             marks = [row + [-1] * (len(whole) - len(row)) for row, whole in zip(marks, ids)]
         # All rows' tokens as one line, then cut into rows, each with its queries behind it.
@@ -1547,9 +1548,9 @@ class Unified(nn.Module):
         return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), ~going)
 
     def spell(self, texts):
-        """Texts as if they had been generated, with log-probs 0 -> Words"""
-        ids = [torch.tensor(self.tokenizer(t + END, add_special_tokens=False)["input_ids"])
-               for t in texts]
+        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END."""
+        ids = [torch.tensor([] if t is None else self.tokenizer(
+            t + END, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]
         mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return Words(ids.to(self.device), mask.to(self.device),
@@ -1637,6 +1638,28 @@ class Unified(nn.Module):
             cond.refs = self.ref_latents(images, keys)
         return cond
 
+    def condition(self, prompts, refs=None, words=None, keys=None):
+        """What a training batch tells the DiT; its task shows in what there is: pictures (prompts
+        alone), edits (and refs), thoughts (and words), reflections (both). A prompt that is
+        withheld, None, takes its words along. -> Cond"""
+        task, words = self.taught(prompts, refs, words)
+        if refs is None:
+            return self.encode(prompts, task=task, words=words)
+        return self.encode_edit(prompts, refs, keys, task, words)
+
+    def taught(self, prompts, refs, words):
+        """-> task of a training batch, its texts as Words, None without."""
+        if words is None:
+            return "t2i" if refs is None else "edit", None
+        said = [None if p is None else w for p, w in zip(prompts, words)]
+        return "think" if refs is None else "judge", self.spell(said)
+
+    def lm_loss(self, prompts, refs, words):
+        """The autoregressive loss of a batch's words, mean over its tokens."""
+        task, words = self.taught(prompts, refs, words)
+        logp = self.text_logp(prompts, refs, words, task)                        # (B,L)
+        return -logp.sum() / words.mask.sum().clamp(min=1)
+
     def ref_latents(self, images, keys=None):
         """B lists of uint8 (3,H,W) -> B lists of clean latents (C,h,w), those of one size encoded
         together; or with UniRL-Zero's noise, .8 z + .2 eps: row b's drawn from keys[b] alone."""
@@ -1698,6 +1721,14 @@ class Unified(nn.Module):
         """B prompts and B seeds -> uint8 (B,3,H,W)."""
         branches = self.guided(self.encode(prompts), guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
+
+    @torch.no_grad()
+    def think(self, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0):
+        """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words.
+        -> uint8 (B,3,H,W), Words"""
+        words = self.generate(prompts, None, "think", limit, temperature, keys=seeds)
+        branches = self.guided(self.encode(prompts, task="think", words=words), guidance)
+        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds))), words
 
     @torch.no_grad()
     def edit(self, prompts, images, seeds, steps=10, guidance=1.0, image_guidance=1.0, masks=None):
@@ -1903,7 +1934,8 @@ def memory_plan(model, args, rows, reads, copies, device):
     # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
     text = cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
-    if getattr(args, "edits", "") and cfg.mmdit:                 # a reference is more image
+    if cfg.mmdit and (getattr(args, "edits", "") or getattr(args, "task", "") == "reflect"):
+        # a reference is more image
         patches *= 2
     each = 85 * (patches + text) if cfg.mmdit else 100 * patches
     acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
@@ -2154,11 +2186,20 @@ def to_bucket(images, cfg):
     )).permute(2, 0, 1) for image, size in zip(images, sizes)]
 
 
-def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=False):
+FORMS = {                                  # of training rows: files, the last of them drawn; texts
+    "t2i": (("file_name",), ("prompt",)), "edit": (("source", "target"), ("instruction",)),
+    "cot": (("file_name",), ("prompt", "reasoning")),
+    "reflect": (("image", "refined"), ("prompt", "critique")),
+}
+
+
+def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, form="t2i"):
     """Endless batches of (uint8 (n,3,H,W), n prompts) from what people have: a folder with
     metadata.jsonl (file_name, prompt), or WebDataset shards *.tar (png/jpg + json/txt).
-    edits: of (targets, n instructions, n lists of references) from metadata.jsonl (source, a file
-    or several; target; instruction), or shards (source*.png, target.png + json).
+    form edit: of (targets, n instructions, n lists of references) from metadata.jsonl (source, a
+    file or several; target; instruction), or shards (source*.png, target.png + json); cot:
+    (pictures, n prompts, n reasonings); reflect: (refined pictures, n prompts, n lists of the first
+    picture, n critiques). FORMS names what their rows and shards hold.
 
     Aspect ratio is kept at the preset's area: each batch is of one bucket of sizes. A record that
     cannot be read is named and counted; a share of more than bad_share of them ends the run.
@@ -2168,16 +2209,17 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
     if not shards and not (folder / "metadata.jsonl").exists():
         fail(f"{folder} holds neither metadata.jsonl nor *.tar shards"
              + "; the classroom's: python -m data.shapes.prepare data")
-    wants = ("source", "target", "instruction") if edits else ("file_name", "prompt")
+    (*first, drawn), texts = FORMS[form]
+    wants = [*first, drawn, *texts]
 
     def files(row):
         """The files of a row, what is drawn last."""
-        sources = row["source"] if edits else []
-        return [*([sources] if isinstance(sources, str) else sources), row[wants[-2]]]
+        sources = row[first[0]] if first else []
+        return [*([sources] if isinstance(sources, str) else sources), row[drawn]]
     for i, line in enumerate([] if shards else (folder / "metadata.jsonl").open(), 1):
         try:
             row = json.loads(line)
-            rows.append((row[wants[-2]], [folder / f for f in files(row)], row[wants[-1]]))
+            rows.append((row[drawn], [folder / f for f in files(row)], [row[k] for k in texts]))
         except (ValueError, TypeError, KeyError) as e:
             fail(f"{folder}/metadata.jsonl line {i}: no {', '.join(wants[:-1])} or {wants[-1]} "
                  f"({e!r})")
@@ -2200,20 +2242,24 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
                                 handler=lambda e: unreadable(e.args[-1], e.args[0])
                                 ).shuffle(2000, rng=rng):
             names = [k for k in sorted(r) if k.split(".")[-1] in ("png", "jpg", "jpeg", "webp")]
-            source, target = ([k for k in names if k.startswith(w)] for w in ("source", "target"))
             try:
-                text = json.loads(r["json"])[wants[-1]] if "json" in r else r["txt"].decode()
-                if edits and not (source and target):
-                    raise KeyError("source or target")
-                names = source + target[:1] if edits else [k for k in names if "." not in k][:1]
-                yield r["__key__"], [io.BytesIO(r[k]) for k in names] or [io.BytesIO()], text
+                about = json.loads(r["json"]) if "json" in r else {texts[0]: r["txt"].decode()}
+                own = [k for k in names if "." not in k][:1]
+                if first:
+                    source, target = ([k for k in names if k.startswith(w)]
+                                      for w in (first[0], drawn))
+                    if not (source and target):
+                        raise KeyError(f"{first[0]} or {drawn}")
+                    own = source + target[:1]
+                yield (r["__key__"], [io.BytesIO(r[k]) for k in own] or [io.BytesIO()],
+                       [about[k] for k in texts])
             except (ValueError, TypeError, KeyError) as e:
-                unreadable(r["__key__"], f"no {wants[-1]} ({e!r})")
+                unreadable(r["__key__"], f"no {' or '.join(texts)} ({e!r})")
 
     def batches():
         nonlocal good, skip
         while True:
-            for i, (name, sources, prompt) in enumerate(records()):
+            for i, (name, sources, said) in enumerate(records()):
                 if i % world != rank:
                     continue
                 try:
@@ -2224,14 +2270,15 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
                     continue
                 *refs, image = to_bucket(images, cfg)
                 batch = buckets.setdefault(image.shape, [])
-                batch.append((image, prompt, refs))
+                batch.append((image, said[0], refs, *said[1:]))
                 if len(batch) == n:
                     buckets[image.shape] = []
                     if skip:
                         skip -= 1
                     else:
-                        images, prompts, refs = zip(*batch)
-                        yield torch.stack(images), list(prompts), *[list(refs)] * edits
+                        images, prompts, refs, *words = zip(*batch)
+                        yield (torch.stack(images), list(prompts), *[list(refs)] * bool(first),
+                               *map(list, words))
             if not good:
                 fail(f"{folder} holds no image that rank {rank} of {world} could read")
 
@@ -2239,16 +2286,31 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
 
 
 def mixture(args, cfg, n, rank=0, world=1, start=0):
-    """Endless batches of one task each, from step `start`: images and prompts of --data and None,
-    or, in a share --edit-share of the steps, targets, instructions and references of --edits.
-    (seed, step) alone decides which: ranks agree, and so does a run that resumes."""
-    def edits(step):
+    """Endless batches of one task each, from step `start`: images, prompts, references and words,
+    the last two None where the task has none. Of --data, or in a share --edit-share of the steps of
+    --edits, in a share --share of --tuples for the task cot or reflect. (seed, step) alone decides
+    which: ranks agree, and so does a run that resumes."""
+    task = getattr(args, "task", "")
+    more = dict(edit=(args.edits, args.edit_share)) if args.edits else {}
+    more |= {task: (args.tuples, args.share)} if task in ("cot", "reflect") else {}
+
+    def form(step):
         chance = random.Random(key(args.seed, step, 0)).random()
-        return bool(args.edits) and chance < args.edit_share
-    done = sum(map(edits, range(start)))
-    t2i = pairs(args.data, cfg, n, args.seed, rank, world, skip=start - done)
-    edit = args.edits and pairs(args.edits, cfg, n, args.seed, rank, world, skip=done, edits=True)
-    return (next(edit) if edits(step) else (*next(t2i), None) for step in count(start))
+        for form, (_, share) in more.items():
+            if chance < share:
+                return form
+            chance -= share
+        return "t2i"
+    done = Counter(map(form, range(start)))
+    folders = {"t2i": args.data} | {k: folder for k, (folder, _) in more.items()}
+    data = {k: pairs(folder, cfg, n, args.seed, rank, world, done[k], form=k)
+            for k, folder in folders.items()}
+
+    def batch(step):
+        images, prompts, *rest = next(data[form(step)])
+        refs = rest.pop(0) if form(step) in ("edit", "reflect") else None
+        return images, prompts, refs, rest[0] if rest else None
+    return map(batch, count(start))
 
 
 def stop_flag():
