@@ -1411,12 +1411,12 @@ class Unified(nn.Module):
                        for p, of in zip(prompts, self.tasks(prompts, images, task))]
             with self.autocast():
                 return (self.encode_text if cfg.text == "clip" else self.text_encoder)(prompts)
-        return self.encode_words(prompts, images, words, task, layer_noise=layer_noise)[0]
+        return self.encode_words(prompts, images, words, task, None, layer_noise)[0]
 
     def encode_words(self, prompts, images, words, task="think", temperature=1.0, layer_noise=None):
-        """One forward over prompt, words and queries -> Cond, and text_logp's (B,L); None without
-        words. Where the language model learns both carry gradient into it, and so what is drawn
-        teaches it through the queries (UniRL-Zero)."""
+        """One forward over prompt, words and queries -> Cond, and text_logp's (B,L), or None for a
+        temperature of None. Where the language model learns both carry gradient into it, and so
+        what is drawn teaches it through the queries (UniRL-Zero)."""
         cfg = self.cfg
         x, pos, lengths, starts = self.read(prompts, images, task, words)
         with self.autocast():
@@ -1424,7 +1424,7 @@ class Unified(nn.Module):
                 inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
                 output_hidden_states=True)
             cond = self.bridge(out.hidden_states, lengths, layer_noise)
-            logp = words and self.logp_of(words, out.last_hidden_state, starts, temperature)
+            logp = temperature and self.logp_of(words, out.last_hidden_state, starts, temperature)
         if cfg.null == "zeros" and None in prompts:
             real = torch.tensor([p is not None for p in prompts], device=self.device)
             cond.ctx = cond.ctx * real[:, None, None]
@@ -1932,7 +1932,7 @@ def memory_plan(model, args, rows, reads, copies, device):
     n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Bytes that a backward keeps per token, layer and width in bf16, measured (LOG.md): 85 in an
     # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
-    text = cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
+    text = cfg.n_query + 64 + getattr(args, "limit", 0) if vlm else cfg.t5_tokens + 77
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
     if cfg.mmdit and (getattr(args, "edits", "") or getattr(args, "task", "") == "reflect"):
         # a reference is more image
@@ -2119,7 +2119,9 @@ class Ema:
             return {k.replace(".base_layer", "").replace(".default", ""): v
                     for k, v in tensors.items()}
         parts = model.trained | {k.split(".")[0] for k in self.params if "lora_" not in k}
-        tensors = {k: v for k, v in model.state_dict().items()
+        tied = {p.data_ptr(): k for k, p in self.params.items()}   # a weight may have two names
+        tensors = {k: self.mean[tied[v.data_ptr()]].clone() if v.data_ptr() in tied else v
+                   for k, v in model.state_dict().items()
                    if k.split(".")[0] in parts and "lora_" not in k}
         # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
         loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
