@@ -1620,8 +1620,8 @@ class Unified(nn.Module):
         return self.encode([None] * n, images, task)
 
     def guided(self, cond, guidance, images=None, task="t2i"):
-        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards. What the
-        DiT is drawn from, of `images`, it is drawn from in both."""
+        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards. The
+        null keeps images and references."""
         null = [] if guidance == 1 else [
             (1 - guidance, replace(self.null(len(cond.ctx), images, task), refs=cond.refs))]
         return [(guidance, cond), *null]
@@ -1753,7 +1753,7 @@ class Unified(nn.Module):
         images, said, todo = images.clone(), [[] for _ in prompts], list(range(len(prompts)))
         for r in range(rounds):
             words = self.generate([prompts[b] for b in todo], [[images[b]] for b in todo], "judge",
-                                  limit, temperature=0)
+                                  limit, 0)
             [said[b].append(text) for b, text in zip(todo, words.texts)]
             no = [i for i, text in enumerate(words.texts) if verdict(text)[0] is False]
             todo = [todo[i] for i in no]

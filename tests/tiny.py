@@ -1,7 +1,7 @@
 """The classroom's parts once more: the real classes with few random weights, made in a second.
 
-    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; with
-    --data: cycle_edit.py's, or reflect.py's of a pool
+    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; where
+    the last flag is --data FOLDER/edits.jsonl, cycle_edit.py's; FOLDER/pool.jsonl, reflect.py's
 """
 
 import json
@@ -50,7 +50,7 @@ def randomise(module):
 
 
 def make(folder):
-    """Writes vlm/, vae/, dit/, sft/ (a checkpoint), prompts, edits and pool.jsonl. -> their Config"""
+    """Writes vlm/, vae/, dit/, sft/ (a checkpoint), prompts, edits, pool.jsonl. -> their Config"""
     torch.manual_seed(0)
     tok = tokenizer("<|im_end|>")
     tok.save_pretrained(folder / "vlm")
@@ -181,5 +181,6 @@ def two_ranks(folder, out, *flags):
 
 
 if __name__ == "__main__":
+    mains = {"edits.jsonl": cycle_edit.main, "pool.jsonl": reflect.main}
     play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:],
-         main=cycle_edit.main if "--data" in sys.argv else grpo.main)
+         main=mains.get(Path(sys.argv[-1]).name, grpo.main))
