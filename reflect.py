@@ -106,7 +106,7 @@ class Args:
     resume: bool = False              # continue the run in --out
 
 
-def check(args, world):
+def check_flags(args, world):
     """Every error a user can make, before anything is loaded or written. -> the picture's rewards
     and weights"""
     if args.data == Args.data and not args.preset.startswith("shapes"):
@@ -228,13 +228,17 @@ def group_advantage(R, W, G, norm="group"):
 
 @contextmanager
 def swapped(model, ref):
-    """For a while the reference policy: ref = {part: frozen copy} in place of those that learn. A
-    part whose LoRA learns is its own reference, with the LoRA switched off."""
-    own = {part: getattr(model, part) for part in ref}
-    [setattr(model, part, copy) for part, copy in ref.items()]
+    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
+    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
+    own = model.dit, model.bridge, model.vlm
+
+    def put(parts):
+        for name, part in zip(("dit", "bridge", "vlm"), parts):
+            setattr(model, name, part)
+    put(ref)
     with adapters_off(model):
         yield
-    [setattr(model, part, it) for part, it in own.items()]
+    put(own)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
@@ -300,7 +304,7 @@ def token_surrogate(logp, old, mask, A, denominator, args, ref=None):
 def main():
     args = parse(Args, __doc__, "stage3")
     rank, world, device = setup()
-    weights = check(args, world)
+    weights = check_flags(args, world)
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
         pools = read_pool(args.data)
@@ -315,14 +319,11 @@ def main():
     see = partial(picture, folder=home, size=preset(args.preset).size)
     [see(row) for row in pools[0] + pools[1]]            # all can be read, or nothing starts
     lm, dit = args.train != "dit", args.train != "lm"    # who learns; the bridge if both do
-    learns = {}
+    learns = dict(bridge=None) if lm and dit else {}
     if dit:
-        learns["dit"] = args.lora_rank and adapter("dit", args.lora_rank, args.lora_alpha) or None
+        learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
     if lm:
-        learns["vlm"] = args.vlm_lora_rank and adapter("vlm", args.vlm_lora_rank,
-                                                       args.vlm_lora_alpha) or None
-    if lm and dit:
-        learns["bridge"] = None
+        learns["vlm"] = adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha)
     # The reference of the KL is the initial policy: frozen copies of what learns, but for LoRAs.
     copies = [k for k, lora in learns.items() if (args.beta or args.lm_beta) and not lora]
     B, G = args.B // world, args.G                       # B from here on: first images of this rank
@@ -331,7 +332,8 @@ def main():
     ways = shown(model.cfg)                              # it can redraw, or nothing starts
     model.dit.checkpoint = args.checkpoint
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    ref = {k: copy.deepcopy(getattr(model, k)).requires_grad_(False) for k in copies}
+    ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
+           (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
     split = [[p for k, p in params.items() if k.startswith("vlm.") == words]
@@ -364,7 +366,8 @@ def main():
              [f for row in faces for f in (row["right"], None)])
         if held:
             return {name: held[name] for name in ("accuracy", "corrected", "damaged")}
-        R, W, _ = score(last.cpu(), faces, 1, weights)
+        faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
+        R, W, _ = score(last.cpu(), faced, 1, weights)
         right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
         return dict(score=((R * W).nansum() / W.sum()).item(), accuracy=sum(right) / len(right))
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["pretrain.py", "sft.py", "grpo.py", "cycle_edit.py"]
+SCRIPTS = ["pretrain.py", "sft.py", "grpo.py", "cycle_edit.py", "reflect.py"]
 OURS = {"model", "eval", "data.shapes.prepare"}
 
 

@@ -157,7 +157,7 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         m.setattr(cycle_edit, "bench_edit",
                   lambda edit, n=1, limit=None, png=None: judges.bench_edit(edit, 1, 5, png))
         m.setattr(reflect, "bench_reflect",
-                  lambda again, n=1, limit=None, png=None: judges.bench_reflect(again, 1, 6, png))
+                  lambda again, n=1, limit=None, png=None: judges.bench_reflect(again, 1, 12, png))
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
               cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"],
               reflect.main: [*FLAGS, "--limit", 8, "--data", folder / "pool.jsonl"]}.get(main, [])
