@@ -1596,7 +1596,8 @@ def grid(images, captions, path, frames=None, columns=8):
     images = arrays(images) if torch.is_tensor(images) else images
     H, W = images.shape[1:3]
     zoom, font = max(1, 128 // W), ImageFont.load_default(11)
-    text = ["\n".join(textwrap.wrap(c, max(8, zoom * W // 6))) for c in captions]
+    text = ["\n".join(line for part in c.split("\n") for line in textwrap.wrap(
+        part, max(8, zoom * W // 6))) for c in captions]
     lines = max(t.count("\n") + 1 for t in text)
     w, h, columns = zoom * W + 12, zoom * H + 12 + 14 * lines, min(columns, len(images))
     page = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")

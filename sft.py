@@ -284,7 +284,7 @@ def main():
                          out / "samples" / f"edits_{step + 1:05d}.png")
                 if args.task == "cot":
                     drawn, said = model.think(asked, range(len(asked)), guidance=3.0)
-                    grid(drawn, [f"{p} {t}" for p, t in zip(asked, said.texts)],
+                    grid(drawn, [f"{p}\n{t}" for p, t in zip(asked, said.texts)],
                          out / "samples" / f"cot_{step + 1:05d}.png")
                 if args.task == "reflect":
                     firsts = torch.stack([first for first, in looks[0]])
