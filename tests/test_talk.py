@@ -325,7 +325,7 @@ def test_sample_thinks_reflects_talks(parts, cfg, tmp_path, monkeypatch, capsys)
     Image.new("RGB", (70, 60), "red").save(tmp_path / "in.png")
     run(monkeypatch, cfg, "a star", "--reflect", "--image", tmp_path / "in.png", "--n", 1, "--out",
         out, *own)
-    assert Image.open(out).width == 2 * 140
+    assert Image.open(out).width == 2 * 84                   # its shape is kept
     capsys.readouterr()
     asked = ["--chat", "Describe the image.", "--chat", "Is there a ring?", *own]
     run(monkeypatch, cfg, *asked)
