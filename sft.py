@@ -185,7 +185,7 @@ def main():
         fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
     cold = args.task in ("cot", "reflect")
     if not 0 <= args.share <= 1 or cold and args.edits and args.share + args.edit_share > 1:
-        fail("--share is a share, 0 to 1, of what --edit-share leaves")
+        fail("--share is a share, 0 to 1, and with --edit-share at most 1")
     if (args.tuples or args.lm_loss) and not cold:
         fail("--tuples and --lm-loss belong to --task cot or reflect")
     if cold and preset(args.preset).bridge == "text":

@@ -202,7 +202,7 @@ def test_cold_starts_refuse(parts, tmp_path):
     both = ["--edits", "x", "--share", 0.6]
     for flags, words in ((["--task", "think"], "there are: flow, cot, reflect, reward"),
                          (["--task", "cot", "--share", 1.2], "--share is a share"),
-                         (["--task", "cot", *both], "of what --edit-share leaves"),
+                         (["--task", "cot", *both], "with --edit-share at most 1"),
                          (["--lm-loss", 1.0], "belong to --task cot or reflect"),
                          (["--task", "reflect", "--refs", "none"], "cannot edit with --refs none"),
                          (["--task", "cot", "--tuples", tmp_path / "none"], "neither metadata")):
