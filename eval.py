@@ -4,6 +4,7 @@
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
     python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
     python eval.py --bench shapes-edit --init out/sft-edit --guidances 1,3 --out out/edits
+    python eval.py --bench shapes-reason --init out/sft-cot    # also shapes-reflect, shapes-vqa
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """
 
@@ -48,7 +49,7 @@ from data.shapes.prepare import (  # isort: skip
     SHAPES, SIDE, SIZES, TAGS, WHICH, article, box, edit_scene, make_meta, plural, relation, render,
     sample_edit, scene_for)
 from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
-                   pretrained, read_safetensors, setup, write)
+                   pretrained, read_safetensors, setup, spans, verdict, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -1434,6 +1435,142 @@ def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
     return results
 
 
+# ---------------------------------------------------------------------------------------------
+# Words: thoughts before a drawing, second looks at one, answers to questions.
+
+
+def in_batches(f, *columns):
+    """f of 64 rows at a time of columns of equal length -> its answers, put together."""
+    parts = [f(*(c[a : a + 64] for c in columns)) for a in tqdm(
+        range(0, len(columns[0]), 64), unit="batch", disable=None)]
+    return [row for part in parts for row in part]
+
+
+def choose(name, n, limit):
+    """Rows of a prompt file, at most `limit` // n of them, equally many per tag, and the seeds of n
+    samples of each, which depend on a row's line and a sample's number only."""
+    rows = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+    k = limit // n // len(by_tag(rows)) if limit else len(rows)
+    assert k, f"limit={limit} does not reach every tag with {n} samples of a row"
+    chosen = spread(rows, k)
+    return [rows[i] for i in chosen], [1000 * i + j for i in chosen for j in range(n)]
+
+
+def see(scene):
+    """-> uint8 (3,64,64)"""
+    return torch.from_numpy(render(scene)).permute(2, 0, 1)
+
+
+def answer_of(text):
+    """What words say in the end: within <answer>, or all; case and full stop are nothing."""
+    said = spans(text)["answer"] if "<answer>" in text else text
+    return said.strip().removesuffix(".").lower()
+
+
+def word_table(rows, **columns):
+    """Columns of n values for each of P rows, in a row -> {name: mean, name_se: its error}."""
+    out = {}
+    for name, values in columns.items():
+        values = np.array(values, np.float64).reshape(len(rows), -1)
+        out[name], out[name + "_se"] = mean_and_error(values, rows)
+    return out
+
+
+def bench_reason(draw, think, n_per_prompt=4, limit=None, png=None):
+    """The held-out riddles, drawn from as they stand (raw) and after reasoning -> flat dict.
+
+    draw(prompts, seeds) -> uint8 (N,3,64,64); think -> the same, and the Words that were thought.
+    raw, score  share of pictures that show what the riddle means, by GenEval's rule
+    answer      share of thoughts that end in the right prompt, words for words
+    format      share that think and answer in their tags, and do nothing else
+    words       of a thought
+    png: riddles drawn both ways, what was thought below, right ones framed green."""
+    rows, seeds = choose("reason", n_per_prompt, limit)
+    rows_n = [row for row in rows for _ in range(n_per_prompt)]
+    prompts = [row["prompt"] for row in rows_n]
+    plain = in_batches(draw, prompts, seeds)
+
+    def told(prompts, seeds):
+        images, words = think(prompts, seeds)
+        return zip(images, words.texts)
+    images, said = zip(*in_batches(told, prompts, seeds))
+    drawn = [arrays(torch.stack(list(x)).cpu()) for x in (plain, images)]
+    raw, right = ([judge(x, row)["correct"] for x, row in zip(xs, rows_n)] for xs in drawn)
+    if png:
+        show = [i * n_per_prompt for i in spread(rows, 16)]
+        grid(np.stack([drawn[0][show], drawn[1][show]], 1).reshape(-1, SIDE, SIDE, 3),
+             [t for i in show for t in (prompts[i], said[i])], png,
+             [f[i] for i in show for f in (raw, right)])
+    return dict(images=len(said)) | word_table(
+        rows, raw=raw, score=right, format=[spans(t)["ok"] for t in said],
+        answer=[answer_of(t) == row["answer"] for t, row in zip(said, rows_n)],
+        words=[len(t.split()) for t in said])
+
+
+def bench_reflect(reflect, n_per_row=1, limit=None, png=None):
+    """Held-out first pictures, half of them right, are judged and drawn again -> flat dict.
+
+    reflect(prompts, images, seeds) -> the last pictures, uint8 (N,3,64,64), and N lists of what was
+    said in each round; images uint8 (N,3,64,64). limit: at most so many first pictures.
+    accuracy   share of first verdicts that are right; of those on wrong pictures: caught, on right
+               ones: spared; then by tag
+    corrected  share of the wrong first pictures whose last picture is right, by GenEval's rule
+    damaged    share of the right ones whose last picture is wrong
+    score      share of last pictures that are right; one half is where it starts
+    format     share of first critiques that say yes, or no and why
+    words      of a first critique
+    png: first and last, the prompt and what was said below, right ones framed green."""
+    rows, seeds = choose("reflect", 2 * n_per_row, limit)
+    looks = [(row, side) for row in rows for side in ("wrong", "right") for _ in range(n_per_row)]
+    prompts = [row["prompt"] for row, _ in looks]
+    firsts = torch.stack([see(row[side]) for row, side in looks])                # (N,3,64,64)
+    last, said = zip(*in_batches(lambda *x: zip(*reflect(*x)), prompts, firsts, seeds))
+    last = arrays(torch.stack(last).cpu())
+    good = np.array([judge(x, row)["correct"] for x, (row, _) in zip(last, looks)])
+    truth = np.array([side == "right" for _, side in looks])
+    yes, form = zip(*[verdict(words[0]) for words in said])
+    told = np.array([y is t for y, t in zip(yes, truth.tolist())])               # neither is wrong
+    if png:
+        show = [j for i in spread(rows, 2) for j in (2 * i * n_per_row, (2 * i + 1) * n_per_row)]
+        grid(np.stack([arrays(firsts[show]), last[show]], 1).reshape(-1, SIDE, SIDE, 3),
+             [t for i in show for t in (prompts[i], " / ".join(said[i]))], png,
+             [f[i] for i in show for f in (truth, good)])
+    out = dict(images=len(looks)) | word_table(
+        rows, accuracy=told, caught=told[~truth], spared=told[truth], corrected=good[~truth],
+        damaged=~good[truth], score=good, format=form, words=[len(t[0].split()) for t in said])
+    told = told.reshape(len(rows), -1)
+    for tag, mine in by_tag(rows).items():
+        out |= word_table([rows[i] for i in mine], **{tag: told[mine]})
+    return out
+
+
+def bench_vqa(answer, name="vqa", n_per_row=1, limit=None, png=None):
+    """Held-out questions, about pictures (vqa) or not (textqa) -> flat dict.
+
+    answer(questions, images, seeds) -> N texts; images: N lists of one uint8 (3,64,64), or None.
+    accuracy: mean over kinds of the share of right answers; then by kind. words: of an answer.
+    png: pictures, question and answer below, right ones framed green."""
+    rows, seeds = choose(name, n_per_row, limit)
+    rows = [dict(row, prompt=str(i)) for i, row in enumerate(rows)]              # each its own
+    looks = [row for row in rows for _ in range(n_per_row)]
+    questions = [row["question"] for row in looks]
+    if name == "vqa":
+        images = [[see(row["scene"])] for row in looks]
+        said = in_batches(answer, questions, images, seeds)
+    else:
+        said = in_batches(lambda q, s: answer(q, None, s), questions, seeds)
+    right = np.array([answer_of(t) == row["answer"].lower() for t, row in zip(said, looks)])
+    if png:
+        show = [i * n_per_row for i in spread(rows, 8)]
+        grid(torch.stack([images[i][0] for i in show]),
+             [f"{questions[i]} {said[i]}" for i in show], png, right[show])
+    out = dict(answers=len(said)) | word_table(rows, accuracy=right)
+    right = right.reshape(len(rows), -1)
+    for tag, mine in by_tag(rows).items():
+        out |= word_table([rows[i] for i in mine], **{tag: right[mine]})
+    return out | word_table(rows, words=[len(t.split()) for t in said])
+
+
 def plot_trade_off(curves, path):
     """Success against preservation, one line per {name: {label of a point: results}}, with standard
     errors (UniRL-Zero fig. 7, whose axes are CLIP similarities)."""
@@ -1459,7 +1596,8 @@ def grid(images, captions, path, frames=None, columns=8):
     images = arrays(images) if torch.is_tensor(images) else images
     H, W = images.shape[1:3]
     zoom, font = max(1, 128 // W), ImageFont.load_default(11)
-    text = ["\n".join(textwrap.wrap(c, max(8, zoom * W // 6))) for c in captions]
+    text = ["\n".join(line for part in c.split("\n") for line in textwrap.wrap(
+        part, max(8, zoom * W // 6))) for c in captions]
     lines = max(t.count("\n") + 1 for t in text)
     w, h, columns = zoom * W + 12, zoom * H + 12 + 14 * lines, min(columns, len(images))
     page = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
@@ -1480,14 +1618,15 @@ def show_table(runs):
     behind it."""
     columns = [(f"{name} {kind}".strip(), r) for name, results in runs.items()
                for kind, r in [("", results), *results.items()] if isinstance(r, dict)]
-    wide = max(15, *(len(k) + 1 for k in columns[0][1]))
+    keys = dict.fromkeys(k for _, r in columns for k in r if k + "_se" in r)
+    wide = max(15, *(len(k) + 1 for k in keys))
     print(f"{'':{wide}}" + "".join(f"{name:>17}" for name, _ in columns))
-    for k in [k for k in columns[0][1] if k + "_se" in columns[0][1]]:
+    for k in keys:
         cells = [f"{r[k]:9.3f} ± {r[k + '_se']:5.3f}" if k in r else "" for _, r in columns]
         print(f"{k:{wide}}" + "".join(f"{c:>17}" for c in cells))
 
 
-BENCHMARKS = ("shapes", "geneval", "shapes-edit")
+BENCHMARKS = ("shapes", "geneval", "shapes-edit", "shapes-reason", "shapes-reflect", "shapes-vqa")
 
 
 @dataclass
@@ -1503,6 +1642,9 @@ class Args:
     guidance: float = 1.0             # 1 = none, half the forwards
     image_guidance: float = 1.0       # of edits, by the image; two more forwards
     guidances: str = ""               # of edits, such as 1,3,5,7: the trade-off, as a picture
+    temperature: float = 1.0          # of words, as in training; 0: the likeliest ones
+    limit: int = 64                   # tokens they may have
+    rounds: int = 1                   # of shapes-reflect: looks at a picture, unless one says yes
     seed: int = 0                     # another seed, other noise
 
 
@@ -1521,6 +1663,8 @@ def main():
         fail(f"--guidances {args.guidances!r}: numbers with commas between them, such as 1,3,5,7")
     if args.guidances and not (args.bench == "shapes-edit" and out):
         fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
+    if args.temperature < 0 or min(args.limit, args.rounds) < 1:
+        fail("--temperature is not below 0, --limit and --rounds at least 1")
     if args.bench == "geneval" and not out:
         fail("--bench geneval needs --out, a folder for its images")
     rank, world, device = setup()
@@ -1533,8 +1677,23 @@ def main():
     def draw(prompts, seeds):
         return model.draw(prompts, seeds, args.steps, args.guidance)
 
+    def keys(seeds):
+        return [key(args.seed, 0, i) for i in seeds]
+
     def draw_seeded(prompts, seeds):
-        return draw(prompts, [key(args.seed, 0, i) for i in seeds])
+        return draw(prompts, keys(seeds))
+
+    def think(prompts, seeds):
+        return model.think(prompts, keys(seeds), args.steps, args.guidance, args.limit,
+                           args.temperature)
+
+    def reflect(prompts, images, seeds):
+        return model.reflect(prompts, images, keys(seeds), args.rounds, args.steps, args.guidance,
+                             args.limit)
+
+    def answer(questions, images, seeds):
+        return model.generate(questions, images, "ask", args.limit, args.temperature,
+                              keys=keys(seeds)).texts
 
     if args.bench == "geneval":
         if to_draw:
@@ -1547,14 +1706,20 @@ def main():
     elif args.bench == "shapes-edit":
         def edit_at(g):
             return lambda says, images, seeds: model.edit(
-                says, images, [key(args.seed, 0, i) for i in seeds], args.steps, g,
-                args.image_guidance)
+                says, images, keys(seeds), args.steps, g, args.image_guidance)
         runs = {f"guidance {g:g}": bench_edit(edit_at(g), png=out and out / f"edits_{g:g}.png",
                                               draw=draw_seeded if g == guidances[0] else None)
                 for g in guidances}
         results = runs if len(runs) > 1 else runs[f"guidance {guidances[0]:g}"]
         if args.guidances:
             plot_trade_off({args.init: runs}, out / "trade_off.png")
+    elif args.bench == "shapes-reason":
+        results = bench_reason(draw_seeded, think, png=out and out / "thoughts.png")
+    elif args.bench == "shapes-reflect":
+        results = bench_reflect(reflect, png=out and out / "reflections.png")
+    elif args.bench == "shapes-vqa":
+        results = bench_vqa(answer, png=out and out / "answers.png")
+        results["text"] = bench_vqa(answer, "textqa")
     else:
         results = bench_shapes(draw_seeded, png=out and out / "samples.png")
     show_table(runs if args.bench == "shapes-edit" else

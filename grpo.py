@@ -191,12 +191,17 @@ def group_advantage(R, W, G, norm="group"):
 
 @contextmanager
 def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge) in place of those that learn. A DiT
-    whose LoRA learns is its own reference, with the LoRA switched off."""
-    own, (model.dit, model.bridge) = (model.dit, model.bridge), ref
-    with adapters_off(model.dit):
+    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
+    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
+    own = model.dit, model.bridge, model.vlm
+
+    def put(parts):
+        for name, part in zip(("dit", "bridge", "vlm"), parts):
+            setattr(model, name, part)
+    put(ref)
+    with adapters_off(model):
         yield
-    model.dit, model.bridge = own
+    put(own)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,

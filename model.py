@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from inspect import getsource
 from itertools import count, groupby
 from pathlib import Path
@@ -632,7 +633,10 @@ class Config:
     system: str = ""
     t2i_text: str = "Generate an image: {}"
     edit_text: str = "{images}\n{}"
-    suffix: str = ""                  # opens the assistant's turn
+    think_text: str = "Think, then generate an image: {}"    # to answer in words: see Words
+    ask_text: str = "{images}{}"
+    judge_text: str = "{images}Does the image match the prompt: {}?"
+    suffix: str = ""                  # opens the assistant's turn, or the queries after its words
     image_tokens: tuple = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
     refs: str = "both"                # who is shown an edit's images: vlm | dit | both | none
     ref_noise: float = 0.0            # share of noise in the latents that the DiT is shown
@@ -677,11 +681,19 @@ SANA = dict(sample_size=32, patch_size=1, in_channels=32, out_channels=32, num_l
             num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20,
             cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
             mlp_ratio=2.5)  # fmt: skip
-QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048)      # 36 layers
-QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584)      # 28 layers
+TALK = dict(
+    think_text="Write a detailed prompt for an image generator that draws what is described below. "
+               "First reason about what must be seen, within <think> </think>; then give the "
+               "prompt, within <answer> </answer>.\n{}",
+    ask_text="{images}{}\nFirst reason within <think> </think>, then give a short answer within "
+             "<answer> </answer>.",
+    judge_text="{images}Does the image match the prompt: {}? Answer yes, or no and what has to "
+               "change.")
+QWEN_3B = dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct", vlm_dim=2048, **TALK)      # 36 layers
+QWEN_7B = dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", vlm_dim=3584, **TALK)      # 28 layers
 # OpenUni's way to ask InternVL3 (28 layers); its ViT takes 448 x 448 pixels, whatever the image.
 INTERNVL_2B = dict(
-    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange",
+    vlm="OpenGVLab/InternVL3-2B-hf", vlm_dim=1536, keep="query", n_query=256, pos="arange", **TALK,
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"), suffix="<img>", null="turn",
     null_prompt="Generate an image.", null_edit="Keep the image as it is.",
     c_dim=1536, c_ff=8960, c_layers=6, c_heads=24, vae_factor=32, t_dist="uniform",
@@ -876,6 +888,51 @@ class Cond:
         return cond
 
 
+END = "<|im_end|>"                             # of a turn, in the chats of Qwen2.5 and InternVL3
+
+
+@dataclass
+class Words:
+    """What the language model said to B prompts: the actions of its policy."""
+
+    ids: torch.Tensor                           # (B,L) right-padded
+    mask: torch.Tensor                          # (B,L) True = chosen by the policy, END included
+    logp: torch.Tensor                          # (B,L) fp32, tempered and untruncated; pads 0
+    texts: list                                 # B str, without special tokens
+    closed: torch.Tensor                        # (B,) False: cut off at the limit
+
+    def rows(self, index):
+        """index: as Cond's."""
+        at = torch.arange(len(self.texts))[index.cpu() if torch.is_tensor(index) else index]
+        return Words(self.ids[index], self.mask[index], self.logp[index],
+                     [self.texts[i] for i in at], self.closed[index])
+
+    def repeat(self, n):
+        return self.rows(torch.arange(len(self.texts)).repeat_interleave(n))
+
+
+def spans(text):
+    """Words by their tags -> dict(think, answer, ok): the first closed pair of each tag, "" without
+    one; ok: one <think> </think>, then one <answer> </answer>, and nothing else."""
+    def first(tag):
+        found = re.search(f"<{tag}>(.*?)</{tag}>", text, re.S)
+        return found[1].strip() if found else ""
+    tags = re.findall("</?(?:think|answer)>", text)
+    ok = tags == ["<think>", "</think>", "<answer>", "</answer>"] and re.fullmatch(
+        r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.S)
+    return dict(think=first("think"), answer=first("answer"), ok=bool(ok))
+
+
+def verdict(text):
+    """A critique -> does it say yes (True), no (False) or neither (None); and is it well formed:
+    yes, or no and a reason?"""
+    says = re.match(r"\s*(yes|no)\b(\W+\w)?", text, re.IGNORECASE)
+    if not says:
+        return None, False
+    yes = says[1].lower() == "yes"
+    return yes, yes or bool(says[2])
+
+
 class ConnectorLayer(nn.Module):
     """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
     ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
@@ -1012,6 +1069,18 @@ class SD3Text(nn.Module):
             t5 = ctx.new_zeros(len(ctx), self.t5_tokens, self.ctx_dim)
         pooled = torch.cat([s.text_embeds for s in seen], -1)                    # (B,2048)
         return Cond(torch.cat([ctx, t5], 1).float(), None, pooled.float())
+
+
+def draw_token(logp, u, top_p):
+    """logp (B,V) and u (B,) uniform in [0,1) -> (B,) where u falls along the distribution, or along
+    the likeliest tokens whose mass reaches top_p. By inversion: one number a token, not V."""
+    p = logp.double().exp()
+    if top_p < 1:
+        sorted_p, order = p.sort(1, descending=True)
+        beyond = sorted_p.cumsum(1) - sorted_p >= top_p
+        p = p.masked_fill(beyond.scatter(1, order, beyond), 0)
+    mass = p.cumsum(1)
+    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
 def mrope(ids, image_id, grids):
@@ -1286,14 +1355,16 @@ class Unified(nn.Module):
             self.adapters[part] = config, mine
 
     def learn(self, what, seed=0):
-        """what: part -> a LoRA's config, or None: all of the part learns. -> self"""
+        """what: part -> a LoRA's config, or None: all of the part learns, of the VLM its language
+        model: the eye stays as it is. -> self"""
         for part, config in what.items():
             module = getattr(self, part)
             if part in self.adapters:                # merged: now a share of the part's weights
                 del self.adapters[part]
                 self.trained.add(part)
             if config is None:
-                module.requires_grad_(True)
+                whole = (module.model.language_model, module.lm_head) if part == "vlm" else [module]
+                [m.requires_grad_(True) for m in whole]
                 continue
             with torch.random.fork_rng():            # all ranks start from the same adapter
                 torch.manual_seed(seed)
@@ -1330,71 +1401,187 @@ class Unified(nn.Module):
 
     # ---- text -> condition
 
-    def encode(self, prompts, images=None, task="t2i", layer_noise=None):
-        """B prompts, None being the preset's null -> Cond. images, for task edit: B lists of uint8
-        (3,H,W), any number and size; without text and images, an edit's null is T2I's. The VLM is
-        causal and padded on the right: no row sees another's length, and position ids are those
-        of a row alone, as all peers' are."""
+    def encode(self, prompts, images=None, task="t2i", layer_noise=None, words=None):
+        """B prompts, None being the preset's null -> Cond. images, for the tasks that look: B lists
+        of uint8 (3,H,W), any number and size; without text and images, an edit's null is T2I's.
+        words: what the VLM answered to `task`, read between the prompt and the queries."""
         cfg = self.cfg
-        edit = [task == "edit" and not (p is None and images is not None and not len(images[b]))
-                for b, p in enumerate(prompts)]
         if cfg.bridge == "text":
-            prompts = [p if p is not None else cfg.null_edit if e else cfg.null_prompt
-                       for p, e in zip(prompts, edit)]
+            prompts = [p if p is not None else cfg.null_edit if of == "edit" else cfg.null_prompt
+                       for p, of in zip(prompts, self.tasks(prompts, images, task))]
             with self.autocast():
                 return (self.encode_text if cfg.text == "clip" else self.text_encoder)(prompts)
-        assert (task == "edit") == (images is not None), (
-            "an edit, and nothing else, shows the VLM its images")
-        if images is None or cfg.refs == "dit":
-            images = [()] * len(prompts)
-        lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
-        b = self.bridge
+        return self.encode_words(prompts, images, words, task, None, layer_noise)[0]
+
+    def encode_words(self, prompts, images, words, task="think", temperature=1.0, layer_noise=None):
+        """One forward over prompt, words and queries -> Cond, and text_logp's (B,L), or None for a
+        temperature of None. Where the language model learns both carry gradient into it, and so
+        what is drawn teaches it through the queries (UniRL-Zero)."""
+        cfg = self.cfg
+        x, pos, lengths, starts = self.read(prompts, images, task, words)
         with self.autocast():
-            seen = self.see([image for row in images for image in row])          # (tokens, grid)
-        rest = iter(seen)
-        shows = [[next(rest) for _ in row] for row in images]
-        ids = [self.tokenizer(self.chat(p, e, [len(t) for t, _ in show]))["input_ids"]
-               for p, e, show in zip(prompts, edit, shows, strict=True)]
-        # All rows' tokens as one line, then cut into rows, each with its queries behind it.
-        line = torch.tensor([i for row in ids for i in row], device=self.device)
-        x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
-        if seen:
-            tokens = torch.cat([t for t, _ in seen]).to(x.dtype)
-            x = x.masked_scatter((line == image_id)[:, None], tokens)
-        queries = [b.edit_queries if e and cfg.edit_queries else b.meta_queries for e in edit]
-        lengths = [len(row) + cfg.n_query for row in ids]
-        x = ragged([part for pair in zip(x.split([len(row) for row in ids]), queries)
-                    for part in pair], lengths)                                  # (B,L,d)
-        # Explicit positions: left to itself, a VLM remembers the last image's offset.
-        pos = torch.arange(x.shape[1]).expand(len(x), -1)                        # (B,L)
-        if cfg.pos == "mrope":
-            pos = pad_sequence([mrope(row + [-1] * cfg.n_query, image_id, [g for _, g in show]).T
-                                for row, show in zip(ids, shows)], batch_first=True)
-            pos = pos.permute(2, 0, 1)                                           # (3,B,L)
-        with self.autocast():
-            out = lm(inputs_embeds=x, position_ids=pos.to(self.device), attention_mask=None,
-                     use_cache=False, output_hidden_states=True)
+            out = self.vlm.model.language_model(
+                inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
+                output_hidden_states=True)
             cond = self.bridge(out.hidden_states, lengths, layer_noise)
+            logp = temperature and self.logp_of(words, out.last_hidden_state, starts, temperature)
         if cfg.null == "zeros" and None in prompts:
             real = torch.tensor([p is not None for p in prompts], device=self.device)
             cond.ctx = cond.ctx * real[:, None, None]
-        return cond
+        return cond, logp
 
-    def chat(self, prompt, edit, lengths):
-        """What the VLM reads before the queries; lengths: tokens of each image. Written out here,
-        since the chat templates of tokenizers change."""
-        cfg = self.cfg
-        text, null = (cfg.edit_text, cfg.null_edit) if edit else (cfg.t2i_text, cfg.null_prompt)
-        if prompt is None and cfg.null == "turn" and not edit:
+    def tasks(self, prompts, images, task):
+        """Of each row; a null has none but to draw: an edit's where there are images, else T2I's"""
+        return [task if p is not None else
+                "edit" if images is not None and len(images[b]) else "t2i"
+                for b, p in enumerate(prompts)]
+
+    def read(self, prompts, images, task, words=None, queries=True):
+        """What the VLM is to read: per row the chat, its `words` and the queries -> embeddings
+        (B,L,d), position ids (3,B,L) or (B,L), each row's length, and where its words begin. The
+        VLM is causal and padded on the right: no row sees another's length, and position ids are
+        those of a row alone, as all peers' are."""
+        cfg, b, B = self.cfg, self.bridge, len(prompts)
+        lm, image_id, encode = (self.vlm.model.language_model, self.vlm.config.image_token_id,
+                                partial(self.tokenizer, add_special_tokens=False))
+        draws, tasks = task in ("t2i", "edit"), self.tasks(prompts, images, task)
+        assert (images is None) == (task in ("t2i", "think")) or task == "ask", (
+            "an edit or a judgement, and nothing else, shows the VLM its images")
+        if images is None or task == "edit" and cfg.refs == "dit":
+            images = [()] * B
+        each = {id(i): i for row in images for i in row}     # a group's image is seen once
+        with self.autocast():
+            seen = dict(zip(each, self.see([*each.values()])))                   # (tokens, grid)
+        shows = [[seen[id(i)] for i in row] for row in images]
+        ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
+               for p, of, show in zip(prompts, tasks, shows, strict=True)]
+        starts, marks = [len(row) for row in ids], ids
+        if words is not None:
+            said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
+            tail = encode(cfg.suffix)["input_ids"] * queries     # a null's chat has ended in it
+            ids = [row + own + tail * (of not in ("t2i", "edit"))
+                   for row, own, of in zip(ids, said, tasks, strict=True)]
+            # An image's placeholder that the LM happens to say is a token, and no image.
+            marks = [row + [-1] * (len(whole) - len(row)) for row, whole in zip(marks, ids)]
+        # All rows' tokens as one line, then cut into rows, each with its queries behind it.
+        line, marked = (torch.tensor([i for row in rows for i in row], device=self.device)
+                        for rows in (ids, marks))
+        x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
+        if any(shows):
+            tokens = torch.cat([t for show in shows for t, _ in show]).to(x.dtype)
+            x = x.masked_scatter((marked == image_id)[:, None], tokens)
+        parts, lengths = [[row] for row in x.split([len(row) for row in ids])], [*map(len, ids)]
+        if queries:
+            own = b.edit_queries if cfg.edit_queries else b.meta_queries
+            [row.append(own if of in ("edit", "judge") else b.meta_queries)
+             for row, of in zip(parts, tasks)]
+            lengths = [n + cfg.n_query for n in lengths]
+        x = ragged([part for row in parts for part in row], lengths)             # (B,L,d)
+        # Explicit positions: left to itself, a VLM remembers the last image's offset. To look and
+        # answer it needs its own, also where a paper draws from others.
+        pos = torch.arange(x.shape[1]).expand(B, -1)                             # (B,L)
+        if cfg.pos == "mrope" or not draws and any(g for show in shows for _, g in show):
+            pos = pad_sequence([mrope(row + [-1] * (n - len(row)), image_id, [g for _, g in show]).T
+                                for row, n, show in zip(marks, lengths, shows)], batch_first=True)
+            pos = pos.permute(2, 0, 1)                                           # (3,B,L)
+        return x, pos.to(self.device), lengths, starts
+
+    def chat(self, prompt, task, lengths):
+        """What the VLM reads before the queries, or before it answers; lengths: tokens of each
+        image. Written out here, since the chat templates of tokenizers change."""
+        cfg, draws = self.cfg, task in ("t2i", "edit")
+        text, null = getattr(cfg, f"{task}_text"), cfg.null_prompt
+        if prompt is None and task == "edit":
+            null = cfg.null_edit
+        elif prompt is None and cfg.null == "turn":
             text = "{}"
         start, pad, end = cfg.image_tokens
         images = "".join(start + pad * n + end for n in lengths)
         user = text.format(null if prompt is None else prompt, images=images)
-        system = f"<|im_start|>system\n{cfg.system}<|im_end|>\n" if cfg.system else ""
-        return f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{cfg.suffix}"
+        system = f"<|im_start|>system\n{cfg.system}{END}\n" if cfg.system else ""
+        return (f"{system}<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
+                + cfg.suffix * draws)
+
+    # ---- text -> words: the policy of the language model
+
+    @torch.no_grad()
+    def generate(self, prompts, images=None, task="think", limit=64, temperature=1.0, top_p=1.0,
+                 keys=None, n=1):
+        """n answers of at most `limit` tokens to each of B prompts, of `task` think, ask or judge
+        -> Words of B n rows, a prompt's in a row. Row b's randomness comes from keys[b] alone: any
+        batch, any rank, same; temperature 0: the likeliest token, log-probs of temperature 1.
+
+        top_p narrows what is drawn, not what is logged: of a truncated distribution a token that
+        later falls outside has no log-prob, and the ratio of two such policies no meaning."""
+        x, pos, lengths, _ = self.read(prompts, images, task, queries=False)
+        lm, g, tok = self.vlm.model.language_model, torch.Generator(), self.tokenizer
+        keys = range(len(prompts) * n) if keys is None else keys
+        u = torch.stack([torch.rand(limit, generator=g.manual_seed(k), dtype=torch.float64)
+                         for k in keys]).to(self.device)                         # (B,limit)
+        end, last = tok.convert_tokens_to_ids(END), torch.tensor(lengths, device=self.device) - 1
+        real = torch.arange(x.shape[1], device=self.device) <= last[:, None]     # (B/n,L)
+        rows = torch.arange(len(prompts), device=self.device)
+        ids, mask, logps = [], [], []
+        with self.autocast():
+            # Prompts are read once, padded on the right; the pads in the cache stay masked.
+            out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=True)
+            cache = out.past_key_values
+            cache.batch_repeat_interleave(n)
+            h = out.last_hidden_state[rows, last].repeat_interleave(n, 0)        # (B,d)
+            real, pos = real.repeat_interleave(n, 0), pos[..., rows, last].repeat_interleave(n, -1)
+            going = real[:, 0]                                                   # (B,) all True
+            for i in range(limit):
+                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (B,V)
+                token = logp.argmax(1) if temperature == 0 else draw_token(logp, u[:, i], top_p)
+                ids.append(torch.where(going, token, tok.pad_token_id))
+                mask.append(going)
+                logps.append(torch.where(going, logp.gather(1, token[:, None])[:, 0], 0))
+                going = going & (token != end)
+                if i + 1 == limit or not going.any():
+                    break
+                real = F.pad(real, (0, 1), value=True)
+                out = lm(inputs_embeds=lm.get_input_embeddings()(ids[-1])[:, None],
+                         position_ids=(pos + i + 1)[..., None], attention_mask=real,
+                         past_key_values=cache, use_cache=True)
+                h = out.last_hidden_state[:, 0]
+        ids, mask, logps = (torch.stack(a, 1) for a in (ids, mask, logps))       # (B,L)
+        return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), ~going)
+
+    def spell(self, texts):
+        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END."""
+        ids = [torch.tensor([] if t is None else self.tokenizer(
+            t + END, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]
+        mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return Words(ids.to(self.device), mask.to(self.device),
+                     torch.zeros(ids.shape, device=self.device), list(texts),
+                     torch.ones(len(ids), dtype=torch.bool, device=self.device))
+
+    def text_logp(self, prompts, images, words, task="think", temperature=1.0):
+        """Log-probs (B,L) fp32 of `words` as answers to B prompts, with gradient: of the tempered,
+        untruncated distribution, one row per prompt; pads 0."""
+        x, pos, _, starts = self.read(prompts, images, task, words, queries=False)
+        with self.autocast():
+            out = self.vlm.model.language_model(inputs_embeds=x, position_ids=pos,
+                                                attention_mask=None, use_cache=False)
+            return self.logp_of(words, out.last_hidden_state, starts, temperature)
+
+    def logp_of(self, words, hidden, starts, temperature):
+        """hidden (B,N,d); row b's words begin at starts[b], each chosen from the state before it.
+        Few tokens at a time, computed again by backward: the logits of all would be (B,L,V)."""
+        b, i = words.mask.nonzero(as_tuple=True)                                 # (n,) each
+        h = hidden[b, torch.tensor(starts, device=b.device)[b] - 1 + i]          # (n,d)
+
+        def few(h, ids):
+            logits = self.vlm.lm_head(h).float() / (temperature or 1)
+            return -F.cross_entropy(logits, ids, reduction="none")
+        size = max(1, 2**24 // self.vlm.lm_head.out_features)
+        logp = [checkpoint(few, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in zip(h.split(size), words.ids[words.mask].split(size))]
+        return words.logp.new_zeros(words.ids.shape).masked_scatter(words.mask, torch.cat(logp))
 
     def see(self, images):
-        """Images, uint8 (3,H,W) -> for each the VLM's tokens (n,d) and, for mrope, their grid."""
+        """Images, uint8 (3,H,W) -> each: the VLM's tokens (n,d), and Qwen2.5-VL's grid of them."""
         if not images:
             return []
         processor, scale = self.image_processor, self.cfg.vit_scale
@@ -1406,7 +1593,7 @@ class Unified(nn.Module):
         inputs = processor(images=images, do_resize=not scale, return_tensors="pt")
         inputs.pop("num_patches", None)                    # InternVL's, of images cut to pieces
         grids = [None] * len(images)
-        if self.cfg.pos == "mrope":                        # (time, rows, columns) in patches
+        if "image_grid_thw" in inputs:                     # (time, rows, columns) in patches
             grids = (inputs["image_grid_thw"][:, 1:] // processor.merge_size).tolist()
         tokens = self.vlm.model.get_image_features(**inputs.to(self.device)).pooler_output
         return list(zip(tokens, grids, strict=True))
@@ -1433,21 +1620,45 @@ class Unified(nn.Module):
         return self.encode([None] * n, images, task)
 
     def guided(self, cond, guidance, images=None, task="t2i"):
-        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards."""
+        """Classifier-free guidance as branches for `velocity`; 1 = none, half the forwards. The
+        null keeps images and references."""
         null = [] if guidance == 1 else [
-            (1 - guidance, self.null(len(cond.ctx), images, task))]
+            (1 - guidance, replace(self.null(len(cond.ctx), images, task), refs=cond.refs))]
         return [(guidance, cond), *null]
 
-    def encode_edit(self, prompts, images, keys=None):
+    def encode_edit(self, prompts, images, keys=None, task="edit", words=None):
         """B instructions (None: no text) and B lists of uint8 (3,H,W) (empty: no image) -> Cond,
-        with its references in VLM and DiT as cfg.refs says. keys: see ref_latents."""
+        with its references in VLM and DiT as cfg.refs says. keys: see ref_latents. task judge:
+        prompts whose images are drawn anew, as `words` say."""
         ways, most = shown(self.cfg), max(map(len, images), default=0)
         if "dit" in ways and self.cfg.sana and most > 1:
             fail(f"SANA adds one reference to what it draws, not {most}")
-        cond = self.encode(prompts, images, "edit")
+        cond = self.encode(prompts, images, task, words=words)
         if "dit" in ways:
             cond.refs = self.ref_latents(images, keys)
         return cond
+
+    def condition(self, prompts, refs=None, words=None, keys=None):
+        """What a training batch tells the DiT; its task shows in what there is: pictures (prompts
+        alone), edits (and refs), thoughts (and words), reflections (both). A prompt that is
+        withheld, None, takes its words along. -> Cond"""
+        task, words = self.taught(prompts, refs, words)
+        if refs is None:
+            return self.encode(prompts, task=task, words=words)
+        return self.encode_edit(prompts, refs, keys, task, words)
+
+    def taught(self, prompts, refs, words):
+        """-> task of a training batch, its texts as Words, None without."""
+        if words is None:
+            return "t2i" if refs is None else "edit", None
+        said = [None if p is None else w for p, w in zip(prompts, words)]
+        return "think" if refs is None else "judge", self.spell(said)
+
+    def lm_loss(self, prompts, refs, words):
+        """The autoregressive loss of a batch's words, mean over its tokens."""
+        task, words = self.taught(prompts, refs, words)
+        logp = self.text_logp(prompts, refs, words, task)                        # (B,L)
+        return -logp.sum() / words.mask.sum().clamp(min=1)
 
     def ref_latents(self, images, keys=None):
         """B lists of uint8 (3,H,W) -> B lists of clean latents (C,h,w), those of one size encoded
@@ -1512,6 +1723,14 @@ class Unified(nn.Module):
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
 
     @torch.no_grad()
+    def think(self, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0):
+        """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words.
+        -> uint8 (B,3,H,W), Words"""
+        words = self.generate(prompts, None, "think", limit, temperature, keys=seeds)
+        branches = self.guided(self.encode(prompts, task="think", words=words), guidance)
+        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds))), words
+
+    @torch.no_grad()
     def edit(self, prompts, images, seeds, steps=10, guidance=1.0, image_guidance=1.0, masks=None):
         """B instructions, B lists of uint8 (3,H,W) and B seeds -> uint8 (B,3,H,W), of the first
         image's size, which all rows share. masks: B of bool (H,W), True = may change; elsewhere
@@ -1524,6 +1743,29 @@ class Unified(nn.Module):
         branches = self.edit_branches(prompts, images, guidance, image_guidance, seeds)
         new = self.to_images(self.sample(branches, steps, noise=self.noise(seeds, size), keep=keep))
         return new if masks is None else torch.where(masks, new, first)
+
+    @torch.no_grad()
+    def reflect(self, prompts, images, seeds, rounds=1, steps=10, guidance=1.0, limit=32):
+        """Judge and redraw, up to `rounds` times: B prompts, uint8 images (B,3,H,W) and B seeds ->
+        the last images (B,3,H,W), and for each a list of what was said, a critique a round. Who
+        says yes, or neither yes nor no, keeps the image and is not asked again. Words are the
+        likeliest ones."""
+        images, said, todo = images.clone(), [[] for _ in prompts], list(range(len(prompts)))
+        for r in range(rounds):
+            words = self.generate([prompts[b] for b in todo], [[images[b]] for b in todo], "judge",
+                                  limit, 0)
+            [said[b].append(text) for b, text in zip(todo, words.texts)]
+            no = [i for i, text in enumerate(words.texts) if verdict(text)[0] is False]
+            todo = [todo[i] for i in no]
+            if not todo:
+                break
+            asked, shows = [prompts[b] for b in todo], [[images[b]] for b in todo]
+            keys = [seeds[b] + 2**32 * r for b in todo]
+            cond = self.encode_edit(asked, shows, keys, "judge", words.rows(no))
+            branches = self.guided(cond, guidance, shows, "edit")
+            noise = self.noise(keys, tuple(images.shape[2:]))
+            images[todo] = self.to_images(self.sample(branches, steps, noise=noise)).to(images)
+        return images, said
 
     def flow_loss(self, images, prompts, keys):
         """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
@@ -1690,9 +1932,10 @@ def memory_plan(model, args, rows, reads, copies, device):
     n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Bytes that a backward keeps per token, layer and width in bf16, measured (LOG.md): 85 in an
     # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
-    text = cfg.n_query + 64 if vlm else cfg.t5_tokens + 77
+    text = cfg.n_query + 64 + getattr(args, "limit", 0) if vlm else cfg.t5_tokens + 77
     patches = (cfg.size // cfg.vae_factor // d["patch_size"]) ** 2
-    if getattr(args, "edits", "") and cfg.mmdit:                 # a reference is more image
+    if cfg.mmdit and (getattr(args, "edits", "") or getattr(args, "task", "") == "reflect"):
+        # a reference is more image
         patches *= 2
     each = 85 * (patches + text) if cfg.mmdit else 100 * patches
     acts = each * rows * d["num_layers"] * d["num_attention_heads"] * d["attention_head_dim"]
@@ -1876,7 +2119,9 @@ class Ema:
             return {k.replace(".base_layer", "").replace(".default", ""): v
                     for k, v in tensors.items()}
         parts = model.trained | {k.split(".")[0] for k in self.params if "lora_" not in k}
-        tensors = {k: v for k, v in model.state_dict().items()
+        tied = {p.data_ptr(): k for k, p in self.params.items()}   # a weight may have two names
+        tensors = {k: self.mean[tied[v.data_ptr()]].clone() if v.data_ptr() in tied else v
+                   for k, v in model.state_dict().items()
                    if k.split(".")[0] in parts and "lora_" not in k}
         # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
         loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
@@ -1943,11 +2188,20 @@ def to_bucket(images, cfg):
     )).permute(2, 0, 1) for image, size in zip(images, sizes)]
 
 
-def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=False):
+FORMS = {                                  # of training rows: files, the last of them drawn; texts
+    "t2i": (("file_name",), ("prompt",)), "edit": (("source", "target"), ("instruction",)),
+    "cot": (("file_name",), ("prompt", "reasoning")),
+    "reflect": (("image", "refined"), ("prompt", "critique")),
+}
+
+
+def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, form="t2i"):
     """Endless batches of (uint8 (n,3,H,W), n prompts) from what people have: a folder with
     metadata.jsonl (file_name, prompt), or WebDataset shards *.tar (png/jpg + json/txt).
-    edits: of (targets, n instructions, n lists of references) from metadata.jsonl (source, a file
-    or several; target; instruction), or shards (source*.png, target.png + json).
+    form edit: of (targets, n instructions, n lists of references) from metadata.jsonl (source, a
+    file or several; target; instruction), or shards (source*.png, target.png + json); cot:
+    (pictures, n prompts, n reasonings); reflect: (refined pictures, n prompts, n lists of the first
+    picture, n critiques). FORMS names what their rows and shards hold.
 
     Aspect ratio is kept at the preset's area: each batch is of one bucket of sizes. A record that
     cannot be read is named and counted; a share of more than bad_share of them ends the run.
@@ -1957,16 +2211,17 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
     if not shards and not (folder / "metadata.jsonl").exists():
         fail(f"{folder} holds neither metadata.jsonl nor *.tar shards"
              + "; the classroom's: python -m data.shapes.prepare data")
-    wants = ("source", "target", "instruction") if edits else ("file_name", "prompt")
+    (*first, drawn), texts = FORMS[form]
+    wants = [*first, drawn, *texts]
 
     def files(row):
         """The files of a row, what is drawn last."""
-        sources = row["source"] if edits else []
-        return [*([sources] if isinstance(sources, str) else sources), row[wants[-2]]]
+        sources = row[first[0]] if first else []
+        return [*([sources] if isinstance(sources, str) else sources), row[drawn]]
     for i, line in enumerate([] if shards else (folder / "metadata.jsonl").open(), 1):
         try:
             row = json.loads(line)
-            rows.append((row[wants[-2]], [folder / f for f in files(row)], row[wants[-1]]))
+            rows.append((row[drawn], [folder / f for f in files(row)], [row[k] for k in texts]))
         except (ValueError, TypeError, KeyError) as e:
             fail(f"{folder}/metadata.jsonl line {i}: no {', '.join(wants[:-1])} or {wants[-1]} "
                  f"({e!r})")
@@ -1989,20 +2244,24 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
                                 handler=lambda e: unreadable(e.args[-1], e.args[0])
                                 ).shuffle(2000, rng=rng):
             names = [k for k in sorted(r) if k.split(".")[-1] in ("png", "jpg", "jpeg", "webp")]
-            source, target = ([k for k in names if k.startswith(w)] for w in ("source", "target"))
             try:
-                text = json.loads(r["json"])[wants[-1]] if "json" in r else r["txt"].decode()
-                if edits and not (source and target):
-                    raise KeyError("source or target")
-                names = source + target[:1] if edits else [k for k in names if "." not in k][:1]
-                yield r["__key__"], [io.BytesIO(r[k]) for k in names] or [io.BytesIO()], text
+                about = json.loads(r["json"]) if "json" in r else {texts[0]: r["txt"].decode()}
+                own = [k for k in names if "." not in k][:1]
+                if first:
+                    source, target = ([k for k in names if k.startswith(w)]
+                                      for w in (first[0], drawn))
+                    if not (source and target):
+                        raise KeyError(f"{first[0]} or {drawn}")
+                    own = source + target[:1]
+                yield (r["__key__"], [io.BytesIO(r[k]) for k in own] or [io.BytesIO()],
+                       [about[k] for k in texts])
             except (ValueError, TypeError, KeyError) as e:
-                unreadable(r["__key__"], f"no {wants[-1]} ({e!r})")
+                unreadable(r["__key__"], f"no {' or '.join(texts)} ({e!r})")
 
     def batches():
         nonlocal good, skip
         while True:
-            for i, (name, sources, prompt) in enumerate(records()):
+            for i, (name, sources, said) in enumerate(records()):
                 if i % world != rank:
                     continue
                 try:
@@ -2013,14 +2272,15 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
                     continue
                 *refs, image = to_bucket(images, cfg)
                 batch = buckets.setdefault(image.shape, [])
-                batch.append((image, prompt, refs))
+                batch.append((image, said[0], refs, *said[1:]))
                 if len(batch) == n:
                     buckets[image.shape] = []
                     if skip:
                         skip -= 1
                     else:
-                        images, prompts, refs = zip(*batch)
-                        yield torch.stack(images), list(prompts), *[list(refs)] * edits
+                        images, prompts, refs, *words = zip(*batch)
+                        yield (torch.stack(images), list(prompts), *[list(refs)] * bool(first),
+                               *map(list, words))
             if not good:
                 fail(f"{folder} holds no image that rank {rank} of {world} could read")
 
@@ -2028,16 +2288,31 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, edits=Fa
 
 
 def mixture(args, cfg, n, rank=0, world=1, start=0):
-    """Endless batches of one task each, from step `start`: images and prompts of --data and None,
-    or, in a share --edit-share of the steps, targets, instructions and references of --edits.
-    (seed, step) alone decides which: ranks agree, and so does a run that resumes."""
-    def edits(step):
+    """Endless batches of one task each, from step `start`: images, prompts, references and words,
+    the last two None where the task has none. Of --data, or in a share --edit-share of the steps of
+    --edits, in a share --share of --tuples for the task cot or reflect. (seed, step) alone decides
+    which: ranks agree, and so does a run that resumes."""
+    task = getattr(args, "task", "")
+    more = dict(edit=(args.edits, args.edit_share)) if args.edits else {}
+    more |= {task: (args.tuples, args.share)} if task in ("cot", "reflect") else {}
+
+    def form(step):
         chance = random.Random(key(args.seed, step, 0)).random()
-        return bool(args.edits) and chance < args.edit_share
-    done = sum(map(edits, range(start)))
-    t2i = pairs(args.data, cfg, n, args.seed, rank, world, skip=start - done)
-    edit = args.edits and pairs(args.edits, cfg, n, args.seed, rank, world, skip=done, edits=True)
-    return (next(edit) if edits(step) else (*next(t2i), None) for step in count(start))
+        for form, (_, share) in more.items():
+            if chance < share:
+                return form
+            chance -= share
+        return "t2i"
+    done = Counter(map(form, range(start)))
+    folders = {"t2i": args.data} | {k: folder for k, (folder, _) in more.items()}
+    data = {k: pairs(folder, cfg, n, args.seed, rank, world, done[k], form=k)
+            for k, folder in folders.items()}
+
+    def batch(step):
+        images, prompts, *rest = next(data[form(step)])
+        refs = rest.pop(0) if form(step) in ("edit", "reflect") else None
+        return images, prompts, refs, rest[0] if rest else None
+    return map(batch, count(start))
 
 
 def stop_flag():

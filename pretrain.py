@@ -68,13 +68,13 @@ def main():
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
     if args.edits:
         orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
-                                                        edits=True))[1:])
+                                                        form="edit"))[1:])
     bar = tqdm(range(start, args.steps), "pretrain", initial=start, total=args.steps,
                disable=rank > 0)
     scores = {}
     for step in bar:
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
-        images, prompts, refs = next(data)                  # (n,3,H,W) uint8; to draw, refs is None
+        images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
         rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
         model.train()
         u, d = torch.rand(n, generator=rng), args.edit_drop
@@ -91,7 +91,7 @@ def main():
 
         # 3  the velocity that leads from one to the other
         keys = [key(args.seed, step, rank * n + i) for i in range(n)]
-        cond = model.encode(prompts) if refs is None else model.encode_edit(prompts, refs, keys)
+        cond = model.condition(prompts, refs, words, keys)
         v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
@@ -108,7 +108,8 @@ def main():
 
         # 5  one row per step; a look at the pictures and a place to restart, now and then
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
-        name = "loss" if refs is None else "edit_loss"
+        name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[
+            refs is not None, words is not None]
         row = {"step": step + 1, name: mean, "grad_norm": norm.item(),
                "at": round(time.time() - begin, 1)}
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
@@ -120,7 +121,7 @@ def main():
                 if args.edits:
                     drawn = model.edit(orders, originals, range(len(orders)), guidance=3.0).cpu()
                     grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
-                         [words for order in orders for words in ("", order)],
+                         [text for order in orders for text in ("", order)],
                          out / "samples" / f"edits_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
                     scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])

@@ -1,8 +1,12 @@
-"""Draw or edit: prompts -> a PNG grid with captions, or a GIF of the path from noise to image.
+"""Draw, edit, think or talk: prompts -> a PNG grid with captions, or a GIF of the path from noise
+to image; questions -> answers.
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
     python sample.py --image in.png --edit "change the color of the circle to blue" --guidance 3
+    python sample.py --init out/sft-cot --think "a photo of as many stars as a square has sides"
+    python sample.py --init out/sft-reflect --reflect --rounds 3 "a photo of a star and a ring"
+    python sample.py --image in.png --chat "Describe the image."
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 
@@ -11,6 +15,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -65,8 +70,16 @@ def main():
     p.add_argument("--preset", default="", help="what --init is for, if no checkpoint of ours")
     for part in PARTS:
         p.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the Hub")
-    p.add_argument("--image", action="append", default=[], help="to edit; more: further references")
+    p.add_argument("--image", action="append", default=[],
+                   help="to edit, to ask about, to reflect on; more: further references")
     p.add_argument("--edit", action="append", default=[], help="what to do to --image, in quotes")
+    p.add_argument("--think", action="store_true", help="reason first, draw from prompt and words")
+    p.add_argument("--reflect", action="store_true",
+                   help="judge what was drawn, or --image, and draw again what is judged wrong")
+    p.add_argument("--rounds", type=int, default=1, help="of --reflect, unless one says yes")
+    p.add_argument("--chat", action="append", default=[], help="a question, about --image if given")
+    p.add_argument("--limit", type=int, default=64, help="tokens that words may have")
+    p.add_argument("--temperature", type=float, default=0.0, help="of words; 0: likeliest")
     p.add_argument("--mask", help="image of --image's size, white where the edit may change it")
     p.add_argument("--image-guidance", type=float, default=1.0, help="more: closer to --image")
     p.add_argument("--export", metavar="DIR", help="write the parts for other people's pipelines")
@@ -78,11 +91,22 @@ def main():
     p.add_argument("--trajectory", action="store_true", help="write the denoising path as a GIF")
     p.error = fail
     args = p.parse_args()
-    if not args.prompts and not args.export and not args.edit:
+    if not args.prompts and not args.export and not args.edit and not args.chat:
         fail("the following arguments are required: prompts")
-    if bool(args.image) != bool(args.edit) or args.edit and args.prompts:
+    if args.edit and (args.prompts or not args.image) or (
+            args.image and not (args.edit or args.chat or args.reflect)):
         fail("an edit is an --image and an --edit; prompts are drawn without")
-    if args.mask and not args.image or args.mask and args.trajectory:
+    talks = bool(args.chat) + args.think + args.reflect
+    if talks + bool(args.edit) > 1 or talks and args.trajectory:
+        fail("--edit, --chat, --think and --reflect are one at a time; the last three have no "
+             "--trajectory")
+    if args.chat and args.prompts or args.reflect and len(args.image) > 1:
+        fail("--chat answers without drawing, and --reflect looks at one --image")
+    if (args.think or args.reflect) and not args.prompts:
+        fail("the following arguments are required: prompts")
+    if args.temperature < 0 or min(args.limit, args.rounds) < 1:
+        fail("--temperature is not below 0, --limit and --rounds at least 1")
+    if args.mask and not args.edit or args.mask and args.trajectory:
         fail("--mask confines an --edit, and has no --trajectory")
     if args.init is None:
         args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
@@ -96,27 +120,51 @@ def main():
     if args.export and Path(args.export).exists():
         fail(f"--export {args.export} exists: choose another folder")
     wanted = ".gif" if args.trajectory else ".png"
-    if Path(args.out).suffix != wanted:
+    if not args.chat and Path(args.out).suffix != wanted:
         fail(f"--out {args.out}: this writes a {wanted} file")
     _, _, device = setup()
     model = Unified.load(args.init, args.preset, **given_parts(args))
     if args.export:
         export(model, Path(args.export), args.init)
-        if not args.prompts and not args.edit:
+        if not args.prompts and not args.edit and not args.chat:
             return
-    if args.edit:
+    if args.edit or args.reflect:
         shown(model.cfg)
+    if model.vlm is None and (args.chat or args.think or args.reflect):
+        fail(f"preset {model.cfg.preset!r} has no language model: it cannot answer, think or judge")
     model.slim(device).to(device)
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
     seeds = [args.seed + i for i in range(args.n)] * (len(prompts) // args.n)
+    if args.chat:
+        seen = [[torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]]
+        said = model.generate(args.chat, seen * len(args.chat) if images else None, "ask",
+                              args.limit, args.temperature, keys=range(args.seed, args.seed + len(
+                                  args.chat)))
+        for question, answer in zip(args.chat, said.texts):
+            print(f"{question}\n{answer}\n")
+        return
     if args.edit:      # the first image decides the size of what is drawn, as a target would
         *refs, _ = to_bucket([*images, images[0]], model.cfg)
         rows, guidance = [refs] * len(prompts), (args.guidance, args.image_guidance)
         if mask:
             mask = [to_bucket([mask], model.cfg)[0].float().mean(0) > 127] * len(prompts)
-    if not args.trajectory and not args.edit:
-        images = model.draw(prompts, seeds, args.steps, args.guidance)
-        grid(images, prompts, args.out, columns=args.n)
+    how = args.steps, args.guidance
+    if args.think:
+        drawn, words = model.think(prompts, seeds, *how, args.limit, args.temperature)
+        grid(drawn, [f"{p}\n{text}" for p, text in zip(prompts, words.texts)], args.out,
+             columns=args.n)
+    elif args.reflect:       # a row of the grid: the first picture, then what each round made of it
+        last = model.draw(prompts, seeds, *how) if not images else torch.stack(
+            to_bucket(images, model.cfg) * len(prompts))
+        rows, texts = [last.cpu()], [prompts]
+        for i in range(args.rounds):                         # who says yes will say it again
+            last, said = model.reflect(prompts, last, [s + 2**32 * i for s in seeds], 1, *how,
+                                       args.limit)
+            rows, texts = [*rows, last.cpu()], [*texts, [text for text, in said]]
+        grid(torch.stack(rows, 1).flatten(0, 1), [t for row in zip(*texts) for t in row], args.out,
+             columns=len(rows))
+    elif not args.trajectory and not args.edit:
+        grid(model.draw(prompts, seeds, *how), prompts, args.out, columns=args.n)
     elif not args.trajectory:
         images = model.edit(prompts, rows, seeds, args.steps, *guidance, mask).cpu()
         images = images.unflatten(0, (-1, args.n))                               # (P,n,3,H,W)

@@ -5,6 +5,8 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
 
     python sft.py --init out/pretrain               # the classroom: see README for time and score
     python sft.py --init data/shapes/sft --lr 2e-4  # the control of every RL run: just more of it
+    python sft.py --init data/shapes/sft --task cot --out out/sft-cot     # cold starts: a DiT that
+    python sft.py --init out/sft-edit --task reflect --out out/sft-reflect    # heeds what is said
     python sft.py --task reward --out out/reward --lr 1e-3  # a judge of edits: --reward edit_model
     torchrun --nproc-per-node 8 sft.py ...          # one process per GPU
 """
@@ -21,15 +23,16 @@ from peft import inject_adapter_in_model
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eval import (EditReward, bench_edit, bench_shapes, grid, read_scored, scored_edit,
-                  spearman)
+from eval import (EditReward, bench_edit, bench_reason, bench_reflect, bench_shapes, grid,
+                  read_scored, scored_edit, spearman)
 from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
                    preset, setup, shown, start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
 class Args:
-    task: str = "flow"                # flow: pictures; reward: a judge of edits, see train_reward
+    task: str = "flow"                # flow: pictures; cot, reflect: and such as words were said
+                                      # of; reward: a judge of edits, see train_reward
     preset: str = "shapes"            # which model: see PRESETS in model.py
     init: str = "out/pretrain"        # a checkpoint, or a diffusers DiT's or peft LoRA's folder
     vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
@@ -39,6 +42,11 @@ class Args:
                                       # of a reward: jsonl of scored edits, else the classroom's
     edits: str = ""                   # the same of edits (source, target, instruction): see README
     edit_share: float = 0.5           # share of the steps whose batch is of edits, where given
+    tuples: str = ""                  # data of task cot (file_name, prompt, reasoning) or reflect
+                                      # (image, prompt, critique, refined); else the classroom's
+    share: float = 0.5                # share of the steps whose batch is of those
+    lm_loss: float = 0.0              # the language model learns too, and their words at this
+                                      # weight: UniRL-Zero saw it unlearn to understand
     out: str = "out/sft"              # run folder
     steps: int = 3000                 # optimiser steps
     batch: int = 64                   # images per step, over all ranks
@@ -168,13 +176,24 @@ def main():
     rank, world, device = setup()
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
-    if args.task not in ("flow", "reward"):
-        fail(f"unknown --task {args.task!r}; there are: flow, reward")
+    if args.task not in ("flow", "cot", "reflect", "reward"):
+        fail(f"unknown --task {args.task!r}; there are: flow, cot, reflect, reward")
     if args.task == "reward":
         return train_reward(args, rank, world, device)
     n = args.batch // world
     if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
         fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
+    cold = args.task in ("cot", "reflect")
+    if not 0 <= args.share <= 1 or cold and args.edits and args.share + args.edit_share > 1:
+        fail("--share is a share, 0 to 1, and with --edit-share at most 1")
+    if (args.tuples or args.lm_loss) and not cold:
+        fail("--tuples and --lm-loss belong to --task cot or reflect")
+    if cold and preset(args.preset).bridge == "text":
+        fail(f"preset {args.preset!r} has no language model whose words could be heeded")
+    if cold and not args.tuples:
+        if not args.preset.startswith("shapes"):
+            fail(f"preset {args.preset!r} draws photos: --task {args.task} needs its own --tuples")
+        args.tuples = f"data/shapes/{args.task}"
     if args.train not in ("dit", "bridge", "both"):
         fail(f"unknown --train {args.train!r}; there are: dit, bridge, both")
     if args.lora_rank and args.train == "bridge":
@@ -185,6 +204,8 @@ def main():
     if args.vlm_lora_rank:
         learns["vlm"] = adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha,
                                 args.vlm_lora_dropout)
+    elif args.lm_loss:
+        learns["vlm"] = None
     model = start_model(args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(
@@ -194,20 +215,23 @@ def main():
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     cfg, stop = model.cfg, stop_flag()
-    if args.edits:
+    if args.edits or args.task == "reflect":
         shown(cfg)
     data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
     if args.edits:
         orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
-                                                        edits=True))[1:])
+                                                        form="edit"))[1:])
+    if cold:
+        asked, *looks, _ = (a[:16] for a in next(pairs(args.tuples, cfg, n, args.seed,
+                                                       form=args.task))[1:])
     bar = tqdm(range(start, args.steps), "sft", initial=start, total=args.steps,
                disable=rank > 0)
     scores = {}
     for step in bar:
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
-        images, prompts, refs = next(data)                  # (n,3,H,W) uint8; to draw, refs is None
+        images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
         rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
         model.train()
         u, d = torch.rand(n, generator=rng), args.edit_drop
@@ -224,10 +248,12 @@ def main():
 
         # 3  the velocity that leads from one to the other
         keys = [key(args.seed, step, rank * n + i) for i in range(n)]
-        cond = model.encode(prompts) if refs is None else model.encode_edit(prompts, refs, keys)
+        cond = model.condition(prompts, refs, words, keys)
         v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
+        if args.lm_loss and words is not None:
+            (model.lm_loss(prompts, refs, words) * (args.lm_loss / world)).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows
         sum_grads(list(params.values()))
@@ -241,7 +267,8 @@ def main():
 
         # 5  one row per step; a look at the pictures and a place to restart, now and then
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
-        name = "loss" if refs is None else "edit_loss"
+        name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[
+            refs is not None, words is not None]
         row = {"step": step + 1, name: mean, "grad_norm": norm.item(),
                "at": round(time.time() - begin, 1)}
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
@@ -253,12 +280,26 @@ def main():
                 if args.edits:
                     drawn = model.edit(orders, originals, range(len(orders)), guidance=3.0).cpu()
                     grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
-                         [words for order in orders for words in ("", order)],
+                         [text for order in orders for text in ("", order)],
                          out / "samples" / f"edits_{step + 1:05d}.png")
+                if args.task == "cot":
+                    drawn, said = model.think(asked, range(len(asked)), guidance=3.0)
+                    grid(drawn, [f"{p}\n{t}" for p, t in zip(asked, said.texts)],
+                         out / "samples" / f"cot_{step + 1:05d}.png")
+                if args.task == "reflect":
+                    firsts = torch.stack([first for first, in looks[0]])
+                    drawn, said = model.reflect(asked, firsts, range(len(asked)), guidance=3.0)
+                    grid(torch.stack([firsts, drawn.cpu()], 1).flatten(0, 1),
+                         [t for p, row in zip(asked, said) for t in (p, row[0])],
+                         out / "samples" / f"reflect_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
                     scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
                     if args.edits:                       # root of success x preservation
                         scores["edit_score"] = bench_edit(model.edit, 1, 100)["both"]
+                    if args.task == "cot":
+                        scores["cot_score"] = bench_reason(model.draw, model.think, 1)["score"]
+                    if args.task == "reflect":
+                        scores["corrected"] = bench_reflect(model.reflect)["corrected"]
                     row |= scores
             ema.save(out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
@@ -266,7 +307,8 @@ def main():
         if stopped:
             break
     if rank == 0:
-        plot(out, ["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"])
+        plot(out, ["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],
+             ["score", "edit_score", "cot_score", "corrected"])
 
 
 if __name__ == "__main__":

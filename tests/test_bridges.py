@@ -355,10 +355,10 @@ def test_prompts_of_presets(name):
     nn.Module.__init__(m)
     m.cfg = PRESETS[name]
     draw, edit, lengths, null = CHATS[name]
-    assert m.chat("a {b}", False, []) == draw
-    assert m.chat("a {b}", True, lengths) == edit
-    assert m.chat(None, False, []) == null
-    assert m.chat(None, True, lengths) == edit.replace("a {b}", m.cfg.null_edit)
+    assert m.chat("a {b}", "t2i", []) == draw
+    assert m.chat("a {b}", "edit", lengths) == edit
+    assert m.chat(None, "t2i", []) == null
+    assert m.chat(None, "edit", lengths) == edit.replace("a {b}", m.cfg.null_edit)
 
 
 # --- images ---
@@ -462,7 +462,7 @@ def test_an_edit_looks_at_its_images(request, vlm):
     both, swapped = (m.encode(["x"], [r], "edit").ctx for r in ([one, two], [two, one]))
     assert both.shape[1] > a.shape[1] and apart(both, swapped)
     for args in [(["x"], [[one]]), (["x"], None, "edit")]:
-        with pytest.raises(AssertionError, match="an edit, and nothing else"):
+        with pytest.raises(AssertionError, match="and nothing else"):
             m.encode(*args)
 
 

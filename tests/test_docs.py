@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["pretrain.py", "sft.py", "grpo.py", "cycle_edit.py"]
+SCRIPTS = ["pretrain.py", "sft.py", "grpo.py", "cycle_edit.py", "reflect.py"]
 OURS = {"model", "eval", "data.shapes.prepare"}
 
 
@@ -28,11 +28,20 @@ def test_twins_do_not_drift():
                 assert seen.setdefault(node.name, source) == source, f"{file}: {node.name} drifted"
 
 
+class WithoutWords(ast.NodeTransformer):
+    def visit_If(self, node):
+        mine = re.search(r"args\.(task|lm_loss)\b", ast.unparse(node.test))
+        return None if mine else self.generic_visit(node)
+
+
 def test_stages_1_and_2_share_their_loop():
-    """pretrain.py and sft.py differ in what learns and in defaults; flow matching is the same."""
-    loops = [[ast.unparse(n) for n in ast.walk(ast.parse((ROOT / f).read_text()))
-              if isinstance(n, ast.For) and ast.unparse(n.target) == "step"]
-             for f in ("pretrain.py", "sft.py")]
+    """pretrain.py and sft.py differ in what learns, in defaults, and in what only sft.py does where
+    words were said; flow matching is the same."""
+    trees = [ast.parse((ROOT / f).read_text()) for f in ("pretrain.py", "sft.py")]
+    whole = [[n for n in ast.walk(tree) if isinstance(n, ast.For)
+              and ast.unparse(n.target) == "step"] for tree in trees]
+    assert "lm_loss" in ast.unparse(whole[1][0]) and "args.task" not in ast.unparse(whole[0][0])
+    loops = [[ast.unparse(WithoutWords().visit(n)) for n in ns] for ns in whole]
     assert len(loops[0]) == 1 and loops[0] == loops[1]
 
 

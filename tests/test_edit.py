@@ -284,7 +284,7 @@ def folder_of_edits(folder, n=6, size=(64, 64), several=False):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_folder_of_edits(tmp_path, several):
-    for images, texts, refs in collect(folder_of_edits(tmp_path, several=several), 9, edits=True):
+    for images, texts, refs in collect(folder_of_edits(tmp_path, several=several), 9, form="edit"):
         assert images.shape == (2, 3, 64, 64) and len(texts) == len(refs) == 2
         for image, text, row in zip(images, texts, refs):
             i = int(text.removeprefix("edit "))
@@ -304,7 +304,7 @@ def test_shards_of_edits(tmp_path, capsys):
             if i != 3:
                 tar.add(tmp_path / "a" / f"target{i}.png", f"{i}.target.png")
             tar.add(tmp_path / "t.json", f"{i}.json")
-    seen = collect(tmp_path, 7, edits=True)
+    seen = collect(tmp_path, 7, form="edit")
     assert {t for _, ts, _ in seen for t in ts} == {f"edit {i}" for i in range(8) if i != 3}
     assert all((image[2] == row[0][0]).all() and len(row) == 2
                for images, _, refs in seen for image, row in zip(images, refs))
@@ -314,14 +314,14 @@ def test_shards_of_edits(tmp_path, capsys):
 def test_edits_that_cannot_be_used(tmp_path, capsys):
     folder = folder_of_edits(tmp_path / "a", 12)
     (folder / "source3.png").write_bytes(b"not an image")
-    assert not any("edit 3" in ts for _, ts, _ in collect(folder, 12, edits=True))
+    assert not any("edit 3" in ts for _, ts, _ in collect(folder, 12, form="edit"))
     assert "unreadable: target3.png (1 of" in capsys.readouterr().err
     for row in ('{"file_name": "a.png", "prompt": "x"}', '{"source": 3, "target": "a.png"}',
                 '{"source": "a.png", "target": "b.png"}'):
         (folder / "metadata.jsonl").write_text(row + "\n")
         assert "line 1: no source, target or instruction" in complaint(
-            lambda: collect(folder, 1, edits=True))
-    assert "neither metadata.jsonl nor" in complaint(lambda: collect(tmp_path, 1, edits=True))
+            lambda: collect(folder, 1, form="edit"))
+    assert "neither metadata.jsonl nor" in complaint(lambda: collect(tmp_path, 1, form="edit"))
 
 
 # --- the mixture ---
@@ -338,17 +338,17 @@ def test_share_of_edits(tmp_path, cfg):
         data = mixture(args, cfg, 2, **more)
         return [next(data) for _ in range(n)]
     rows = run(400)
-    kinds = [refs is not None for _, _, refs in rows]
+    kinds = [refs is not None for _, _, refs, _ in rows]
     assert abs(sum(kinds) / 400 - 0.3) < 3 * (0.3 * 0.7 / 400) ** 0.5
-    assert all(t.startswith("edit ") == k for (_, texts, _), k in zip(rows, kinds) for t in texts)
-    for (x, p, r), (y, q, s) in zip(run(9, start=37), rows[37:]):      # a run that resumes
+    assert all(t.startswith("edit ") == k for row, k in zip(rows, kinds) for t in row[1])
+    for (x, p, r, _), (y, q, s, _) in zip(run(9, start=37), rows[37:]):      # a run that resumes
         assert torch.equal(x, y) and p == q and (r is None) == (s is None)
     for rank in (0, 1):                                                # ranks do the same task
-        assert [r is not None for _, _, r in run(60, rank=rank, world=2)] == kinds[:60]
+        assert [r is not None for _, _, r, _ in run(60, rank=rank, world=2)] == kinds[:60]
     args.edit_share = 1.0
-    assert all(r is not None for _, _, r in run(20))
+    assert all(r is not None for _, _, r, _ in run(20))
     args.edits = ""
-    assert not any(r is not None for _, _, r in run(20))
+    assert not any(r is not None for _, _, r, _ in run(20))
 
 
 def play(parts, tmp_path, out, *flags, main=sft.main):
@@ -382,9 +382,9 @@ def test_what_is_withheld(parts, tmp_path, monkeypatch):
     """5% text, 5% references, 5% both: every branch of two-way guidance is trained."""
     seen, real = [], ours.Unified.encode_edit
 
-    def spy(self, prompts, images, keys=None):
+    def spy(self, prompts, images, *more):
         seen.extend((p is None, not len(r)) for p, r in zip(prompts, images))
-        return real(self, prompts, images, keys)
+        return real(self, prompts, images, *more)
     monkeypatch.setattr(ours.Unified, "encode_edit", spy)
     monkeypatch.setattr(ours.Unified, "edit", lambda self, t, rows, *a, **k: torch.stack(
         [r[0] for r in rows]))

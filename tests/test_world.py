@@ -37,6 +37,8 @@ from data.shapes.prepare import (
     holds,
     make_edits,
     make_prompts,
+    make_questions,
+    make_reflections,
     phrase,
     relation,
     render,
@@ -154,8 +156,10 @@ def test_twins_are_one_prompt():
 def test_prompt_files():
     files = {p.stem: [json.loads(line) for line in p.open()]
              for p in (HERE / "prompts").glob("*.jsonl")}  # fmt: skip
-    assert files == json.loads(json.dumps(make_prompts() | make_edits()))
-    files = {k: rows for k, rows in files.items() if not k.startswith("edit_")}
+    prompts = make_prompts()
+    made = prompts | make_edits() | make_questions() | make_reflections(prompts)
+    assert files == json.loads(json.dumps(made))
+    files = {k: rows for k, rows in files.items() if k in prompts}
     assert Counter(m["tag"] for m in files["eval"]) == {tag: 60 for tag in TAGS}
     count = Counter(m["tag"] for m in files["train"])
     assert [count[t] for t in TAGS] == [0, 100, 500, 100, 700, 300]
@@ -258,6 +262,110 @@ def test_edit_shards(tmp_path, monkeypatch):
         e = training_edit(rng)
         assert (source == render(e["source"])).all() and (target == render(e["target"])).all()
         assert text == {k: e[k] for k in ("instruction", "inverse")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions, and what cold starts learn from
+
+
+def counted(image):
+    return Counter(d["class"] for d in detect_shapes(image) if d["score"] > 0.5)
+
+
+def reread(row):
+    """The answer of a question about a picture, from what the detector finds in it."""
+    image, ask = render(row["scene"]), row["question"]
+    if ask == "Describe the image.":
+        found = sorted(detect_shapes(image), key=lambda d: d["box"][0] + d["box"][2])
+        names = [world.article(f"{d['color']} {d['class']}") for d in found]
+        return "a photo of " + (" and " if len(names) == 2 else ", ").join(names)
+    if m := re.fullmatch(r"How many (\w+) are there\?", ask):
+        (shape,) = [s for s in SHAPES if world.plural(2, s).split()[1] == m[1]]
+        return world.NUMBERS[counted(image)[shape]]
+    if m := re.fullmatch(rf"Is there an? ({'|'.join(SHAPES)})\?", ask):
+        return "yes" if counted(image)[m[1]] else "no"
+    if m := re.fullmatch(rf"Is there {THING}\?", ask):
+        return "yes" if seen(image)[m[2], m[1]] else "no"
+    m = re.fullmatch(r"Does the image show an? (\w+) ([\w ]+) an? (\w+)\?", ask)
+    where = {d["class"]: d["box"] for d in detect_shapes(image)}
+    return "yes" if m[2] in relation(where[m[1]], where[m[3]]) else "no"
+
+
+def test_questions_have_their_answers():
+    files = make_questions()
+    assert np.mean([reread(r) == r["answer"] for r in files["vqa_train"] + files["vqa"]]) > 0.995
+    mixes = {frozenset(v): k for k, v in world.MIXES.items()}
+    for row in files["textqa_train"] + files["textqa"]:
+        ask = row["question"].removeprefix(world.THINK.format("a photo of "))
+        if m := re.fullmatch(r"an? (\w+) in the color of (\w+) (?:mixed with|and) (\w+)", ask):
+            right = world.article(f"{mixes[frozenset(m.groups()[1:])]} {m[1]}")
+        elif m := re.fullmatch(r"as many (\w+) as an? (triangle|square) has sides", ask):
+            right = f"{dict(triangle='three', square='four')[m[2]]} {m[1]}"
+        else:
+            m = re.fullmatch(r"as many (\w+) as (\w+) and (\w+)", ask)
+            right = f"{world.NUMBERS[sum(map(world.NUMBERS.index, m.groups()[1:]))]} {m[1]}"
+        assert row["answer"] == f"a photo of {right}"
+
+
+def test_questions_that_are_tested_are_never_trained():
+    files = make_questions()
+    assert not any(held(r["scene"]) for r in files["vqa_train"])
+    assert all(held(r["scene"]) for r in files["vqa"])
+    assert Counter(r["tag"] for r in files["vqa"]) == dict.fromkeys(world.PICTURE_KINDS, 60)
+    train, test = ({r["answer"] for r in files[k]} for k in ("textqa_train", "textqa"))
+    assert not train & test and min(len(train), len(test)) > 15
+    yes = [r["answer"] for r in files["vqa"] if r["answer"] in ("yes", "no")]
+    assert abs(yes.count("yes") / len(yes) - 0.5) < 0.12
+
+
+def test_first_pictures_are_right_and_wrong():
+    prompts = make_prompts()
+    files = make_reflections(prompts)
+    assert len(files["reflect"]) == 180 and len(files["reflect_train"]) == 400
+    for name, rows in files.items():
+        for row in rows:
+            assert judge(render(row["right"]), row)["correct"]
+            assert not judge(render(row["wrong"]), row)["correct"]
+            assert {held(row["right"]), held(row["wrong"])} == {name == "reflect"}
+    known = {canonical(m) for m in files["reflect_train"]}
+    assert not any(canonical(m) in known for m in files["reflect"])
+
+
+def test_cold_starts_are_drawn_as_told(monkeypatch):
+    """A thought's picture shows its answer, right or wrong; a critique is true of the first
+    picture, and the refined one is what the prompt asks."""
+    rng, thought, real = random.Random(11), [], world.think
+
+    def think(meta, rng):
+        text, told = real(meta, rng)
+        thought.append((meta, told))
+        return text, told
+    monkeypatch.setattr(world, "think", think)
+    rows = [world.cot_example(rng) for _ in range(1500)]
+    for row, (meta, told) in zip(rows, thought):
+        shown = judge(render(row["png"]), dict(told, exclude=[]))  # which is still the prompt's
+        assert shown["strict"] and row["json"]["prompt"] == meta["prompt"]
+        assert re.fullmatch(f"<think>[^<]+</think><answer>a photo of {re.escape(phrase(told))}"
+                            "</answer>", row["json"]["reasoning"])
+    wrong = [phrase(told) != phrase(meta) for meta, told in thought if meta["tag"] == "reason"]
+    assert len(wrong) > 300 and abs(np.mean(wrong) - world.THINK_ERROR) < 0.08
+    asked, picture = [], world.split_picture
+
+    def spy(meta, *more):
+        asked.append(meta)
+        return picture(meta, *more)
+    monkeypatch.setattr(world, "split_picture", spy)
+    right = 0
+    for _ in range(300):
+        asked.clear()
+        row = world.reflect_example(rng)
+        first, refined = row["image.png"], row["refined.png"]
+        yes = row["json"]["critique"] == "yes"
+        assert judge(render(first), asked[0])["correct"] == yes == (first == refined)
+        assert judge(render(refined), asked[0])["correct"] and not held(first)
+        assert yes or row["json"]["critique"] == f"no, the image shows {world.caption(first)}"
+        right += yes
+    assert abs(right / 300 - world.RIGHT_SHARE) < 0.08
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The classroom's parts once more: the real classes with few random weights, made in a second.
 
-    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; with
-    --data: cycle_edit.py's
+    torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; where
+    the last flag is --data FOLDER/edits.jsonl, cycle_edit.py's; FOLDER/pool.jsonl, reflect.py's
 """
 
 import json
@@ -31,7 +31,8 @@ import cycle_edit  # noqa: E402
 import eval as judges  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
-from data.shapes.prepare import sample_edit, tokenizer  # noqa: E402
+import reflect  # noqa: E402
+from data.shapes.prepare import picture, sample_edit, sample_meta, tokenizer  # noqa: E402
 from model import Config, MMDiT, Unified, save_checkpoint  # noqa: E402
 
 MMDIT = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
@@ -49,7 +50,7 @@ def randomise(module):
 
 
 def make(folder):
-    """Writes vlm/, vae/, dit/, sft/ (a checkpoint), prompts.jsonl, edits.jsonl. -> their Config"""
+    """Writes vlm/, vae/, dit/, sft/ (a checkpoint), prompts, edits, pool.jsonl. -> their Config"""
     torch.manual_seed(0)
     tok = tokenizer("<|im_end|>")
     tok.save_pretrained(folder / "vlm")
@@ -88,6 +89,10 @@ def make(folder):
     rows = [sample_edit(rng, kind) | dict(flat=kind == "move")
             for kind in ("add", "move", "recolor", "replace")]
     (folder / "edits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    metas = [sample_meta(tag, rng) for tag in ("colors", "position", "counting")]
+    rows = [m | dict(flat=i == 1, right=picture(m, rng, True), wrong=picture(m, rng, False))
+            for i, m in enumerate(metas)]
+    (folder / "pool.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     full = build(cfg)
     randomise(full.bridge)
     trained = {k: p for k, p in full.state_dict().items() if k.startswith(("bridge", "dit"))}
@@ -151,8 +156,11 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
                   lambda draw, n=4, limit=None, png=None: judges.bench_shapes(draw, 1, 6, png))
         m.setattr(cycle_edit, "bench_edit",
                   lambda edit, n=1, limit=None, png=None: judges.bench_edit(edit, 1, 5, png))
+        m.setattr(reflect, "bench_reflect",
+                  lambda again, n=1, limit=None, png=None: judges.bench_reflect(again, 1, 12, png))
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
-              cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"]}.get(main, [])
+              cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"],
+              reflect.main: [*FLAGS, "--limit", 8, "--data", folder / "pool.jsonl"]}.get(main, [])
         argv = ["x.py", "--init", folder / "sft", "--out", out, *rl, *flags]
         m.setattr(sys, "argv", list(map(str, argv)))
         try:
@@ -173,5 +181,6 @@ def two_ranks(folder, out, *flags):
 
 
 if __name__ == "__main__":
+    mains = {"edits.jsonl": cycle_edit.main, "pool.jsonl": reflect.main}
     play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:],
-         main=cycle_edit.main if "--data" in sys.argv else grpo.main)
+         main=mains.get(Path(sys.argv[-1]).name, grpo.main))

@@ -1,8 +1,8 @@
 """The classroom world: a universe small enough to know completely.
 
 Scenes of coloured shapes, their captions (which err at a stated rate, as web captions do), their
-GenEval metadata, edits, signs to read and riddles, and the training of the small models that live
-in it.  Everything is real: each part is the class that loads the big weights, at small size.
+GenEval metadata, edits, signs to read, riddles, questions, and the training of the small models
+that live in it.  Everything is real: each part is the class that loads the big weights, small.
 
     python -m data.shapes.prepare data     # training shards and prompt files, about a minute
     python -m data.shapes.prepare vae      # then clip, dit, sana, vlm: see LOG.md for times
@@ -21,6 +21,7 @@ import tarfile
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -491,7 +492,8 @@ def training_edit(rng, error=CAPTION_ERROR):
 # ---------------------------------------------------------------------------------------------
 # Files: training images as WebDataset shards, prompts as jsonl in GenEval's schema.
 
-SHARDS, EDIT_SHARDS, PER_SHARD = 30, 30, 1000
+SHARDS, EDIT_SHARDS, COLD_SHARDS, PER_SHARD = 30, 30, 10, 1000
+RIGHT_SHARE = 0.25  # of the first pictures in reflect/: there the refined picture is the first
 RL_MIX = dict(position=700, counting=500, color_attr=300, colors=100, two_object=100)  # Flow-GRPO's
 
 
@@ -544,6 +546,39 @@ def make_prompts():
     return files
 
 
+def make_questions():
+    """{file name: rows of tag, question, answer and, to look at, a scene}. What is evaluated shows
+    a held scene, or has an answer that no question of training has."""
+    rng, files = random.Random(5), {}
+    for name, n in dict(vqa_train=120, vqa=60).items():
+        files[name] = [picture_question(kind, rng, name == "vqa")
+                       for kind in PICTURE_KINDS for _ in range(n)]
+    space = {q["question"]: q for q in (text_question(rng) for _ in range(20000))}
+    answers = sorted({q["answer"] for q in space.values()})
+    kept = set(rng.sample(answers, len(answers) // 2))
+    for name, test in dict(textqa_train=False, textqa=True).items():
+        files[name] = [space[q] for q in sorted(space) if (space[q]["answer"] in kept) == test]
+    for name in ("vqa_train", "textqa_train"):
+        rng.shuffle(files[name])
+    return files
+
+
+def make_reflections(prompts):
+    """{file name: rows of GenEval metadata with `right` and `wrong`, scenes: first images to be
+    judged}, on both sides of make_prompts' split and of the scenes'."""
+    rng, files = random.Random(6), {}
+    for name, n in dict(reflect_train=80, reflect=30).items():
+        test = name == "reflect"
+        rows = files[name] = []
+        for tag in TAGS:
+            metas = [m for m in prompts["eval" if test else "train"] if m["tag"] == tag]
+            both = (dict(m, **{k: split_picture(m, rng, k == "right", test)
+                               for k in ("right", "wrong")}) for m in metas)  # fmt: skip
+            rows += islice((row for row in both if row["right"] and row["wrong"]), n)
+    rng.shuffle(files["reflect_train"])
+    return files
+
+
 def make_edits():
     """{file name: rows of sample_edit}: what edit RL starts from, and what is evaluated."""
     rng, files = random.Random(4), {}
@@ -571,8 +606,27 @@ def edit_example(rng):
             "json": {k: e[k] for k in ("instruction", "inverse")}}  # fmt: skip
 
 
+def cot_example(rng):
+    """A picture, its prompt and what was thought about it. Riddles come out wrong as often as the
+    VLM's (THINK_ERROR); the picture shows what the words answer, whatever the prompt asked."""
+    tag = "reason" if rng.random() < 0.25 else rng.choices(list(MIXTURE), MIXTURE.values())[0]
+    meta = sample_meta(tag, rng)
+    text, told = think(meta, rng)
+    return dict(png=scene_for(told, rng), json=dict(prompt=meta["prompt"], reasoning=text))
+
+
+def reflect_example(rng):
+    """A first picture, what the VLM would say of it if it saw all, and a picture that is right: a
+    new one, or the first, where that is right already."""
+    meta = sample_meta(rng.choices(list(MIXTURE), MIXTURE.values())[0], rng)
+    right = rng.random() < RIGHT_SHARE
+    first = split_picture(meta, rng, right)
+    return {"image.png": first, "refined.png": first if right else split_picture(meta, rng, True),
+            "json": dict(prompt=meta["prompt"], critique=critique(first, right))}  # fmt: skip
+
+
 def write_shard(path, seed, make=example):
-    """PER_SHARD examples, which err, as WebDataset: 000000.png, 000000.json, ..."""
+    """PER_SHARD examples, which may err, as WebDataset: 000000.png, 000000.json, ..."""
     rng = random.Random(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(PER_SHARD):
@@ -601,11 +655,15 @@ def write_shards(name, n, make):
 
 
 def make_data():
-    """train/*.tar and edits/*.tar (not committed), prompts/*.jsonl (committed)."""
+    """train/, edits/, cot/ and reflect/*.tar (not committed), prompts/*.jsonl (committed)."""
     write_shards("train", SHARDS, example)
     write_shards("edits", EDIT_SHARDS, edit_example)
+    write_shards("cot", COLD_SHARDS, cot_example)
+    write_shards("reflect", COLD_SHARDS, reflect_example)
     (HERE / "prompts").mkdir(exist_ok=True)
-    for name, rows in (make_prompts() | make_edits()).items():
+    prompts = make_prompts()
+    for name, rows in (prompts | make_edits() | make_questions()
+                       | make_reflections(prompts)).items():  # fmt: skip
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         (HERE / "prompts" / f"{name}.jsonl").write_bytes(text)
         print(f"prompts/{name}.jsonl: {len(rows)} rows, {len(set(text.splitlines()))} distinct, "
@@ -888,6 +946,7 @@ THINK = "Think, then generate an image: {}"
 SHOWS = IMAGE + "Does the image show {}?"
 MATCH = IMAGE + "Does the image match the prompt: {}?"
 WHICH = IMAGE + IMAGE + "Which image shows {}?"
+THINK_ERROR = 0.5  # of riddles, the share whose answer is wrong
 TASKS = dict(caption=5, yes_no=4, count=1, compare=4, critique=2, think=3, text=1)  # shares
 
 
@@ -914,13 +973,84 @@ def picture(meta, rng, right):
 
 
 def think(meta, rng):
-    """Reasoning and refined prompt.  Riddles come out wrong half the time: RL has work to do."""
+    """Reasoning and refined prompt, and the metadata that these words describe.  Riddles come out
+    wrong at the rate of THINK_ERROR: RL has work to do."""
     if meta["tag"] != "reason":
-        return f"<think>draw {phrase(meta)}</think><answer>{meta['prompt']}</answer>"
+        return f"<think>draw {phrase(meta)}</think><answer>{meta['prompt']}</answer>", meta
     told = meta
-    if rng.random() < 0.5:
+    if rng.random() < THINK_ERROR:
         told = dict(mistaken(meta, rng), reasoning=sample_meta("reason", rng)["reasoning"])
-    return f"<think>{told['reasoning']}</think><answer>a photo of {phrase(told)}</answer>"
+    return f"<think>{told['reasoning']}</think><answer>a photo of {phrase(told)}</answer>", told
+
+
+def critique(scene, right):
+    """What is said of a picture that was to match a prompt."""
+    return "yes" if right else f"no, the image shows {caption(scene)}"
+
+
+def split_picture(meta, rng, right, test=False):
+    """picture on one side of the split of scenes; None: the few that show so little may all be on
+    the other."""
+    scenes = (picture(meta, rng, right) for _ in range(500))
+    return next((scene for scene in scenes if held(scene) == test), None)
+
+
+PICTURE_KINDS = ["exists", "color", "count", "relation", "caption"]
+
+
+def picture_question(kind, rng, test=False):
+    """A question about a picture that has one short answer, in words that the VLM was taught, but
+    for "one" as a count; yes and no come equally often. -> tag, question, answer, scene"""
+    yes = rng.random() < 0.5
+    answer = "yes" if yes else "no"
+    while True:
+        tag = dict(relation="position", count=rng.choice(["single_object"] + ["counting"] * 3))
+        scene = scene_for(sample_meta(tag.get(kind, "scene"), rng), rng)
+        places = {2 * t["x"] + t["size"] for t in scene}  # one above the other: no left to right
+        if held(scene) == test and (kind != "caption" or len(places) == len(scene)):
+            break
+    t, shapes = rng.choice(scene), {t["shape"] for t in scene}
+    absent = rng.choice([s for s in SHAPES if s not in shapes])
+    if kind == "exists":
+        ask = f"Is there {article(t['shape'] if yes else absent)}?"
+    elif kind == "color":
+        color = t["color"] if yes else rng.choice([c for c in COLORS if c != t["color"]])
+        ask = f"Is there {article(named(dict(t, color=color)))}?"
+    elif kind == "count":
+        shape = t["shape"] if rng.random() < 0.8 else absent
+        ask = f"How many {plural(2, shape).split()[1]} are there?"
+        answer = NUMBERS[sum(t["shape"] == shape for t in scene)]
+    elif kind == "relation":
+        b, a = scene
+        true = relation(box(a), box(b))
+        rel = rng.choice([r for r in RELATIONS if (r in true) == yes])
+        what = f"{article(a['shape'])} {rel} {article(b['shape'])}"
+        ask = SHOWS.removeprefix(IMAGE).format(what)
+    else:
+        ask, answer = "Describe the image.", f"a photo of {caption(scene)}"
+    return dict(tag=kind, question=ask, answer=answer, scene=scene)
+
+
+def text_question(rng):
+    """A riddle, also of kinds that the VLM was never taught: sums, colors in the other order.
+    -> tag, question, answer: the refined prompt"""
+    tag, shape = rng.choice(["sides", "sum", "mixed", "and"]), rng.choice(SHAPES)
+    if tag in ("sides", "sum"):
+        of, n = rng.choice([(f"{article(s)} has sides", n) for s, n in SIDES.items()])
+        if tag == "sum":
+            a, b = rng.choice([(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1)])
+            of, n = f"{NUMBERS[a]} and {NUMBERS[b]}", a + b
+        ask, answer = f"as many {plural(2, shape).split()[1]} as {of}", plural(n, shape)
+        fine = (shape, n) != UNSEEN_COUNT
+    else:
+        c = rng.choice(list(MIXES))
+        x, y = rng.sample(MIXES[c], 2)
+        by = "mixed with" if tag == "mixed" else "and"
+        ask, answer = f"{article(shape)} in the color of {x} {by} {y}", article(f"{c} {shape}")
+        fine = (c, shape) not in UNSEEN_PAIRS
+    if not fine:
+        return text_question(rng)
+    return dict(tag=tag, question=THINK.format(f"a photo of {ask}"), answer=f"a photo of {answer}")
 
 
 def vlm_task(rng, task=None):
@@ -947,11 +1077,11 @@ def vlm_task(rng, task=None):
         ask, answer = WHICH.format(meta["prompt"]), "first" if right else "second"
     elif task == "critique":
         scenes = [picture(meta, rng, right)]
-        answer = "yes" if right else f"no, the image shows {caption(scenes[0])}"
+        answer = critique(scenes[0], right)
         ask = MATCH.format(meta["prompt"])
     else:
         meta = sample_meta("reason", rng) if rng.random() < 0.25 else meta
-        ask, answer, scenes = THINK.format(meta["prompt"]), think(meta, rng), []
+        ask, answer, scenes = THINK.format(meta["prompt"]), think(meta, rng)[0], []
         if task == "text":  # language modelling of the prompt itself: its states become rich
             head, _ = (USER + DRAW).split(" {}")
             return head, " " + meta["prompt"] + "<|im_end|>", []
