@@ -65,7 +65,7 @@ class Args:
     max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
     data: str = "data/shapes/prompts/edit_train.jsonl"   # or a folder with metadata.jsonl
     out: str = "out/cycle"            # run folder
-    steps: int = 300                  # updates
+    steps: int = 150                  # updates
     B: int = 8                        # sources per update, over all ranks
     G: int = 8                        # edits per source, the group that is compared
     T: int = 10                       # denoising steps while training (evaluation: --eval-T)
@@ -81,7 +81,7 @@ class Args:
     train: str = "dit"                # what learns: dit, bridge (and its queries) or both
     lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
     lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
+    lr: float = 1.6e-4                # AdamW; 5 steps of warm-up, then linearly down to a tenth
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     updates: int = 1                  # optimiser steps per rollout, each on its share of samples

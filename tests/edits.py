@@ -37,11 +37,11 @@ BASE, DRAWS = "data/shapes/sft-edit", "data/shapes/sft"
 EDITS = "--edits data/shapes/edits --edit-share"
 # arm: what it goes on from, script, updates, flags. Where that is another arm, its own seed's.
 ARMS = {
-    "cycle": (BASE, cycle_edit, 150, "--lr 1.6e-4"),
-    "edit": (BASE, cycle_edit, 120, "--reward edit --lr 1.6e-4"),
+    "cycle": (BASE, cycle_edit, 150, ""),
+    "edit": (BASE, cycle_edit, 120, "--reward edit"),
     "T2I": (BASE, grpo, 60, "--lr 1.6e-4"),
     "fine-tuning": (BASE, sft, 900, EDITS + " 0.75 --lr 2e-4"),
-    "cycle, shuffled": (BASE, cycle_edit, 150, "--lr 1.6e-4 --shuffle"),
+    "cycle, shuffled": (BASE, cycle_edit, 150, "--shuffle"),
     "edit, then T2I": ("edit", grpo, 60, "--lr 1.6e-4"),
     "both": (DRAWS, sft, 400, EDITS + " 1 --refs both"),
     "VLM": (DRAWS, sft, 400, EDITS + " 1 --refs vlm"),
