@@ -43,9 +43,9 @@ ARMS = {
     "fine-tuning": (BASE, sft, 900, EDITS + " 0.75 --lr 2e-4"),
     "cycle, shuffled": (BASE, cycle_edit, 150, "--shuffle"),
     "edit, then T2I": ("edit", grpo, 60, "--lr 1.6e-4"),
-    "both": (DRAWS, sft, 400, EDITS + " 1 --refs both"),
-    "VLM": (DRAWS, sft, 400, EDITS + " 1 --refs vlm"),
-    "DiT": (DRAWS, sft, 400, EDITS + " 1 --refs dit"),
+    "both": (DRAWS, sft, 300, EDITS + " 1 --refs both"),
+    "VLM": (DRAWS, sft, 300, EDITS + " 1 --refs vlm"),
+    "DiT": (DRAWS, sft, 300, EDITS + " 1 --refs dit"),
 }
 CLAIMS = [                                # better, worse, in what, where
     ("cycle", "base", "edits", "UniRL-Zero: Cycle Edit RL"),
