@@ -3,7 +3,7 @@
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
     python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
-    python eval.py --bench shapes-edit --init out/sft-edit --guidances 1,3 --out out/edits
+    python eval.py --bench shapes-edit --init data/shapes/sft-edit --guidances 1,3 --out out/edits
     python eval.py --bench shapes-reason --init out/sft-cot    # also shapes-reflect, shapes-vqa
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
 """

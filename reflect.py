@@ -52,7 +52,7 @@ KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_st
 class Args:
     preset: str = "shapes"            # which model: see PRESETS in model.py
     recipe: str = "fast"              # which flags: see RECIPES in model.py
-    init: str = "data/shapes/sft-reflect"  # a checkpoint that redraws, or as in grpo.py
+    init: str = "out/sft-reflect"  # a checkpoint that redraws, or as in grpo.py
     vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
     dit: str = ""                     # the same; or owner/repo/subfolder
     vae: str = ""                     # the same

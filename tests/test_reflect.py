@@ -380,7 +380,7 @@ def test_reflect_refuses(talker, tmp_path, monkeypatch, flags, words):
 
 def test_defaults_are_those_of_cycle_edit():
     """What both scripts have means, and is, the same."""
-    other = dict(init="data/shapes/sft-reflect", reward="geneval", out="out/reflect", train="both",
+    other = dict(init="out/sft-reflect", reward="geneval", out="out/reflect", train="both",
                  data="data/shapes/prompts/reflect_train.jsonl")
     for name in vars(Args()).keys() & vars(cycle_edit.Args()).keys():
         assert getattr(Args(), name) == other.get(name, getattr(cycle_edit.Args(), name)), name
