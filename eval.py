@@ -1549,7 +1549,7 @@ def bench_vqa(answer, name="vqa", n_per_row=1, limit=None, png=None):
 
     answer(questions, images, seeds) -> N texts; images: N lists of one uint8 (3,64,64), or None.
     accuracy: mean over kinds of the share of right answers; then by kind. words: of an answer.
-    png: pictures, question and answer below, right ones framed green."""
+    png: pictures, question and answer below, right ones framed green; of textqa a table, .md."""
     rows, seeds = choose(name, n_per_row, limit)
     rows = [dict(row, prompt=str(i)) for i, row in enumerate(rows)]              # each its own
     looks = [row for row in rows for _ in range(n_per_row)]
@@ -1560,8 +1560,10 @@ def bench_vqa(answer, name="vqa", n_per_row=1, limit=None, png=None):
     else:
         said = in_batches(lambda q, s: answer(q, None, s), questions, seeds)
     right = np.array([answer_of(t) == row["answer"].lower() for t, row in zip(said, looks)])
-    if png:
-        show = [i * n_per_row for i in spread(rows, 8)]
+    show = [i * n_per_row for i in spread(rows, 8)]
+    if png and name == "textqa":
+        show_answers(*([of[i] for i in show] for of in (questions, said, right)), png)
+    elif png:
         grid(torch.stack([images[i][0] for i in show]),
              [f"{questions[i]} {said[i]}" for i in show], png, right[show])
     out = dict(answers=len(said)) | word_table(rows, accuracy=right)
@@ -1611,6 +1613,14 @@ def grid(images, captions, path, frames=None, columns=8):
         pen.multiline_text((x, y + zoom * H + 4), text[i], "black", font, spacing=2)
     page.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
+
+
+def show_answers(questions, said, right, path):
+    """What has no picture to stand below, as a table: path with .md in place of .png."""
+    rows = [f"| {q} | {t} | {'yes' if ok else 'no'} |".replace("\n", " ")
+            for q, t, ok in zip(questions, said, right)]
+    write(Path(path).with_suffix(".md"), "\n".join(
+        ["| question | answer | right |", "|---|---|---|", *rows, ""]))
 
 
 def show_table(runs):

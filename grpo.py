@@ -1,4 +1,4 @@
-"""Stage 3, reinforcement learning: draw, score, compare with the group, draw better.
+"""Stage 3, reinforcement learning: draw or answer, score, compare with the group, do better.
 
 Flow-GRPO (Liu et al. 2025) with what makes it cheap: few steps, no guidance, noise on a window of
 steps only, that window trained in one batched forward, one update per rollout.
@@ -7,14 +7,18 @@ steps only, that window trained in one batched forward, one update per rollout.
     python grpo.py --reward jpeg_compressibility    # UniRL-Zero fig. 2
     python grpo.py --recipe flow-grpo               # a paper's own flags: RECIPES in model.py
     torchrun --nproc-per-node 2 grpo.py             # prompts are shared out; the result is the same
+    torchrun grpo.py --task cot                     # think, then draw: one advantage for both
+    torchrun grpo.py --task vqa                     # answers alone, to questions about pictures
 
 One iteration (DiT forwards per optimised image: at most T + 3 x window, a backward counting two):
 
-    1  draw B prompts, encode each once, repeat it G times
+    1  draw B prompts, encode each once, repeat it G times; with words (cot: UniRL-Zero's scenario
+       5; text, vqa: 1 and 2) the language model answers each G times, every token an action
     2  roll out: Euler steps, except in the window, which steps at random and keeps its log-probs
-    3  score the images; advantage = how much better than the group, in standard deviations
-    4  climb the clipped surrogate over the window's steps; groups that all agree cost nothing
-    5  log; now and then look at pictures and score held-out prompts
+    3  score images or answers; advantage = how much better than the group, in standard deviations
+    4  climb the clipped surrogates over the window's steps and over the tokens, with one advantage
+       for both; groups that all agree cost nothing
+    5  log; now and then look at pictures and words and score held-out prompts
 """
 
 import copy
@@ -24,25 +28,46 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval import JUDGE, bench_shapes, grid, parse_weights, read_prompts, score, show_table
-from model import (Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts, key, log,
-                   odds, open_run, pairs, parse, plot, preset, sde_step, setup, sigmas, slices,
-                   span, start_model, stop_flag, sum_grads, table, write)
+from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, grid, parse_weights,
+                  read_prompts, score, see, show_answers, show_table)
+from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, answers, fail,
+                   given_parts, key, log, odds, open_run, pairs, parse, plot, preset, read_image,
+                   sde_step, setup, sigmas, slices, span, spans, start_model, stop_flag, sum_grads,
+                   table, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
+TASKS = {                                                     # what differs from Args by task
+    "t2i": {},
+    "cot": dict(init="data/shapes/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl",
+                train="both", out="out/cot", format=0.2),
+    "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", train="lm", out="out/text"),
+    "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", train="lm", out="out/vqa"),
+}
+LOOK = {                                                      # a quick score -> held-out metrics
+    "t2i": dict(score="score", extra="extra_rate", kB="jpeg_kb"),
+    "cot": dict(score="score", raw="raw", answer="answer", format="format", length="words"),
+    "text": dict(score="accuracy", length="words"), "vqa": dict(score="accuracy", length="words"),
+}
+TRAIN = {                                                     # --train -> parts that learn
+    "t2i": dict(dit=["dit"], bridge=["bridge"], both=["dit", "bridge"]),
+    "cot": dict(lm=["vlm"], dit=["dit"], both=["dit", "bridge", "vlm"]),
+    "text": dict(lm=["vlm"]), "vqa": dict(lm=["vlm"]),
+}
 
 
 @dataclass
 class Args:
-    task: str = "t2i"                 # t2i: the DiT learns from pictures
+    task: str = "t2i"                 # t2i | cot: think, then draw | text, vqa: answer
     preset: str = "shapes"            # which model: see PRESETS in model.py
     recipe: str = "fast"              # which flags: see RECIPES in model.py
     init: str = "data/shapes/sft"     # a checkpoint, or a diffusers DiT's or peft LoRA's folder
@@ -53,12 +78,18 @@ class Args:
     judge: str = ""                   # VLM of rewards preference, judge; empty: see eval.MODELS
     judge_url: str = ""               # where it answers (OpenAI-compatible); empty: it runs here
     max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
-    prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema
+    prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema, or of questions
     mix: str = ""                     # odds of the prompts' categories: text:3,*:1; empty: as found
     out: str = "out/grpo"             # run folder
     steps: int = 300                  # updates
     B: int = 16                       # prompts per update, over all ranks
-    G: int = 8                        # images per prompt, the group that is compared
+    G: int = 8                        # images (or thoughts, answers) per prompt: the group
+    images_per_thought: int = 1       # cot: so many of one thought, which learns by their mean
+    answer_only: bool = False         # cot: the DiT is told the answer, not prompt and thought
+    limit: int = 64                   # tokens of a thought or an answer
+    temperature: float = 1.0          # of words, in training and evaluation
+    top_p: float = 1.0                # words are among the likeliest of this mass; 1: all
+    format: float = 0.0               # weight of the reward for <think> and <answer> being there
     T: int = 10                       # denoising steps while training (evaluation: --eval-T)
     window: int = 3                   # consecutive steps that are random and trained
     window_start: int = 0             # first step a window may start at
@@ -69,15 +100,21 @@ class Args:
     shared_noise: bool = True         # one initial noise per group: its spread is then all actions
     guidance: float = 1.0             # the same in rollout and update; 1 = none, half the forwards
     norm: str = "group"               # of advantages: group, joint or global, see group_advantage
-    train: str = "dit"                # what learns: dit, bridge (and its queries) or both
+    train: str = "dit"                # t2i: dit, bridge (with queries) or both; cot: lm, dit or
+                                      # both, and the bridge between; text, vqa: lm
     lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
     lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
+    vlm_lora_rank: int = 0            # of an adapter on the language model, likewise
+    vlm_lora_alpha: int = 128         # the same, for it
     lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
+    lm_lr: float = 3e-5               # the same, of the language model
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
+    lm_clip: float = 0.2              # ratio range of a token
     updates: int = 1                  # optimiser steps per rollout, each on its share of the images
     shuffle: bool = False             # control row: rewards dealt out at random over the batch
     beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
+    lm_beta: float = 0.0              # the same, of words
     kl: str = "mean"                  # mean: between step means, closed form | flow-grpo | velocity
     sft: float = 0.0                  # weight of the loss of fine-tuning, rewards have the rest
     sft_data: str = "data/shapes/train"   # its images and prompts, as pretrain.py's --data
@@ -87,7 +124,7 @@ class Args:
     ldam_leap: float = 100.0          # gate: so many times grows the gradient norm; 0: always open
     ldam_falls: int = 5               # gate: so many times has the reward fallen; 0: always open
     ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
-    micro: int = 64                   # window rows per backward; 0: all. Gradients are equal
+    micro: int = 64                   # window rows, or thoughts, per backward; 0: all. No change
     checkpoint: bool = False          # the DiT's blocks compute again what backward needs: memory
     compile: bool = False             # the DiT by torch.compile: minutes at first, then faster
     eval_every: int = 20              # updates between quick scores on held-out prompts
@@ -98,9 +135,10 @@ class Args:
 
 def check(args, world):
     """Every error a user can make, before anything is loaded or written."""
-    if args.task != "t2i":
-        fail(f"unknown task {args.task!r}; there is: t2i")
-    if args.prompts == Args.prompts and not args.preset.startswith("shapes"):
+    if args.task != "t2i" and preset(args.preset).bridge == "text":
+        fail(f"preset {args.preset!r} has no language model that could answer")
+    if args.prompts in (Args.prompts, TASKS[args.task].get("prompts")) and (
+            not args.preset.startswith("shapes")):
         fail(f"preset {args.preset!r} draws photos and needs --prompts of its own: eval.py "
              "--write-prompts geneval-train FILE writes some")
     if args.G < 2:
@@ -117,14 +155,25 @@ def check(args, world):
         fail(f"--B {args.B} x --G {args.G} images cannot be shared by --updates {args.updates}")
     if not 0 <= args.sft < 1 or args.sft and args.sft_batch % world:
         fail(f"--sft {args.sft} is a share in [0,1), --sft-batch a multiple of the {world} ranks")
-    if args.lora_rank and args.train == "bridge":
-        fail("--lora-rank adapts the DiT: --train dit or both")
-    for name, value, valid in (("train", args.train, ("dit", "bridge", "both")),
+    for name, value, valid in (("train", args.train, tuple(TRAIN[args.task])),
                                ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
                                ("norm", args.norm, ("group", "joint", "global")),
                                ("kind", args.kind, KERNELS)):
         if value not in valid:
             fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
+    learns = TRAIN[args.task][args.train]
+    if args.lora_rank and "dit" not in learns or args.vlm_lora_rank and "vlm" not in learns:
+        fail(f"--lora-rank adapts the DiT, --vlm-lora-rank the language model; of --task "
+             f"{args.task}, --train {args.train} learns: {', '.join(learns)}")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(
+            args.limit, args.images_per_thought) < 1:
+        fail("--temperature is above 0 (else a group agrees), --top-p in (0,1], --limit and "
+             "--images-per-thought at least 1")
+    for flag, of in (("images_per_thought", ["cot"]), ("answer_only", ["cot"]),
+                     ("ldam", ["t2i"]), ("sft", ["t2i", "cot"]),
+                     ("format", ["cot", "text", "vqa"])):
+        if getattr(args, flag) != getattr(Args, flag) and args.task not in of:
+            fail(f"--{flag.replace('_', '-')} is for --task {' or '.join(of)}")
     try:                                                 # a mix of rewards, or {category: mix}
         text = Path(args.reward).read_text() if args.reward.endswith(".json") else args.reward
         mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}
@@ -136,6 +185,26 @@ def check(args, world):
     if args.ldam and (preset(args.preset).bridge != "lim" or not ldam):
         fail(f"--ldam {args.ldam} wants a preset with bridge lim, and one of those in --reward")
     return weights, mix, ldam
+
+
+def read_questions(path):
+    """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
+    -> rows with `prompt`, the question, and `picture`, uint8 (3,H,W)."""
+    rows = []
+    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row |= dict(prompt=row["question"], answer=answer_of(row["answer"]))
+            if "scene" in row:
+                row["picture"] = see(row["scene"])
+            elif "image" in row:
+                image = np.array(read_image(Path(path).parent / row["image"]))
+                row["picture"] = torch.from_numpy(image).permute(2, 0, 1)
+        except (*UNREADABLE, TypeError, LookupError, AttributeError) as e:
+            raise ValueError(f"{path}, line {i}: not a JSON object with `question`, `answer` and "
+                             f"maybe a `scene` or `image` that can be read ({e!r})")
+        rows.append(row)
+    return rows
 
 
 @torch.no_grad()
@@ -247,6 +316,23 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
     return torch.cat(seen)
 
 
+def token_surrogate(logp, old, mask, A, denominator, args, ref=None):
+    """The clipped objective over words (UniRL-Zero eq. 2). logp, old, for --lm-beta the reference's
+    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,).
+
+    Departs from eq. 2, which means over a critique's tokens first: here every token of the batch
+    weighs the same, so that yes or no, which decides, weighs the same in a short and a long one.
+    -> loss, (tokens,2): each token's ratio and KL (k3: r - 1 - log r of reference to policy)"""
+    ratio = (logp - old)[mask].exp()                                             # (tokens,)
+    A = A[:, None].expand_as(mask)[mask]
+    gain = torch.min(ratio * A, ratio.clamp(1 - args.lm_clip, 1 + args.lm_clip) * A)
+    kl = torch.zeros_like(ratio)
+    if args.lm_beta:
+        off = (ref - logp)[mask]
+        kl = off.exp() - 1 - off
+    return (args.lm_beta * kl - gain).sum() / denominator, torch.stack([ratio, kl], 1).detach()
+
+
 class Ldam:
     """ParaUni's algorithm 1: once the gradient norm has leapt and a reward has fallen again and
     again, the next iteration sees that reward's layers through noise, c_i (1 + gamma eps) (eq. 6);
@@ -282,31 +368,43 @@ class Ldam:
 
 
 def main():
-    args = parse(Args, __doc__, "stage3")
+    args = parse(Args, __doc__, "stage3", TASKS)
     rank, world, device = setup()
     weights, mix, layers = check(args, world)
+    draws, speaks = args.task in ("t2i", "cot"), args.task != "t2i"
+    ask = "think" if draws else "ask"
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
-        metas = read_prompts(args.prompts)
+        metas = (read_prompts if draws else read_questions)(args.prompts)
     except (OSError, ValueError) as e:
         fail(e)
     if not metas:
         fail(f"{args.prompts} holds no prompts")
-    learns = {k: None for k in ("dit", "bridge") if args.train in (k, "both")}
-    if args.lora_rank:
-        learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
+    if args.task == "vqa" and not all("picture" in m for m in metas):
+        fail(f"{args.prompts}: --task vqa is about pictures; a line without one is --task text's")
+    rank_of = dict(dit=(args.lora_rank, args.lora_alpha),
+                   vlm=(args.vlm_lora_rank, args.vlm_lora_alpha))
+    learns = {k: adapter(k, *rank_of[k]) if k in rank_of else None
+              for k in TRAIN[args.task][args.train]}
+    climbs = "dit" in learns or "bridge" in learns       # by denoising steps, "vlm" by tokens
     # The reference of the KL is the initial policy: frozen copies of what learns, but for a LoRA.
-    copies = [k for k, lora in learns.items() if args.beta and not lora]
-    rows = args.micro or args.window * args.B * args.G // world
-    model = start_model(args, learns, rows, "bridge" in learns and args.B // world, rank, device,
-                        copies)
+    copies = [k for k, lora in learns.items() if (args.beta or args.lm_beta) and not lora]
+    B, G, M = args.B // world, args.G, args.images_per_thought   # B from here on: of this rank
+    rows = draws and (args.micro or args.window * B * G * M)
+    reads = (args.micro or B * G) if "vlm" in learns else "bridge" in learns and B
+    model = start_model(args, learns, rows, reads, rank, device, copies)
     model.dit.checkpoint = args.checkpoint
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part
-           for name, part in (("dit", model.dit), ("bridge", model.bridge))] if args.beta else None
+    ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
+           (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))
+           ] if args.beta or args.lm_beta else None
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
-    opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
+    experts = {lr: [p for k, p in params.items() if k.startswith("vlm.") == (lr == "lm_lr")]
+               for lr in ("lr", "lm_lr")}
+    experts = {lr: some for lr, some in experts.items() if some}
+    opt = torch.optim.AdamW([dict(params=some) for some in experts.values()], lr=args.lr,
+                            betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     data = args.sft and pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank,
@@ -319,72 +417,126 @@ def main():
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, rates = math.prod(model.noise([0]).shape), odds(metas, mix)
-    B, G = args.B // world, args.G                       # B from here on: prompts of this rank
+    each, group = (M, G * M) if speaks else (G, G)   # images of one condition, images compared
     stop, jury = stop_flag(), ThreadPoolExecutor(1)
 
-    def look(step):
-        """Fixed prompts at fixed noise: a grid to look at, a quick score. -> metrics"""
-        png = out / "samples" / f"step_{step:05d}.png"
+    def say(model, questions, images, seeds):
+        return model.generate(questions, images, "ask", args.limit, args.temperature,
+                              keys=seeds).texts
+
+    def bench(model, limit=None, n=4, png=None):
+        """Held-out prompts of the classroom, drawn or answered as in training. -> metrics"""
+        if not draws:
+            return bench_vqa(partial(say, model), dict(text="textqa", vqa="vqa")[args.task], n,
+                             limit, png)
         draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
+        return bench_reason(draw, think(model), n, limit, png) if speaks else bench_shapes(
+            draw, n, limit, png)
+
+    def think(model):
+        return partial(model.think, steps=args.eval_T, guidance=args.guidance, limit=args.limit,
+                       temperature=args.temperature, answer_only=args.answer_only)
+
+    def look(step):
+        """Fixed prompts at fixed noise: pictures and words to look at, a quick score. -> metrics"""
+        png, faces = out / "samples" / f"step_{step:05d}.png", metas[:16]
+        prompts, seeds = [m["prompt"] for m in faces], range(len(faces))
         with ema.applied():
             if args.preset.startswith("shapes"):                     # held-out prompts
-                r = bench_shapes(draw, 1, 96, png)
-                return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
-            faces = [m["prompt"] for m in metas[:16]]
-            images = draw(faces, range(len(faces))).cpu()
-        grid(images, faces, png)
-        R, W, _ = score(images, metas[:16], 1, weights)
+                r = bench(model, 96, 1, png)
+                return {name: r[k] for name, k in LOOK[args.task].items()}
+            if not draws:
+                said = say(model, prompts, pictures_of(faces), seeds)
+                right = [answer_of(t) == m["answer"] for t, m in zip(said, faces)]
+                show_answers(prompts, said, right, png)
+                return dict(score=sum(right) / len(right))
+            if speaks:
+                images, words = think(model)(prompts, seeds)
+                texts = [f"{p}: {t}" for p, t in zip(prompts, words.texts)]
+            else:
+                images, texts = model.draw(prompts, seeds, args.eval_T, args.guidance), prompts
+        grid(images.cpu(), texts, png)
+        R, W, _ = score(images.cpu(), faces, 1, weights)
         return dict(score=((R * W).nansum() / W.sum()).item())
 
-    def conditions(prompts, noise):
-        """Branches of encoded prompts, and leaves of the same values: micro-batches of the update
-        add their gradients there, then one backward goes on into the bridge, so that each prompt is
-        encoded once whatever learns."""
-        with torch.set_grad_enabled(args.train != "dit"):
-            encoded = model.guided(model.encode(prompts, layer_noise=noise), args.guidance)
+    def pictures_of(rows):
+        return [[row["picture"]] for row in rows] if args.task == "vqa" else None
+
+    def conditions(rows, words, grad, noise=None):
+        """Branches of conditions, one of each row (and of its words); leaves of the same values:
+        micro-batches of the update add their gradients there, then one backward goes on into bridge
+        and language model, so that all is read once whatever learns; log-probs of the words."""
+        prompts, cond, logp = [m["prompt"] for m in rows], None, None
+        with torch.set_grad_enabled(grad):
+            if args.task == "t2i":
+                cond = model.encode(prompts, layer_noise=noise)
+            elif draws and not args.answer_only:
+                cond, logp = model.encode_words(prompts, None, words, ask, args.temperature)
+            else:
+                cond = model.encode(answers(prompts, words)) if draws else None
+                logp = model.text_logp(prompts, pictures_of(rows), words, ask, args.temperature)
+            encoded = model.guided(cond, args.guidance) if draws else []
         return encoded, [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
-                         for w, c in encoded]
+                         for w, c in encoded], logp
 
     stopped, shown = False, look(0) if rank == 0 and not args.resume else {}
     if not args.resume:
         log(out, rank, dict(step=0, at=0.0, **shown))
     bar = tqdm(range(start, args.steps), "grpo", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
-        # 1  draw B prompts, encode each once, repeat it G times
+        # 1  draw B prompts; encode each once and repeat it G times, or answer it G times
         g = torch.Generator().manual_seed(key(args.seed, step, 0))
         chosen = (rates.multinomial(min(args.B, int((rates > 0).sum())), generator=g) if mix else
                   torch.randperm(len(metas), generator=g)[: args.B]).tolist()
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
         window = range(first, first + args.window)
         mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
-        batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(G)]
+        batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(group)]
         clock = [("", time.time())]
-        prompts = [m["prompt"] for m in batch[::G]]
-        encoded, guided = conditions(prompts, noise)                             # B conditions
-        anchor = None
+        index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
+        asked, words = batch[::each], None                       # a condition of each
+        if speaks:               # log-probs are not those of drawing but of the update's own pass
+            keys = [key(args.seed, step, n * M * 100 + 99) for n in index]
+            words = model.generate([m["prompt"] for m in asked[::G]], pictures_of(asked[::G]), ask,
+                                   args.limit, args.temperature, args.top_p, keys, G)
+            clock.append(("words", time.time()))
+        grad = "bridge" in learns and not speaks
+        encoded, guided, old_logp = conditions(asked, words, grad, noise)
+        anchor = logp_ref = None
         if ref:
             with torch.no_grad(), swapped(model, ref):
-                anchor = ref, model.guided(model.encode(prompts, layer_noise=noise), args.guidance)
+                _, guided_ref, logp_ref = conditions(asked, words, False, noise)
+                anchor = ref, guided_ref
 
         # 2  roll out: Euler steps, except in the window. An endpoint judges the first prompts'
         #    images while the next are drawn, by the same policy; what judges here waits its turn
-        index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
-        keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
-                 key(args.seed, step, n * 100 + 1)) for n in index]
+        keys = [(key(args.seed, step, (n // group * group if args.shared_noise else n) * 100),
+                 key(args.seed, step, n * 100 + 1)) for i in index for n in range(i * M, i * M + M)]
         paths, judged = [], []
-        for some in slices(B, -(-B // 4) if JUDGE.url else B):
-            n, c = slice(some.start * G, some.stop * G), [(w, c.rows(some)) for w, c in guided]
-            x0, *path = rollout(model, c, ts, window, args, keys[n])
+        for some in slices(B, -(-B // 4) if JUDGE.url else B) if draws else ():
+            n = slice(some.start * group, some.stop * group)
+            at = slice(n.start // each, n.stop // each)
+            x0, *path = rollout(model, [(w, c.rows(at)) for w, c in guided], ts, window,
+                                replace(args, G=each), keys[n])
             paths.append(path)
             clock.append(("rollout", time.time()))
             images = model.to_images(x0).cpu()                                   # (n,3,H,W) uint8
             clock.append(("decode", time.time()))
-            judged.append(jury.submit(score, images, batch[n], G, weights))
-        xs, old = (torch.cat(x, 1) for x in zip(*paths))
+            judged.append(jury.submit(score, images, batch[n], group, weights))
 
-        # 3  score the images; compare each with its own group
-        R, W, names = zip(*(of.result() for of in judged))
-        R, W, names = torch.cat(R), torch.cat(W), names[0]                       # (N,K) each
+        # 3  score images or answers; compare each with its own group
+        if draws:
+            xs, old = (torch.cat(x, 1) for x in zip(*paths))
+            R, W, names = zip(*(of.result() for of in judged))
+            R, W, names = torch.cat(R), torch.cat(W), names[0]                   # (N,K) each
+        else:
+            R = torch.tensor([[answer_of(t) == m["answer"]] for t, m in zip(words.texts, batch)])
+            R, W, names = R.float(), torch.ones(len(R), 1), ["answer"]
+        if args.format:
+            ok = [spans(t)["ok"] and end for t, end in zip(words.texts, words.closed.tolist())]
+            ok = torch.tensor(ok).float().repeat_interleave(M)[:, None]
+            R, W = torch.cat([R, ok], 1), F.pad(W, (0, 1), value=args.format)
+            names = [*names, "format"]
         tried = W != 0                                   # a failure moves nothing, but counts
         failed = tried & R.isnan()
         lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
@@ -395,31 +547,49 @@ def main():
                  f"{JUDGE.error}")
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
-        A = group_advantage(R, W, G, args.norm)                                  # (N,), mean 0
+        A = group_advantage(R, W, group, args.norm)                              # (N,), mean 0
         if args.norm == "group":                                                 # batch z-score
             A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
-        keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
+        keep = (A.view(B, group).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
         clock.append(("reward", time.time()))
 
         # 4  climb the clipped surrogate; groups that all agree cost no forward. As in Flow-GRPO, an
         #    update takes its share of the images, drawn over all ranks; the first has ratio 1
         share = torch.randperm(args.B * G, generator=g)[index] % args.updates    # (N,)
         trained = sorted(torch.randperm(args.window, generator=g)[: args.trained or None].tolist())
-        denominator = args.B * G * len(trained) / args.updates / (1 - args.sft)
-        seen, taught = [], 0.0
+        moves = args.B * G * M * len(trained) / args.updates / (1 - args.sft)
+        tokens = speaks and all_mean([words.mask.sum().item()])[0] * world / args.updates
+        seen, spoken, taught = *([[] for _ in range(args.updates)] for _ in "12"), 0.0
         for u in range(args.updates):
-            if u and args.train != "dit":                # the bridge has learned: once more
-                encoded, guided = conditions(prompts, noise)
+            if u and "bridge" in learns and not speaks:  # the bridge has learned: once more
+                encoded, guided, _ = conditions(asked, None, True, noise)
             now = keep[share[keep] == u]
-            seen.append(torch.tensor([[1.0, 0.0]], device=device))
-            if len(now):
-                k = now.to(device)
-                seen[u] = surrogate(model, guided, k // G, xs[:, k], old[:, k], A[now].to(device),
-                                    ts, window, denominator, args, anchor, trained)
-            if args.train != "dit" and len(now):
-                ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided)
-                        for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
-                torch.autograd.backward(*zip(*ends))
+            for some in slices(len(now), speaks and args.micro) if len(now) else ():
+                at = now[some]
+                k = (at[:, None] * M + torch.arange(M)).flatten().to(device)     # their images
+                branches, its_ref, whose = guided, anchor, k // each
+                if speaks:               # a few thoughts, read again with gradient if the LM learns
+                    n, whose = at.tolist(), torch.arange(len(k), device=device) // M
+                    branches = [(w, c.rows(n)) for w, c in guided]
+                    its_ref = anchor and (ref, [(w, c.rows(n)) for w, c in anchor[1]])
+                if "vlm" in learns:
+                    encoded, branches, logp = conditions([asked[i] for i in n], words.rows(n), True)
+                if climbs:
+                    seen[u].append(surrogate(model, branches, whose, xs[:, k], old[:, k],
+                                             A.to(device)[k], ts, window, moves, args, its_ref,
+                                             trained))
+                ends = []
+                if "vlm" in learns:      # a thought has its images' advantage, their mean
+                    loss, of = token_surrogate(
+                        logp, old_logp[n], words.mask[n], A.to(device)[k].view(-1, M).mean(1),
+                        tokens, args, logp_ref if logp_ref is None else logp_ref[n])
+                    spoken[u].append(of)
+                    ends.append((loss, None))
+                if "bridge" in learns:
+                    ends += [(a, b.grad) for (_, e), (_, c) in zip(encoded, branches)
+                             for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
+                if ends:
+                    torch.autograd.backward(*zip(*ends))
             if args.sft:                                 # DeepGen eq. 5: (1 - sft) RL + sft SFT
                 pictures, texts = next(data)
                 ids = [key(args.seed, step, 500_000 + 2 * (u * args.sft_batch + i * world + rank))
@@ -429,24 +599,35 @@ def main():
                     (args.sft * loss).backward()
                     taught += loss.item() * world / args.updates
             sum_grads(list(params.values()))
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-            for group in opt.param_groups:
-                group["lr"] = args.lr * min(1, (step + 1) / 5) * (1 - 0.9 * step / args.steps)
+            norms = {lr.replace("lr", "grad_norm"): torch.nn.utils.clip_grad_norm_(some, 1.0).item()
+                     for lr, some in experts.items()}            # each expert by its own norm
+            for some, lr in zip(opt.param_groups, experts):
+                some["lr"] = getattr(args, lr) * min(1, (step + 1) / 5) * (
+                    1 - 0.9 * step / args.steps)
             opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)
         clock.append(("update", time.time()))
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        (ratio, kl), scored = torch.cat(seen).T, ~R.isnan()
+        scored, none = ~R.isnan(), torch.tensor([[1.0, 0.0]], device=device)
         sums = all_mean([*R.double().nansum(0), *scored.sum(0)])
         rewards = {f"reward_{n}": a / b for n, a, b in zip(names, sums, sums[len(names):]) if b}
-        stats = dict(kept=len(keep) / len(A),
-                     ratio_off=(seen[0][:, 0] - 1).abs().max(), ratio_low=ratio.quantile(0.05),
-                     ratio_high=ratio.quantile(0.95), kl=kl.mean(), sft=taught, stop=bool(stop),
-                     clipped=((ratio - 1).abs() > args.clip).float().mean(),
-                     # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
-                     kl_old=(D * ratio.log()).square().mean() / 2)
+        stats = dict(kept=len(keep) / len(index), stop=bool(stop))
+        for who, got, clip, nats in [("", seen, args.clip, D)] * climbs + [
+                ("lm_", spoken, args.lm_clip, 1)] * ("vlm" in learns):
+            ratio, kl = torch.cat([x for u in got for x in u] or [none]).T
+            stats |= {who + name: x for name, x in dict(
+                ratio_off=(torch.cat([none, *got[0]])[:, 0] - 1).abs().max(),
+                ratio_low=ratio.quantile(0.05), ratio_high=ratio.quantile(0.95), kl=kl.mean(),
+                clipped=((ratio - 1).abs() > clip).float().mean(),
+                # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
+                kl_old=(nats * ratio.log()).square().mean() / 2).items()}
+        if draws:
+            stats |= dict(sft=taught)
+        if speaks:
+            stats |= dict(words=words.mask.sum(1).float().mean(),
+                          closed=words.closed.float().mean())
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         spent = Counter()
@@ -454,7 +635,7 @@ def main():
             spent[f"s_{name}"] += b - a
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   ldam=noise is not None, clip_nats=args.clip * D, grad_norm=norm.item(),
+                   ldam=noise is not None, clip_nats=args.clip * D, **norms,
                    **{k: round(v, 3) for k, v in spent.items()})
         last = step + 1 == args.steps or stopped
         if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
@@ -462,12 +643,13 @@ def main():
             row |= shown
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
-        noise = ldam.after(row)
+        noise = ldam.after(row) if args.ldam else None
         if rank == 0 and "score" in row:
-            plot(out, [f"reward_{n}" for n in names], ["score", "extra"], ["grad_norm"])
+            plot(out, [f"reward_{n}" for n in names], ["score", "extra", "raw"],
+                 *[["words"]] * speaks, [*norms])
         bar.set_postfix({"reward": f"{next(iter(rewards.values()), 0):.3g}",
                          "held out": f"{shown.get('score', 0):.3f}",
-                         "norm": f"{norm.item():.3f}"}, refresh=False)
+                         "norm": f"{sum(norms.values()):.3f}"}, refresh=False)
         if stopped:
             break
 
@@ -477,9 +659,7 @@ def main():
         base = Unified.from_preset(args.preset, args.init, **given_parts(args)).to(device)
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
-                results[name] = bench_shapes(
-                    partial(m.draw, steps=args.eval_T, guidance=args.guidance),
-                    png=out / "samples" / f"{name}.png")
+                results[name] = bench(m, png=out / "samples" / f"{name}.png")
         show_table(results)
         write(out / "results.json", json.dumps(results, indent=1))
 

@@ -923,6 +923,11 @@ def spans(text):
     return dict(think=first("think"), answer=first("answer"), ok=bool(ok))
 
 
+def answers(prompts, words):
+    """What is to be drawn, by the words alone: their answers; the prompt where there is none."""
+    return [spans(text)["answer"] or p for p, text in zip(prompts, words.texts, strict=True)]
+
+
 def verdict(text):
     """A critique -> does it say yes (True), no (False) or neither (None); and is it well formed:
     yes, or no and a reason?"""
@@ -1723,11 +1728,14 @@ class Unified(nn.Module):
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
 
     @torch.no_grad()
-    def think(self, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0):
-        """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words.
-        -> uint8 (B,3,H,W), Words"""
+    def think(self, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0,
+              answer_only=False):
+        """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words, or
+        the answer alone. -> uint8 (B,3,H,W), Words"""
         words = self.generate(prompts, None, "think", limit, temperature, keys=seeds)
-        branches = self.guided(self.encode(prompts, task="think", words=words), guidance)
+        cond = (self.encode(answers(prompts, words)) if answer_only else
+                self.encode(prompts, task="think", words=words))
+        branches = self.guided(cond, guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds))), words
 
     @torch.no_grad()
@@ -1819,10 +1827,10 @@ def has_bf16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def parse(Args, description, stage=None):
+def parse(Args, description, stage=None, tasks=None):
     """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help. Precedence: the dataclass < the preset's values for `stage` < its recipe's,
-    or --recipe's < a flag."""
+    field is its help. Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage`
+    < its recipe's, or --recipe's < a flag."""
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
@@ -1841,6 +1849,10 @@ def parse(Args, description, stage=None):
             fail(f"{who} needs {', '.join(lacks)}, which this script lacks")
         p.set_defaults(**values)
         return p.parse_args()
+    if tasks:
+        if args.task not in tasks:
+            fail(f"unknown --task {args.task!r}; there are: {', '.join(tasks)}")
+        args = settle(f"task {args.task!r}", tasks[args.task])
     if stage:
         paper = getattr(preset(args.preset), stage)
         if paper is None:

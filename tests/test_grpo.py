@@ -327,7 +327,7 @@ def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monk
     seen = []
 
     def spy(model, *inputs):
-        (dit, bridge), guided = inputs[-2]
+        (dit, bridge, _), guided = inputs[-2]
         with grpo.swapped(model, (dit, bridge)):
             assert model.bridge is bridge and model.dit is dit
         assert model.bridge is not bridge and model.dit is not dit

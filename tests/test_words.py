@@ -89,15 +89,15 @@ def test_positions_are_the_vlms_own_where_it_answers(qwen):  # noqa: F811
     torch.testing.assert_close(words.logp[1], theirs, atol=1e-4, rtol=0)
 
 
-def test_bf16(m):
-    """Where a machine computes in bf16, cache and full forward round apart: at most .05 per token
-    here, .02 of a ratio at clips of .2. RL therefore scores what it drew once more."""
+def test_bf16():
+    """Where a machine computes in bf16, cache and full forward round apart, and with a token's
+    log-prob its ratio: in the classroom by at most .007, far within a clip of .2."""
+    m = Unified.from_preset("shapes", "data/shapes/sft")
     m.bf16 = True
-    words = m.generate(*asked("think"), limit=LIMIT, n=2)
-    logp = m.text_logp([p for p in PROMPTS for _ in range(2)], None, words)
-    gap = (logp - words.logp).abs()
-    print(gap.max(), gap[words.mask].mean())
-    assert logp.dtype == torch.float32 and 0 < gap.max() < 0.05 and gap[words.mask].mean() < 0.01
+    words = m.generate(PROMPTS[:3], n=6)
+    logp = m.text_logp([p for p in PROMPTS[:3] for _ in range(6)], None, words)
+    assert logp.dtype == torch.float32 and words.closed.all()
+    assert 0 < (logp - words.logp).abs().max() < 0.03
 
 
 def test_greedy_is_transformers(m):

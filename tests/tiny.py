@@ -156,6 +156,10 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
                   lambda draw, n=4, limit=None, png=None: judges.bench_shapes(draw, 1, 6, png))
         m.setattr(cycle_edit, "bench_edit",
                   lambda edit, n=1, limit=None, png=None: judges.bench_edit(edit, 1, 5, png))
+        m.setattr(grpo, "bench_reason", lambda draw, think, n=4, limit=None, png=None:
+                  judges.bench_reason(draw, think, 1, 4, png))
+        m.setattr(grpo, "bench_vqa", lambda answer, name, n=1, limit=None, png=None:
+                  judges.bench_vqa(answer, name, 1, 8, png))
         m.setattr(reflect, "bench_reflect",
                   lambda again, n=1, limit=None, png=None: judges.bench_reflect(again, 1, 12, png))
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
