@@ -48,7 +48,7 @@ from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, an
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
 TASKS = {                                                     # what differs from Args by task
     "t2i": {},
-    "cot": dict(init="data/shapes/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl",
+    "cot": dict(init="out/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl",
                 train="both", out="out/cot", format=0.2),
     "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", train="lm", out="out/text"),
     "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", train="lm", out="out/vqa"),
