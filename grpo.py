@@ -67,7 +67,8 @@ TRAIN = {                                                     # --train -> parts
 
 @dataclass
 class Args:
-    task: str = "t2i"                 # t2i | cot: think, then draw | text, vqa: answer
+    task: str = "t2i"                 # t2i | cot: think, then draw | text, vqa: answer, for which
+                                      # nothing counts that is about drawing, --reward and --sft too
     preset: str = "shapes"            # which model: see PRESETS in model.py
     recipe: str = "fast"              # which flags: see RECIPES in model.py
     init: str = "data/shapes/sft"     # a checkpoint, or a diffusers DiT's or peft LoRA's folder
@@ -107,7 +108,7 @@ class Args:
     vlm_lora_rank: int = 0            # of an adapter on the language model, likewise
     vlm_lora_alpha: int = 128         # the same, for it
     lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
-    lm_lr: float = 3e-5               # the same, of the language model
+    lm_lr: float = 3e-4               # the same, of the language model
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     lm_clip: float = 0.2              # ratio range of a token
@@ -170,7 +171,6 @@ def check(args, world):
         fail("--temperature is above 0 (else a group agrees), --top-p in (0,1], --limit and "
              "--images-per-thought at least 1")
     for flag, of in (("images_per_thought", ["cot"]), ("answer_only", ["cot"]),
-                     ("ldam", ["t2i"]), ("sft", ["t2i", "cot"]),
                      ("format", ["cot", "text", "vqa"])):
         if getattr(args, flag) != getattr(Args, flag) and args.task not in of:
             fail(f"--{flag.replace('_', '-')} is for --task {' or '.join(of)}")
@@ -407,11 +407,11 @@ def main():
                             betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    data = args.sft and pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank,
-                              world, skip=start * args.updates)
+    data = draws and args.sft and pairs(args.sft_data, model.cfg, args.sft_batch // world,
+                                        args.seed, rank, world, skip=start * args.updates)
     ldam, noise = Ldam(args, layers, model.cfg.layers), None
     if args.ldam and args.resume:
-        for row in map(json.loads, open(Path(args.out) / "log.jsonl")):
+        for row in map(json.loads, open(Path(args.out) / "log.jsonl")) if climbs else ():
             noise = ldam.after(row) if 0 < row["step"] <= start else noise
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
 
@@ -462,7 +462,7 @@ def main():
     def pictures_of(rows):
         return [[row["picture"]] for row in rows] if args.task == "vqa" else None
 
-    def conditions(rows, words, grad, noise=None):
+    def conditions(rows, words, noise, grad):
         """Branches of conditions, one of each row (and of its words); leaves of the same values:
         micro-batches of the update add their gradients there, then one backward goes on into bridge
         and language model, so that all is read once whatever learns; log-probs of the words."""
@@ -471,9 +471,9 @@ def main():
             if args.task == "t2i":
                 cond = model.encode(prompts, layer_noise=noise)
             elif draws and not args.answer_only:
-                cond, logp = model.encode_words(prompts, None, words, ask, args.temperature)
+                cond, logp = model.encode_words(prompts, None, words, ask, args.temperature, noise)
             else:
-                cond = model.encode(answers(prompts, words)) if draws else None
+                cond = model.encode(answers(prompts, words), layer_noise=noise) if draws else None
                 logp = model.text_logp(prompts, pictures_of(rows), words, ask, args.temperature)
             encoded = model.guided(cond, args.guidance) if draws else []
         return encoded, [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
@@ -501,11 +501,11 @@ def main():
                                    args.limit, args.temperature, args.top_p, keys, G)
             clock.append(("words", time.time()))
         grad = "bridge" in learns and not speaks
-        encoded, guided, old_logp = conditions(asked, words, grad, noise)
+        encoded, guided, old_logp = conditions(asked, words, noise, grad)
         anchor = logp_ref = None
         if ref:
             with torch.no_grad(), swapped(model, ref):
-                _, guided_ref, logp_ref = conditions(asked, words, False, noise)
+                _, guided_ref, logp_ref = conditions(asked, words, noise, False)
                 anchor = ref, guided_ref
 
         # 2  roll out: Euler steps, except in the window. An endpoint judges the first prompts'
@@ -562,7 +562,7 @@ def main():
         seen, spoken, taught = *([[] for _ in range(args.updates)] for _ in "12"), 0.0
         for u in range(args.updates):
             if u and "bridge" in learns and not speaks:  # the bridge has learned: once more
-                encoded, guided, _ = conditions(asked, None, True, noise)
+                encoded, guided, _ = conditions(asked, None, noise, True)
             now = keep[share[keep] == u]
             for some in slices(len(now), speaks and args.micro) if len(now) else ():
                 at = now[some]
@@ -573,7 +573,8 @@ def main():
                     branches = [(w, c.rows(n)) for w, c in guided]
                     its_ref = anchor and (ref, [(w, c.rows(n)) for w, c in anchor[1]])
                 if "vlm" in learns:
-                    encoded, branches, logp = conditions([asked[i] for i in n], words.rows(n), True)
+                    few = [asked[i] for i in n]
+                    encoded, branches, logp = conditions(few, words.rows(n), noise, True)
                 if climbs:
                     seen[u].append(surrogate(model, branches, whose, xs[:, k], old[:, k],
                                              A.to(device)[k], ts, window, moves, args, its_ref,
@@ -590,7 +591,7 @@ def main():
                              for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
                 if ends:
                     torch.autograd.backward(*zip(*ends))
-            if args.sft:                                 # DeepGen eq. 5: (1 - sft) RL + sft SFT
+            if data:                                     # DeepGen eq. 5: (1 - sft) RL + sft SFT
                 pictures, texts = next(data)
                 ids = [key(args.seed, step, 500_000 + 2 * (u * args.sft_batch + i * world + rank))
                        for i in range(len(texts))]       # by the number among all ranks' pairs
@@ -643,7 +644,7 @@ def main():
             row |= shown
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
-        noise = ldam.after(row) if args.ldam else None
+        noise = ldam.after(row) if args.ldam and climbs else None
         if rank == 0 and "score" in row:
             plot(out, [f"reward_{n}" for n in names], ["score", "extra", "raw"],
                  *[["words"]] * speaks, [*norms])

@@ -29,11 +29,11 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):  # noqa: F811
+def shrunk(name, parts, vlm, text, tmp_path, monkeypatch):
+    """A paper's preset on tiny parts, under its own name, in bf16. -> the preset as it was"""
     torch.manual_seed(0)
     SanaTransformer2DModel(**SANA).save_pretrained(tmp_path / "sana")
-    [part.save_pretrained(tmp_path / "intern") for part in intern]
+    [part.save_pretrained(tmp_path / "intern") for part in vlm]
     full = PRESETS[name]
     dit = tiny.MMDIT | (dict(pooled_projection_dim=8 + 16) if full.bridge == "text" else {})
     SD3Transformer2DModel(**dit).save_pretrained(tmp_path / "dit")
@@ -41,11 +41,17 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
                  size=32, vae_factor=4, layers=(2, 1) if full.layers else (),
                  vlm=str(tmp_path / "intern" if full.image_tokens[0] == "<img>" else parts / "vlm"),
                  dit=str(tmp_path / ("sana" if full.sana else "dit")), vae=str(parts / "vae"),
-                 text_encoder=str(sd3[1] / "True"))
+                 text_encoder=str(text[1] / "True"))
     sizes |= (dict(sana=SANA | dict(ref=full.sana.get("ref", "none"))) if full.sana
               else dict(mmdit=dit))
     monkeypatch.setitem(PRESETS, name, replace(full, **sizes))
     monkeypatch.setattr(model, "has_bf16", lambda: True)
+    return full
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):  # noqa: F811
+    full = shrunk(name, parts, intern, sd3, tmp_path, monkeypatch)
     photos = [f"{i}.png" for i in range(4)]
     [photo(tmp_path / file, 40, 30, i) for i, file in enumerate(photos)]
     data, init, moved = folder_of(tmp_path, photos), "", {}
@@ -79,3 +85,25 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
     if 3 in moved:
         assert rows[1]["ratio_off"] <= 2e-4 and {r["step"] for r in rows} == set(range(11))
         assert moved[3] == {"dit"} | (bridge if paper.get("train") == "both" else set())
+
+
+@pytest.mark.parametrize("name", ["unirl-zero", "deepgen", "parauni"])   # two Qwens, one InternVL
+def test_a_paper_thinks_before_it_draws(parts, intern, sd3, tmp_path, monkeypatch,  # noqa: F811
+                                        name):
+    """--task cot by the same path, whatever the VLM, bridge and DiT; LoRA or not."""
+    shrunk(name, parts, intern, sd3, tmp_path, monkeypatch)
+    lora = 0 if name == "unirl-zero" else 2
+    flags = STAGES[3][1].format(lora=lora).replace("--steps 10", "--steps 2").split()
+    argv = ["--task", "cot", "--preset", name, "--out", tmp_path / "cot", "--init", "", *flags,
+            "--sft", 0, "--train", "both", "--vlm-lora-rank", lora, "--limit", 6,
+            "--prompts", parts / "prompts.jsonl", "--ldam", ""]
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+    grpo.main()
+    rows = [json.loads(line) for line in open(tmp_path / "cot" / "log.jsonl")]
+    assert rows[1]["ratio_off"] <= 2e-4 and rows[1]["lm_ratio_off"] <= 0.05
+    assert rows[1]["lm_grad_norm"] > 0 and rows[1]["words"] > 1
+    before, after = (dict(Unified.from_preset(name, init).named_parameters())
+                     for init in ("", tmp_path / "cot"))
+    moved = {k.split(".")[0] for k, p in before.items() if not torch.equal(p, after[k])}
+    assert moved == {"vlm", "bridge", "dit"}
+    assert list((tmp_path / "cot" / "samples").glob("*.png"))
