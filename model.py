@@ -1436,8 +1436,9 @@ class Unified(nn.Module):
         return cond, logp
 
     def tasks(self, prompts, images, task):
-        """Of each row; a null has none but to draw: an edit's where there are images, else T2I's"""
-        return [task if p is not None else
+        """Of each row; a null has none but to draw: an edit's where there are images (or only the
+        DiT is shown them), else T2I's"""
+        return [task if p is not None or images is None and task == "edit" else
                 "edit" if images is not None and len(images[b]) else "t2i"
                 for b, p in enumerate(prompts)]
 
