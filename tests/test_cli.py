@@ -41,7 +41,7 @@ def complaint(run, *args):
     ("--reward geneval:x", "not a number"),
     ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --recipe "),
     ("--steps three", "--steps: invalid int value: 'three'"),
-    ("--task vqa", "unknown task 'vqa'"), ("--train vlm", "there are: dit, bridge, both"),
+    ("--task edit", "unknown --task 'edit'"), ("--train vlm", "there are: dit, bridge, both"),
     ("--kind ddpm", "there are: flow, unirl, dance, cps"), ("--kl k3", "mean, flow-grpo, velocity"),
     ("--G 1", "a group of one has nothing to compare with"),
     ("--B 3", "--B 3 prompts cannot be shared by 2 ranks: choose a multiple"),

@@ -170,7 +170,7 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
     assert next_[0]["kB"] == pytest.approx(whole[3]["kB"], abs=0.01)       # starts where a ended
     assert "trained other weights" in complaint(
         tiny.play, parts, tmp_path / "b", *flags[:2], "--train", "both", "--resume")
-    assert "--train dit or both" in complaint(
+    assert "--train bridge learns: bridge" in complaint(
         tiny.play, parts, tmp_path / "d", "--lora-rank", 2, "--train", "bridge")
 
 
