@@ -52,12 +52,12 @@ CLAIMS = [                                # better, worse, in what, where
     ("cycle", "fine-tuning", "edits", "the same, beside the controls"),
     ("cycle", "cycle, shuffled", "edits", "the same, beside the controls"),
     ("edit", "base", "edits", "UniPic 2.0 table 4: 6.59 > 6.31"),
-    ("edit", "base", "draws", "UniPic 2.0 table 4: .83 = .83"),
+    ("edit", "base", "draws", "UniPic 2.0 table 4: equal, .83"),
     ("T2I", "base", "edits", "UniPic 2.0 table 4: 6.40 > 6.31"),
     ("T2I", "base", "draws", "UniPic 2.0 table 4: .87 > .83"),
     ("edit, then T2I", "T2I", "draws", "UniPic 2.0 table 4: .89 > .87"),
     ("edit, then T2I", "T2I", "edits", "UniPic 2.0 table 4: 6.59 > 6.40"),
-    ("edit, then T2I", "edit", "edits", "UniPic 2.0 table 4: 6.59 = 6.59"),
+    ("edit, then T2I", "edit", "edits", "UniPic 2.0 table 4: equal, 6.59"),
     ("both", "DiT", "edits", "UniPic 2.0 table 2: 6.90 > 6.40"),
     ("DiT", "VLM", "edits", "UniPic 2.0 table 2: 6.31 > 5.00"),
 ]
@@ -124,6 +124,8 @@ def table(out, seeds, arms):
     for better, worse, what, where in (c for c in CLAIMS if {*c[:2]} <= {"base", *arms}):
         a, b = values[better][what], values[worse][what]
         mean, error, verdict = difference(a, np.broadcast_to(b, a.shape), units[what])
+        if "equal" in where:
+            verdict = "reproduced" if abs(mean) <= 2 * error else "not reproduced"
         print(f"| {better} > {worse} ({where}) | {what} | {mean:+.3f} ± {error:.3f} | {verdict} |")
 
 
