@@ -3,7 +3,7 @@ to image; questions -> answers.
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
-    python sample.py --image in.png --edit "change the color of the circle to blue" --guidance 3
+    python sample.py --image in.png --edit "add a red star" --guidance 3
     python sample.py --init out/sft-cot --think "a photo of as many stars as a square has sides"
     python sample.py --init out/sft-reflect --reflect --rounds 3 "a photo of a star and a ring"
     python sample.py --image in.png --chat "Describe the image."

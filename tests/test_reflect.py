@@ -98,8 +98,8 @@ def test_first_update_has_ratio_one(talker, tmp_path, monkeypatch, bf16):
 def test_another_temperature_would_be_seen(talker, tmp_path, monkeypatch):
     """The words' policy is the tempered one: scored at temperature 1 its ratio would be off."""
     real = Unified.encode_words
-    monkeypatch.setattr(Unified, "encode_words", lambda self, *inputs, **more: real(
-        self, *inputs[:4], 1.0 if torch.is_grad_enabled() else 2.0, **more))
+    monkeypatch.setattr(Unified, "encode_words", lambda self, *inputs: real(
+        self, *inputs[:4], inputs[4] and (1.0 if torch.is_grad_enabled() else 2.0), *inputs[5:]))
     rows = play(talker, tmp_path / "run", "--steps", 1, "--temperature", 2)
     assert rows[1]["lm_ratio_off"] > 0.1
 
@@ -381,6 +381,6 @@ def test_reflect_refuses(talker, tmp_path, monkeypatch, flags, words):
 def test_defaults_are_those_of_cycle_edit():
     """What both scripts have means, and is, the same."""
     other = dict(init="out/sft-reflect", reward="geneval", out="out/reflect", train="both",
-                 data="data/shapes/prompts/reflect_train.jsonl")
+                 data="data/shapes/prompts/reflect_train.jsonl", lr=8e-5, steps=300)
     for name in vars(Args()).keys() & vars(cycle_edit.Args()).keys():
         assert getattr(Args(), name) == other.get(name, getattr(cycle_edit.Args(), name)), name
