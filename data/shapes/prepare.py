@@ -4,7 +4,7 @@ Scenes of coloured shapes, their captions (which err at a stated rate, as web ca
 GenEval metadata, edits, signs to read, riddles, questions, and the training of the small models
 that live in it.  Everything is real: each part is the class that loads the big weights, small.
 
-    python -m data.shapes.prepare data     # training shards and prompt files, about a minute
+    python -m data.shapes.prepare data     # training shards and prompt files, two minutes
     python -m data.shapes.prepare vae      # then clip, dit, sana, vlm: see LOG.md for times
 """
 
