@@ -22,7 +22,6 @@ import json
 import math
 import re
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,9 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
                   show_table, spread)
-from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts,
-                   key, log, open_run, parse, plot, preset, read_image, sde_step, setup, shown,
-                   sigmas, start_model, stop_flag, sum_grads, write)
+from model import (UNREADABLE, Ema, Unified, adapter, all_mean, fail, given_parts, key, log,
+                   open_run, parse, plot, preset, read_image, rollout, sde_step, setup, shown,
+                   sigmas, start_model, stop_flag, sum_grads, swapped, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -193,34 +192,6 @@ def write_inverses(rows, see, args):
         row["inverse"] = answer
 
 
-@torch.no_grad()
-def rollout(model, guided, ts, window, args, keys):
-    """G images for each of B prompts. guided: branches of their B conditions; ts: T+1 floats,
-    1 ... 0; noise keyed by keys[b] = (initial noise, fresh noise), a group's images in a row.
-    With shared noise a group is one image until the window tells its members apart.
-
-    -> latents x_0 (N,C,H,W), N = B G, and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N),
-    fp32."""
-    n = args.G if args.shared_noise else 1
-    x = model.noise([initial for initial, _ in keys[::n]])                       # (N/n,C,H,W)
-    rows = [(weight, c.repeat(args.G // n)) for weight, c in guided]
-    xs, logps = [], []
-    for k, (t, s) in enumerate(zip(ts, ts[1:])):
-        if k == window[0]:
-            x, rows = x.repeat_interleave(n, 0), [(weight, c.repeat(n)) for weight, c in rows]
-        v = model.velocity(x, t, rows)
-        if k in window:
-            noise = model.noise([fresh + k for _, fresh in keys])                # (N,C,H,W)
-            xs.append(x)
-            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=noise)
-            logps.append(logp)
-            if k == window[-1]:
-                xs.append(x)
-        else:
-            x = x - (t - s) * v
-    return x, torch.stack(xs), torch.stack(logps)
-
-
 def group_advantage(R, W, G, norm="group"):
     """Rewards R (N,K), NaN = not scored, with weights W (N,K) -> advantages (N,).
 
@@ -242,21 +213,6 @@ def group_advantage(R, W, G, norm="group"):
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
     A = (z * W).sum(1).float()
     return A.clamp(-5, 5) if norm == "global" else A
-
-
-@contextmanager
-def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
-    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
-    own = model.dit, model.bridge, model.vlm
-
-    def put(parts):
-        for name, part in zip(("dit", "bridge", "vlm"), parts):
-            setattr(model, name, part)
-    put(ref)
-    with adapters_off(model):
-        yield
-    put(own)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,

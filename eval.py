@@ -1507,8 +1507,9 @@ def bench_reason(draw, think, n_per_prompt=4, limit=None, png=None):
         words=[len(t.split()) for t in said])
 
 
-def bench_reflect(reflect, n_per_row=1, limit=None, png=None):
-    """Held-out first pictures, half of them right, are judged and drawn again -> flat dict.
+def bench_reflect(reflect, n_per_row=1, limit=None, png=None, name="reflect"):
+    """Held-out first pictures, half of them right, are judged and drawn again -> flat dict; with
+    `known`, unless there is a limit: the same of pictures of prompts that RL knows.
 
     reflect(prompts, images, seeds) -> the last pictures, uint8 (N,3,64,64), and N lists of what was
     said in each round; images uint8 (N,3,64,64). limit: at most so many first pictures.
@@ -1520,7 +1521,7 @@ def bench_reflect(reflect, n_per_row=1, limit=None, png=None):
     format     share of first critiques that say yes, or no and why
     words      of a first critique
     png: first and last, the prompt and what was said below, right ones framed green."""
-    rows, seeds = choose("reflect", 2 * n_per_row, limit)
+    rows, seeds = choose(name, 2 * n_per_row, limit)
     looks = [(row, side) for row in rows for side in ("wrong", "right") for _ in range(n_per_row)]
     prompts = [row["prompt"] for row, _ in looks]
     firsts = torch.stack([see(row[side]) for row, side in looks])                # (N,3,64,64)
@@ -1541,6 +1542,8 @@ def bench_reflect(reflect, n_per_row=1, limit=None, png=None):
     told = told.reshape(len(rows), -1)
     for tag, mine in by_tag(rows).items():
         out |= word_table([rows[i] for i in mine], **{tag: told[mine]})
+    if name == "reflect" and not limit:
+        out["known"] = bench_reflect(reflect, n_per_row, name="reflect_known")
     return out
 
 

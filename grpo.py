@@ -27,7 +27,6 @@ import math
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +38,9 @@ from tqdm import tqdm
 
 from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, grid, parse_weights,
                   read_prompts, score, see, show_answers, show_table)
-from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, answers, fail,
-                   given_parts, key, log, odds, open_run, pairs, parse, plot, preset, read_image,
-                   sde_step, setup, sigmas, slices, span, spans, start_model, stop_flag, sum_grads,
+from model import (UNREADABLE, Ema, Unified, adapter, all_mean, answers, fail, given_parts, key,
+                   log, odds, open_run, pairs, parse, plot, preset, read_image, rollout, sde_step,
+                   setup, sigmas, slices, span, spans, start_model, stop_flag, sum_grads, swapped,
                    table, write)
 
 
@@ -50,8 +49,10 @@ TASKS = {                                                     # what differs fro
     "t2i": {},
     "cot": dict(init="out/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl",
                 train="both", out="out/cot", format=0.2),
-    "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", train="lm", out="out/text"),
-    "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", train="lm", out="out/vqa"),
+    "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", limit=32, train="lm",
+                 out="out/text"),
+    "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", mix="caption:0.3,*:1", B=128, G=4,
+                limit=32, train="lm", out="out/vqa", lm_lr=5e-4, lm_beta=0.1),
 }
 LOOK = {                                                      # a quick score -> held-out metrics
     "t2i": dict(score="score", extra="extra_rate", kB="jpeg_kb"),
@@ -189,17 +190,15 @@ def check(args, world):
 
 def read_questions(path):
     """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
-    -> rows with `prompt`, the question, and `picture`, uint8 (3,H,W)."""
+    -> rows with `prompt`, the question; all can be looked at, or nothing starts."""
     rows = []
     for i, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             row = json.loads(line)
             row |= dict(prompt=row["question"], answer=answer_of(row["answer"]))
-            if "scene" in row:
-                row["picture"] = see(row["scene"])
-            elif "image" in row:
-                image = np.array(read_image(Path(path).parent / row["image"]))
-                row["picture"] = torch.from_numpy(image).permute(2, 0, 1)
+            if "image" in row:
+                row["image"] = Path(path).parent / row["image"]
+            looked_at(row)
         except (*UNREADABLE, TypeError, LookupError, AttributeError) as e:
             raise ValueError(f"{path}, line {i}: not a JSON object with `question`, `answer` and "
                              f"maybe a `scene` or `image` that can be read ({e!r})")
@@ -207,32 +206,14 @@ def read_questions(path):
     return rows
 
 
-@torch.no_grad()
-def rollout(model, guided, ts, window, args, keys):
-    """G images for each of B prompts. guided: branches of their B conditions; ts: T+1 floats,
-    1 ... 0; noise keyed by keys[b] = (initial noise, fresh noise), a group's images in a row.
-    With shared noise a group is one image until the window tells its members apart.
-
-    -> latents x_0 (N,C,H,W), N = B G, and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N),
-    fp32."""
-    n = args.G if args.shared_noise else 1
-    x = model.noise([initial for initial, _ in keys[::n]])                       # (N/n,C,H,W)
-    rows = [(weight, c.repeat(args.G // n)) for weight, c in guided]
-    xs, logps = [], []
-    for k, (t, s) in enumerate(zip(ts, ts[1:])):
-        if k == window[0]:
-            x, rows = x.repeat_interleave(n, 0), [(weight, c.repeat(n)) for weight, c in rows]
-        v = model.velocity(x, t, rows)
-        if k in window:
-            noise = model.noise([fresh + k for _, fresh in keys])                # (N,C,H,W)
-            xs.append(x)
-            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=noise)
-            logps.append(logp)
-            if k == window[-1]:
-                xs.append(x)
-        else:
-            x = x - (t - s) * v
-    return x, torch.stack(xs), torch.stack(logps)
+def looked_at(row):
+    """-> row, with the `picture` it asks about, uint8 (3,H,W), if any."""
+    if "scene" in row:
+        return row | dict(picture=see(row["scene"]))
+    if "image" in row:
+        image = np.array(read_image(row["image"]))
+        return row | dict(picture=torch.from_numpy(image).permute(2, 0, 1))
+    return row
 
 
 def group_advantage(R, W, G, norm="group"):
@@ -256,21 +237,6 @@ def group_advantage(R, W, G, norm="group"):
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
     A = (z * W).sum(1).float()
     return A.clamp(-5, 5) if norm == "global" else A
-
-
-@contextmanager
-def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
-    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
-    own = model.dit, model.bridge, model.vlm
-
-    def put(parts):
-        for name, part in zip(("dit", "bridge", "vlm"), parts):
-            setattr(model, name, part)
-    put(ref)
-    with adapters_off(model):
-        yield
-    put(own)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
@@ -316,21 +282,24 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
     return torch.cat(seen)
 
 
-def token_surrogate(logp, old, mask, A, denominator, args, ref=None):
+def token_surrogate(logp, old, mask, A, weight, args, ref=None):
     """The clipped objective over words (UniRL-Zero eq. 2). logp, old, for --lm-beta the reference's
-    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,).
+    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,); weight (n,) of each token.
 
-    Departs from eq. 2, which means over a critique's tokens first: here every token of the batch
-    weighs the same, so that yes or no, which decides, weighs the same in a short and a long one.
-    -> loss, (tokens,2): each token's ratio and KL (k3: r - 1 - log r of reference to policy)"""
+    Departs from eq. 2, which means over the tokens of one sample: here over those of its group. So
+    a yes or no, which decides, weighs the same before few words and many (with a mean per sample
+    a wrong answer costs less the longer it is), and long answers to one question do not outweigh
+    short ones to another. -> loss, (tokens,2): each token's ratio and KL (k3: r - 1 - log r of
+    reference to policy)"""
     ratio = (logp - old)[mask].exp()                                             # (tokens,)
-    A = A[:, None].expand_as(mask)[mask]
+    A, weight = (x[:, None].expand_as(mask)[mask] for x in (A, weight))
     gain = torch.min(ratio * A, ratio.clamp(1 - args.lm_clip, 1 + args.lm_clip) * A)
     kl = torch.zeros_like(ratio)
     if args.lm_beta:
         off = (ref - logp)[mask]
         kl = off.exp() - 1 - off
-    return (args.lm_beta * kl - gain).sum() / denominator, torch.stack([ratio, kl], 1).detach()
+    loss = (weight * (args.lm_beta * kl - gain)).sum()
+    return loss, torch.stack([ratio, kl], 1).detach()
 
 
 class Ldam:
@@ -376,11 +345,13 @@ def main():
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
         metas = (read_prompts if draws else read_questions)(args.prompts)
+    except FileNotFoundError as e:
+        fail(f"{e}; the classroom's: python -m data.shapes.prepare data")
     except (OSError, ValueError) as e:
         fail(e)
     if not metas:
         fail(f"{args.prompts} holds no prompts")
-    if args.task == "vqa" and not all("picture" in m for m in metas):
+    if args.task == "vqa" and not all(m.keys() & {"scene", "image"} for m in metas):
         fail(f"{args.prompts}: --task vqa is about pictures; a line without one is --task text's")
     rank_of = dict(dit=(args.lora_rank, args.lora_alpha),
                    vlm=(args.vlm_lora_rank, args.vlm_lora_alpha))
@@ -446,7 +417,7 @@ def main():
                 r = bench(model, 96, 1, png)
                 return {name: r[k] for name, k in LOOK[args.task].items()}
             if not draws:
-                said = say(model, prompts, pictures_of(faces), seeds)
+                said = say(model, prompts, pictures_of(map(looked_at, faces)), seeds)
                 right = [answer_of(t) == m["answer"] for t, m in zip(said, faces)]
                 show_answers(prompts, said, right, png)
                 return dict(score=sum(right) / len(right))
@@ -491,7 +462,9 @@ def main():
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
         window = range(first, first + args.window)
         mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
-        batch = [metas[chosen[i % len(chosen)]] for i in mine for _ in range(group)]
+        batch = [metas[chosen[i % len(chosen)]] for i in mine]
+        batch = batch if draws else [looked_at(m) for m in batch]
+        batch = [m for m in batch for _ in range(group)]
         clock = [("", time.time())]
         index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
         asked, words = batch[::each], None                       # a condition of each
@@ -501,9 +474,10 @@ def main():
                                    args.limit, args.temperature, args.top_p, keys, G)
             clock.append(("words", time.time()))
         grad = "bridge" in learns and not speaks
-        encoded, guided, old_logp = conditions(asked, words, noise, grad)
-        anchor = logp_ref = None
-        if ref:
+        guided, anchor, logp_ref = [], None, None
+        if draws:
+            encoded, guided, old_logp = conditions(asked, words, noise, grad)
+        if draws and ref:
             with torch.no_grad(), swapped(model, ref):
                 _, guided_ref, logp_ref = conditions(asked, words, noise, False)
                 anchor = ref, guided_ref
@@ -551,6 +525,14 @@ def main():
         if args.norm == "group":                                                 # batch z-score
             A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
         keep = (A.view(B, group).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
+        if not draws:                                    # log-probs of what the update will read
+            old_logp, logp_ref = torch.zeros_like(words.logp), torch.zeros_like(words.logp)
+            its = [asked[i] for i in keep], words.rows(keep.tolist()), None, False
+            if len(keep):
+                old_logp[keep] = conditions(*its)[2]
+            if len(keep) and ref:
+                with torch.no_grad(), swapped(model, ref):
+                    logp_ref[keep] = conditions(*its)[2]
         clock.append(("reward", time.time()))
 
         # 4  climb the clipped surrogate; groups that all agree cost no forward. As in Flow-GRPO, an
@@ -558,7 +540,8 @@ def main():
         share = torch.randperm(args.B * G, generator=g)[index] % args.updates    # (N,)
         trained = sorted(torch.randperm(args.window, generator=g)[: args.trained or None].tolist())
         moves = args.B * G * M * len(trained) / args.updates / (1 - args.sft)
-        tokens = speaks and all_mean([words.mask.sum().item()])[0] * world / args.updates
+        weight = speaks and args.updates / args.B / (            # of a token: all groups are equal
+            words.mask.view(B, -1).sum(1).repeat_interleave(G))                  # (BG,)
         seen, spoken, taught = *([[] for _ in range(args.updates)] for _ in "12"), 0.0
         for u in range(args.updates):
             if u and "bridge" in learns and not speaks:  # the bridge has learned: once more
@@ -583,7 +566,7 @@ def main():
                 if "vlm" in learns:      # a thought has its images' advantage, their mean
                     loss, of = token_surrogate(
                         logp, old_logp[n], words.mask[n], A.to(device)[k].view(-1, M).mean(1),
-                        tokens, args, logp_ref if logp_ref is None else logp_ref[n])
+                        weight[n], args, logp_ref if logp_ref is None else logp_ref[n])
                     spoken[u].append(of)
                     ends.append((loss, None))
                 if "bridge" in learns:

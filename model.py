@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -1272,6 +1273,7 @@ class Unified(nn.Module):
         self.text_encoder = text_encoder
         self.eval().requires_grad_(False)
         self.bf16 = has_bf16()
+        self.seen = WeakIdKeyDictionary()      # image: its tokens and grid, see `read`
         self.trained = set()                   # parts whose weights are no longer the preset's
         self.adapters = {}                     # part -> LoRA's config and, if merged, its tensors
 
@@ -1455,10 +1457,11 @@ class Unified(nn.Module):
             "an edit or a judgement, and nothing else, shows the VLM its images")
         if images is None or task == "edit" and cfg.refs == "dit":
             images = [()] * B
-        each = {id(i): i for row in images for i in row}     # a group's image is seen once
+        # An image is seen once, of a group and in its lifetime: the eye does not learn.
+        new = {id(i): i for row in images for i in row if i not in self.seen}
         with self.autocast():
-            seen = dict(zip(each, self.see([*each.values()])))                   # (tokens, grid)
-        shows = [[seen[id(i)] for i in row] for row in images]
+            self.seen.update(zip(new.values(), self.see([*new.values()])))       # (tokens, grid)
+        shows = [[self.seen[i] for i in row] for row in images]
         ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
                for p, of, show in zip(prompts, tasks, shows, strict=True)]
         starts, marks = [len(row) for row in ids], ids
@@ -1527,7 +1530,8 @@ class Unified(nn.Module):
         end, last = tok.convert_tokens_to_ids(END), torch.tensor(lengths, device=self.device) - 1
         real = torch.arange(x.shape[1], device=self.device) <= last[:, None]     # (B/n,L)
         rows = torch.arange(len(prompts), device=self.device)
-        ids, mask, logps = [], [], []
+        ids = torch.full(u.shape, tok.pad_token_id, device=self.device)          # (B,limit) each
+        mask, logps = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(u.shape).to(self.device)
         with self.autocast():
             # Prompts are read once, padded on the right; the pads in the cache stay masked.
             out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=True)
@@ -1535,23 +1539,28 @@ class Unified(nn.Module):
             cache.batch_repeat_interleave(n)
             h = out.last_hidden_state[rows, last].repeat_interleave(n, 0)        # (B,d)
             real, pos = real.repeat_interleave(n, 0), pos[..., rows, last].repeat_interleave(n, -1)
-            going = real[:, 0]                                                   # (B,) all True
+            going = torch.arange(len(h), device=self.device)     # who has not ended yet
             for i in range(limit):
-                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (B,V)
-                token = logp.argmax(1) if temperature == 0 else draw_token(logp, u[:, i], top_p)
-                ids.append(torch.where(going, token, tok.pad_token_id))
-                mask.append(going)
-                logps.append(torch.where(going, logp.gather(1, token[:, None])[:, 0], 0))
-                going = going & (token != end)
-                if i + 1 == limit or not going.any():
+                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (n,V)
+                token = logp.argmax(1) if temperature == 0 else draw_token(logp, u[going, i], top_p)
+                ids[going, i], mask[going, i] = token, True
+                logps[going, i] = logp.gather(1, token[:, None])[:, 0]
+                stay = (token != end).nonzero()[:, 0]
+                going = going[stay]
+                if i + 1 == limit or not len(going):
                     break
+                if len(stay) < len(token):                       # who has ended costs nothing more
+                    cache.batch_select_indices(stay)
+                    real, pos = real[stay], pos[..., stay]
                 real = F.pad(real, (0, 1), value=True)
-                out = lm(inputs_embeds=lm.get_input_embeddings()(ids[-1])[:, None],
+                out = lm(inputs_embeds=lm.get_input_embeddings()(token[stay])[:, None],
                          position_ids=(pos + i + 1)[..., None], attention_mask=real,
                          past_key_values=cache, use_cache=True)
                 h = out.last_hidden_state[:, 0]
-        ids, mask, logps = (torch.stack(a, 1) for a in (ids, mask, logps))       # (B,L)
-        return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), ~going)
+        ids, mask, logps = (a[:, : i + 1].contiguous() for a in (ids, mask, logps))      # (B,L)
+        closed = torch.ones(len(u), dtype=torch.bool, device=self.device)
+        closed[going] = False
+        return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), closed)
 
     def spell(self, texts):
         """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END."""
@@ -1565,12 +1574,20 @@ class Unified(nn.Module):
 
     def text_logp(self, prompts, images, words, task="think", temperature=1.0):
         """Log-probs (B,L) fp32 of `words` as answers to B prompts, with gradient: of the tempered,
-        untruncated distribution, one row per prompt; pads 0."""
+        untruncated distribution, one row per prompt; pads 0. What is said twice of the same prompt
+        and images is read once: of short answers, most of a group."""
+        said = [tuple(row[:n]) for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
+        shown = [()] * len(said) if images is None else [tuple(map(id, row)) for row in images]
+        each = {}
+        which = [each.setdefault(row, len(each)) for row in zip(prompts, shown, said)]
+        first = [which.index(k) for k in range(len(each))]
+        prompts, images = ([of[i] for i in first] if of else None for of in (prompts, images))
+        words = words.rows(first)
         x, pos, _, starts = self.read(prompts, images, task, words, queries=False)
         with self.autocast():
             out = self.vlm.model.language_model(inputs_embeds=x, position_ids=pos,
                                                 attention_mask=None, use_cache=False)
-            return self.logp_of(words, out.last_hidden_state, starts, temperature)
+            return self.logp_of(words, out.last_hidden_state, starts, temperature)[which]
 
     def logp_of(self, words, hidden, starts, temperature):
         """hidden (B,N,d); row b's words begin at starts[b], each chosen from the state before it.
@@ -1810,6 +1827,49 @@ class Unified(nn.Module):
                 x = self.vae.decode(few.to(memory_format=torch.channels_last)).sample
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte())
         return torch.cat(images)
+
+
+@torch.no_grad()
+def rollout(model, guided, ts, window, args, keys):
+    """G images for each of B prompts. guided: branches of their B conditions; ts: T+1 floats,
+    1 ... 0; noise keyed by keys[b] = (initial noise, fresh noise), a group's images in a row.
+    With shared noise a group is one image until the window tells its members apart.
+
+    -> latents x_0 (N,C,H,W), N = B G, and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N),
+    fp32."""
+    n = args.G if args.shared_noise else 1
+    x = model.noise([initial for initial, _ in keys[::n]])                       # (N/n,C,H,W)
+    rows = [(weight, c.repeat(args.G // n)) for weight, c in guided]
+    xs, logps = [], []
+    for k, (t, s) in enumerate(zip(ts, ts[1:])):
+        if k == window[0]:
+            x, rows = x.repeat_interleave(n, 0), [(weight, c.repeat(n)) for weight, c in rows]
+        v = model.velocity(x, t, rows)
+        if k in window:
+            noise = model.noise([fresh + k for _, fresh in keys])                # (N,C,H,W)
+            xs.append(x)
+            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=noise)
+            logps.append(logp)
+            if k == window[-1]:
+                xs.append(x)
+        else:
+            x = x - (t - s) * v
+    return x, torch.stack(xs), torch.stack(logps)
+
+
+@contextmanager
+def swapped(model, ref):
+    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
+    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
+    own = model.dit, model.bridge, model.vlm
+
+    def put(parts):
+        for name, part in zip(("dit", "bridge", "vlm"), parts):
+            setattr(model, name, part)
+    put(ref)
+    with adapters_off(model):
+        yield
+    put(own)
 
 
 # ---------------------------------------------------------------------------------------------

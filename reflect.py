@@ -26,7 +26,6 @@ import copy
 import json
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,10 +38,9 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, bench_reflect, bench_shapes, grid, must_score, parse_weights, read_prompts,
                   score, show_table)
-from model import (UNREADABLE, Ema, Unified, adapter, adapters_off, all_mean, fail, given_parts,
-                   key, log, open_run, parse, plot, preset, read_image, sde_step, setup, shown,
-                   sigmas, slices, start_model, stop_flag, sum_grads, verdict,
-                   write)
+from model import (UNREADABLE, Ema, Unified, adapter, all_mean, fail, given_parts, key, log,
+                   open_run, parse, plot, preset, read_image, rollout, sde_step, setup, shown,
+                   sigmas, slices, start_model, stop_flag, sum_grads, swapped, verdict, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -66,7 +64,9 @@ class Args:
     data: str = "data/shapes/prompts/reflect_train.jsonl"   # or a folder with metadata.jsonl
     out: str = "out/reflect"          # run folder
     steps: int = 300                  # updates
-    B: int = 8                        # first images per update, over all ranks
+    B: int = 128                      # first images per update, over all ranks
+    redraw: int = 8                   # of so many of them who says no draws again; the others are
+                                      # judged alone: a verdict costs a hundredth of a drawing
     G: int = 8                        # critiques per first image, the group that is compared
     limit: int = 32                   # tokens a critique may have
     temperature: float = 1.0          # of its sampling; 0 in evaluation
@@ -86,14 +86,14 @@ class Args:
     vlm_lora_rank: int = 0            # of an adapter on the language model, likewise
     vlm_lora_alpha: int = 128         # the same, for it
     lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
-    lm_lr: float = 3e-5               # the same, of the language model
+    lm_lr: float = 7e-4               # the same, of the language model
     wd: float = 0.0                   # weight decay
     clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
     lm_clip: float = 0.2              # ratio range of a token
     updates: int = 1                  # optimiser steps per rollout, each on its share of samples
     shuffle: bool = False             # control row: rewards dealt out at random over the batch
     beta: float = 0.0                 # weight of the steps' KL to the initial model; 0: none
-    lm_beta: float = 0.0              # weight of the tokens' KL to it
+    lm_beta: float = 0.1              # weight of the tokens' KL to it
     kl: str = "mean"                  # mean: between step means, closed form | flow-grpo | velocity
     ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
     micro: int = 64                   # critiques, window rows per backward; 0: all. Gradients equal
@@ -124,9 +124,10 @@ def check_flags(args, world):
              "noise")
     if args.updates < 1 or args.B * args.G % args.updates:
         fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(args.limit, args.rounds) < 1:
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(
+            args.limit, args.rounds, args.redraw) < 1:
         fail("--temperature is above 0 (or all critiques of a group are one), --top-p in (0,1], "
-             "--limit and --rounds at least 1")
+             "--limit, --rounds and --redraw at least 1")
     if args.lora_rank and args.train == "lm" or args.vlm_lora_rank and args.train == "dit":
         fail(f"a LoRA on what --train {args.train} leaves as it is")
     for name, value, valid in (("train", args.train, ("lm", "dit", "both")),
@@ -175,34 +176,6 @@ def picture(row, folder, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@torch.no_grad()
-def rollout(model, guided, ts, window, args, keys):
-    """G images for each of B prompts. guided: branches of their B conditions; ts: T+1 floats,
-    1 ... 0; noise keyed by keys[b] = (initial noise, fresh noise), a group's images in a row.
-    With shared noise a group is one image until the window tells its members apart.
-
-    -> latents x_0 (N,C,H,W), N = B G, and the window's path: xs (w+1,N,C,H,W), old log-probs (w,N),
-    fp32."""
-    n = args.G if args.shared_noise else 1
-    x = model.noise([initial for initial, _ in keys[::n]])                       # (N/n,C,H,W)
-    rows = [(weight, c.repeat(args.G // n)) for weight, c in guided]
-    xs, logps = [], []
-    for k, (t, s) in enumerate(zip(ts, ts[1:])):
-        if k == window[0]:
-            x, rows = x.repeat_interleave(n, 0), [(weight, c.repeat(n)) for weight, c in rows]
-        v = model.velocity(x, t, rows)
-        if k in window:
-            noise = model.noise([fresh + k for _, fresh in keys])                # (N,C,H,W)
-            xs.append(x)
-            x, logp, _, _ = sde_step(v, x, t, s, args.eta, args.kind, noise=noise)
-            logps.append(logp)
-            if k == window[-1]:
-                xs.append(x)
-        else:
-            x = x - (t - s) * v
-    return x, torch.stack(xs), torch.stack(logps)
-
-
 def group_advantage(R, W, G, norm="group"):
     """Rewards R (N,K), NaN = not scored, with weights W (N,K) -> advantages (N,).
 
@@ -224,21 +197,6 @@ def group_advantage(R, W, G, norm="group"):
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
     A = (z * W).sum(1).float()
     return A.clamp(-5, 5) if norm == "global" else A
-
-
-@contextmanager
-def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge) or (DiT, bridge, VLM) in place of those
-    that learn. One whose LoRA learns is its own reference, with the LoRA switched off."""
-    own = model.dit, model.bridge, model.vlm
-
-    def put(parts):
-        for name, part in zip(("dit", "bridge", "vlm"), parts):
-            setattr(model, name, part)
-    put(ref)
-    with adapters_off(model):
-        yield
-    put(own)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
@@ -284,21 +242,24 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
     return torch.cat(seen)
 
 
-def token_surrogate(logp, old, mask, A, denominator, args, ref=None):
+def token_surrogate(logp, old, mask, A, weight, args, ref=None):
     """The clipped objective over words (UniRL-Zero eq. 2). logp, old, for --lm-beta the reference's
-    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,).
+    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,); weight (n,) of each token.
 
-    Departs from eq. 2, which means over a critique's tokens first: here every token of the batch
-    weighs the same, so that yes or no, which decides, weighs the same in a short and a long one.
-    -> loss, (tokens,2): each token's ratio and KL (k3: r - 1 - log r of reference to policy)"""
+    Departs from eq. 2, which means over the tokens of one sample: here over those of its group. So
+    a yes or no, which decides, weighs the same before few words and many (with a mean per sample
+    a wrong answer costs less the longer it is), and long answers to one question do not outweigh
+    short ones to another. -> loss, (tokens,2): each token's ratio and KL (k3: r - 1 - log r of
+    reference to policy)"""
     ratio = (logp - old)[mask].exp()                                             # (tokens,)
-    A = A[:, None].expand_as(mask)[mask]
+    A, weight = (x[:, None].expand_as(mask)[mask] for x in (A, weight))
     gain = torch.min(ratio * A, ratio.clamp(1 - args.lm_clip, 1 + args.lm_clip) * A)
     kl = torch.zeros_like(ratio)
     if args.lm_beta:
         off = (ref - logp)[mask]
         kl = off.exp() - 1 - off
-    return (args.lm_beta * kl - gain).sum() / denominator, torch.stack([ratio, kl], 1).detach()
+    loss = (weight * (args.lm_beta * kl - gain)).sum()
+    return loss, torch.stack([ratio, kl], 1).detach()
 
 
 def main():
@@ -313,6 +274,8 @@ def main():
             if kind not in weights and "*" not in weights:
                 fail(f"{args.reward} has no mix for prompts of category {kind!r}, and no '*'")
             must_score(weights.get(kind, weights.get("*")), [row])
+    except FileNotFoundError as e:
+        fail(f"{e}; the classroom's: python -m data.shapes.prepare data")
     except (OSError, ValueError) as e:
         fail(e)
     home = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
@@ -371,12 +334,16 @@ def main():
         right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
         return dict(score=((R * W).nansum() / W.sum()).item(), accuracy=sum(right) / len(right))
 
-    def conditions(prompts, images, refs, words):
-        """One pass of the VLM over prompt, first image, critique and queries -> branches of
-        conditions to redraw from, log-probs (n,L) of the critique."""
-        cond, logp = model.encode_words(prompts, images, words, "judge", args.temperature)
-        cond.refs = refs if "dit" in ways else None
-        return model.guided(cond, args.guidance, images, "edit"), logp
+    def conditions(n):
+        """One pass of the VLM over prompt, first image and critique of samples n, and the queries
+        if they are redrawn (then all are) -> branches of conditions to redraw from, log-probs (n,L)
+        of the critique."""
+        its, said = [[x[i] for i in n] for x in (prompts, firsts)], words.rows(n)
+        if n[0] not in redrawn:
+            return [], model.text_logp(*its, said, "judge", args.temperature)
+        cond, logp = model.encode_words(*its, said, "judge", args.temperature)
+        cond.refs = [refs[i] for i in n] if "dit" in ways else None
+        return model.guided(cond, args.guidance, its[1], "edit"), logp
 
     stopped, latest = False, look(0) if rank == 0 and not args.resume else {}
     if not args.resume:
@@ -397,26 +364,31 @@ def main():
         keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
                  key(args.seed, step, n * 100 + 1)) for n in index]
         prompts, firsts = [row["prompt"] for row in looks], [[row["source_image"]] for row in looks]
-        refs = [()] * len(looks)
-        if "dit" in ways:                                # a group shares the noise of its reference
-            refs = model.ref_latents(firsts[::G], [initial for initial, _ in keys[::G]])
-            refs = [row for row in refs for _ in range(G)]
 
-        # 2  the VLM looks at it G times. The log-probs kept are not those it was drawn with but of
-        #    the update's own pass over it, which conditions the DiT: so the ratio starts at 1
+        # 2  the VLM looks at it G times
         words = model.generate(prompts[::G], firsts[::G], "judge", args.limit, args.temperature,
                                args.top_p, [key(args.seed, step, n * 100 + 99) for n in index], G)
-        with torch.no_grad():
-            branches, old_logp = conditions(prompts, firsts, refs, words)
         says, formed = zip(*map(verdict, words.texts))
         clock.append(time.time())
 
-        # 3  who says no draws it again: each for reasons of its own, a group from one initial noise
-        redrawn = [n for n, yes in enumerate(says) if yes is False]
+        # 3  who says no draws it again: each for reasons of its own, a group from one initial
+        #    noise; of --redraw first images, pairs of a wrong and a right one, evenly among the B
+        drawn = [i // 2 * args.redraw % args.B < args.redraw for i in mine for _ in range(G)]
+        redrawn = [n for n, yes in enumerate(says) if yes is False and drawn[n]]
         last = torch.cat([image[0][None] for image in firsts])                   # (N,3,H,W) uint8
+        #    The log-probs kept are not those the words were drawn with but of the update's own pass
+        #    over them, which conditions the DiT: so the ratio starts at 1
+        old_logp, refs = torch.zeros_like(words.logp), {}
         if redrawn:
-            x0, xs, old = rollout(model, [(w, c.rows(redrawn)) for w, c in branches], ts, window,
-                                  replace(args, G=1), [keys[n] for n in redrawn])
+            if "dit" in ways:                            # a group shares the noise of its reference
+                of = dict.fromkeys(n // G * G for n in redrawn)
+                of = dict(zip(of, model.ref_latents([firsts[n] for n in of],
+                                                    [keys[n][0] for n in of])))
+                refs = {n: of[n // G * G] for n in redrawn}
+            with torch.no_grad():
+                branches, old_logp[redrawn] = conditions(redrawn)
+            x0, xs, old = rollout(model, branches, ts, window, replace(args, G=1),
+                                  [keys[n] for n in redrawn])
             last[redrawn] = model.to_images(x0).cpu()
         clock.append(time.time())
 
@@ -425,6 +397,7 @@ def main():
         told = torch.tensor([[yes == row["right"], form and closed] for yes, form, closed, row in
                              zip(says, formed, words.closed.tolist(), looks)])
         R, names = torch.cat([told.float(), R], 1), ["verdict", "format", *names]
+        W = W * torch.tensor(drawn)[:, None]
         W = torch.cat([torch.tensor([[args.verdict, args.format]]).expand(len(W), 2), W], 1)
         tried = W != 0                                   # a failure moves nothing, but counts
         failed = tried & R.isnan()
@@ -440,41 +413,44 @@ def main():
         if args.norm == "group":                                                 # batch z-score
             A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
         keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
+        rest = [n for n in keep.tolist() if lm and n not in redrawn]
+        with torch.no_grad():
+            old_logp[rest] = conditions(rest)[1] if rest else 0.0
         clock.append(time.time())
 
         # 5  climb both clipped surrogates; groups that all agree cost no forward. An update takes
         #    its share of the samples, drawn over all ranks; in the first every ratio is 1
         share = torch.randperm(args.B * G, generator=g)[index] % args.updates    # (N,)
-        tokens = all_mean([words.mask.sum().item()])[0] * world / args.updates
-        moves = args.B * G * args.window / args.updates  # a sample without redrawing moves nothing
+        weight = args.updates / args.B / (                       # of a token: all groups are equal
+            words.mask.view(B, -1).sum(1).repeat_interleave(G))                  # (N,)
+        # What stays as it was moves nothing, but counts.
+        moves = min(args.redraw, args.B) * G * args.window / args.updates
         seen, spoken = [[] for _ in range(args.updates)], [[] for _ in range(args.updates)]
         for u in range(args.updates):
-            now = keep[share[keep] == u]
-            for some in slices(len(now), args.micro):
-                n = now[some].tolist()
-                said, its = words.rows(n), [[x[i] for i in n] for x in (prompts, firsts, refs)]
-                credit, encoded = A[n].to(device), [(w, c.rows(n)) for w, c in branches]
-                if lm:                                   # prompt to queries with gradient, once
-                    encoded, logp = conditions(*its, said)
-                guided = [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
-                          for w, c in encoded]           # leaves, see grpo.py
-                anchor = logp_ref = None
-                if args.beta or args.lm_beta:
-                    with torch.no_grad(), swapped(model, ref):
-                        *anchor, logp_ref = ref, *conditions(*its, said)
-                at = torch.tensor([i for i, k in enumerate(n) if dit and says[k] is False],
-                                  dtype=torch.long)
-                if len(at):
-                    k = [redrawn.index(n[i]) for i in at]
-                    seen[u].append(surrogate(model, guided, at.to(device), xs[:, k], old[:, k],
-                                             credit[at], ts, window, moves, args, anchor))
-                if lm:
-                    loss, of = token_surrogate(logp, old_logp[n], said.mask, credit, tokens, args,
-                                               logp_ref)
-                    spoken[u].append(of)
-                    ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided)
-                            for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
-                    torch.autograd.backward(*zip((loss, None), *[e for e in ends if len(at)]))
+            now = keep[share[keep] == u].tolist()
+            for both in ([n for n in now if n in redrawn], [n for n in now if n in rest]):
+                for n in (both[some] for some in slices(len(both), args.micro) if both):
+                    k = [redrawn.index(i) for i in n if i in redrawn]            # all, or none
+                    credit, encoded = A[n].to(device), [(w, c.rows(k)) for w, c in branches if k]
+                    if lm:                               # read again with gradient, once
+                        encoded, logp = conditions(n)
+                    guided = [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
+                              for w, c in encoded]       # leaves, see grpo.py
+                    anchor = logp_ref = None
+                    if args.beta or args.lm_beta:
+                        with torch.no_grad(), swapped(model, ref):
+                            *anchor, logp_ref = ref, *conditions(n)
+                    if k and dit:
+                        seen[u].append(surrogate(
+                            model, guided, torch.arange(len(k), device=device), xs[:, k],
+                            old[:, k], credit, ts, window, moves, args, anchor))
+                    if lm:
+                        loss, of = token_surrogate(logp, old_logp[n], words.mask[n], credit,
+                                                   weight[n], args, logp_ref)
+                        spoken[u].append(of)
+                        ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided) if dit
+                                for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
+                        torch.autograd.backward(*zip((loss, None), *ends))
             sum_grads(list(params.values()))
             norms = [torch.nn.utils.clip_grad_norm_(some, 1.0) for some in split]
             for group, lr in zip(opt.param_groups, (args.lr, args.lm_lr)):

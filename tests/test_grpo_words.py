@@ -130,6 +130,9 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     torch.testing.assert_close(mine[3], credit.view(-1, M).mean(1))
     assert whose.tolist() == [i for i in range(len(mine[3])) for _ in range(M)]
     assert rows[1]["kept"] == kept.float().mean()
+    # All groups weigh the same, in each all tokens.
+    total = (mine[4] * mine[2].sum(1)).view(-1, G).sum(1)
+    torch.testing.assert_close(total, torch.full_like(total, 1 / 4))
     keys = drawn[0][0][5]
     assert [len({a for a, _ in keys[i : i + group]}) for i in range(0, len(keys), group)] == [1] * 4
     assert len({b for _, b in keys}) == len(keys) == 4 * group
@@ -162,16 +165,17 @@ def test_token_surrogate():
     old = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0.0, 0.0]])
     logp = (old + torch.tensor([[0.1, 0.5, -0.5], [0.5, 9.0, 9.0]])).requires_grad_()
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    ref, A = old - 0.2, torch.tensor([2.0, -1.0])
-    loss, seen = token_surrogate(logp, old, mask, A, 7, Args(lm_beta=0.3), ref)
+    ref, A, weight = old - 0.2, torch.tensor([2.0, -1.0]), torch.tensor([1 / 7, 1 / 3])
+    loss, seen = token_surrogate(logp, old, mask, A, weight, Args(lm_beta=0.3), ref)
     r = torch.tensor([0.1, 0.5, -0.5, 0.5]).exp()
     off = torch.tensor([-0.3, -0.7, 0.3, -0.7])
     kl = off.exp() - off - 1
-    torch.testing.assert_close(loss, -(2 * (r[0] + 1.2 + r[2]) - r[3]) / 7 + 0.3 * kl.sum() / 7)
+    gain = 2 * (r[0] + 1.2 + r[2]) / 7 - r[3] / 3
+    torch.testing.assert_close(loss, 0.3 * (kl[:3].sum() / 7 + kl[3] / 3) - gain)
     torch.testing.assert_close(seen, torch.stack([r, kl], 1))
-    token_surrogate(logp, old, mask, A, 7, Args(), None)[0].backward()
+    token_surrogate(logp, old, mask, A, weight, Args(), None)[0].backward()
     torch.testing.assert_close(logp.grad, torch.tensor(
-        [[-2 * r[0], 0, -2 * r[2]], [r[3], 0, 0]]) / 7)
+        [[-2 * r[0] / 7, 0, -2 * r[2] / 7], [r[3] / 3, 0, 0]]))
 
 
 def test_what_learns(talker, tmp_path, monkeypatch):

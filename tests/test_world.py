@@ -316,6 +316,11 @@ def test_questions_that_are_tested_are_never_trained():
     assert not train & test and min(len(train), len(test)) > 15
     yes = [r["answer"] for r in files["vqa"] if r["answer"] in ("yes", "no")]
     assert abs(yes.count("yes") / len(yes) - 0.5) < 0.12
+    more = make_questions(150)                           # only what is trained grows
+    assert more["vqa_train"][:600] == files["vqa_train"]
+    assert Counter(r["tag"] for r in more.pop("vqa_train")) == dict.fromkeys(
+        world.PICTURE_KINDS, 150)
+    assert more == {k: v for k, v in files.items() if k != "vqa_train"}
 
 
 def test_first_pictures_are_right_and_wrong():
@@ -326,8 +331,10 @@ def test_first_pictures_are_right_and_wrong():
         for row in rows:
             assert judge(render(row["right"]), row)["correct"]
             assert not judge(render(row["wrong"]), row)["correct"]
-            assert {held(row["right"]), held(row["wrong"])} == {name == "reflect"}
-    known = {canonical(m) for m in files["reflect_train"]}
+            assert {held(row["right"]), held(row["wrong"])} == {name != "reflect_train"}
+    more = make_reflections(prompts, 100)
+    assert more["reflect"] == files["reflect"] and len(more["reflect_train"]) == 500
+    known = {canonical(m) for m in more["reflect_train"]}
     assert not any(canonical(m) in known for m in files["reflect"])
 
 

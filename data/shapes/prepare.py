@@ -493,6 +493,7 @@ def training_edit(rng, error=CAPTION_ERROR):
 # Files: training images as WebDataset shards, prompts as jsonl in GenEval's schema.
 
 SHARDS, EDIT_SHARDS, COLD_SHARDS, PER_SHARD = 30, 30, 10, 1000
+QUESTIONS, LOOKS = 20000, 2400  # of each kind, each tag: of 600 the VLM learns which, not how
 RIGHT_SHARE = 0.25  # of the first pictures in reflect/: there the refined picture is the first
 RL_MIX = dict(position=700, counting=500, color_attr=300, colors=100, two_object=100)  # Flow-GRPO's
 
@@ -546,9 +547,10 @@ def make_prompts():
     return files
 
 
-def make_questions():
+def make_questions(n_train=120):
     """{file name: rows of tag, question, answer and, to look at, a scene}. What is evaluated shows
-    a held scene, or has an answer that no question of training has."""
+    a held scene, or has an answer that no question of training has. n_train: of each kind, about
+    pictures; others stay the same."""
     rng, files = random.Random(5), {}
     for name, n in dict(vqa_train=120, vqa=60).items():
         files[name] = [picture_question(kind, rng, name == "vqa")
@@ -560,22 +562,29 @@ def make_questions():
         files[name] = [space[q] for q in sorted(space) if (space[q]["answer"] in kept) == test]
     for name in ("vqa_train", "textqa_train"):
         rng.shuffle(files[name])
+    files["vqa_train"] += [picture_question(kind, rng) for _ in range(120, n_train)
+                           for kind in PICTURE_KINDS]
     return files
 
 
-def make_reflections(prompts):
+def make_reflections(prompts, n_train=80):
     """{file name: rows of GenEval metadata with `right` and `wrong`, scenes: first images to be
-    judged}, on both sides of make_prompts' split and of the scenes'."""
+    judged}, on both sides of make_prompts' split and of the scenes'; reflect_known has prompts of
+    training, scenes of the test. n_train: of each tag."""
+    def looks(tag, side, test, n):
+        metas = [m for m in prompts[side] if m["tag"] == tag]
+        metas = cycle(metas, 5 * n) if metas else []
+        both = (dict(m, **{k: split_picture(m, rng, k == "right", test)
+                           for k in ("right", "wrong")}) for m in metas)  # fmt: skip
+        return islice((row for row in both if row["right"] and row["wrong"]), n)
+
     rng, files = random.Random(6), {}
-    for name, n in dict(reflect_train=80, reflect=30).items():
-        test = name == "reflect"
-        rows = files[name] = []
-        for tag in TAGS:
-            metas = [m for m in prompts["eval" if test else "train"] if m["tag"] == tag]
-            both = (dict(m, **{k: split_picture(m, rng, k == "right", test)
-                               for k in ("right", "wrong")}) for m in metas)  # fmt: skip
-            rows += islice((row for row in both if row["right"] and row["wrong"]), n)
+    files["reflect_train"] = [row for tag in TAGS for row in looks(tag, "train", False, 80)]
+    files["reflect"] = [row for tag in TAGS for row in looks(tag, "eval", True, 30)]
     rng.shuffle(files["reflect_train"])
+    files["reflect_known"] = [row for tag in TAGS for row in looks(tag, "train", True, 30)]
+    files["reflect_train"] += [row for tag in TAGS for row in looks(tag, "train", False,
+                                                                    n_train - 80)]
     return files
 
 
@@ -655,15 +664,16 @@ def write_shards(name, n, make):
 
 
 def make_data():
-    """train/, edits/, cot/ and reflect/*.tar (not committed), prompts/*.jsonl (committed)."""
+    """train/, edits/, cot/ and reflect/*.tar (not committed), prompts/*.jsonl (committed, but for
+    the two that hold tens of thousands)."""
     write_shards("train", SHARDS, example)
     write_shards("edits", EDIT_SHARDS, edit_example)
     write_shards("cot", COLD_SHARDS, cot_example)
     write_shards("reflect", COLD_SHARDS, reflect_example)
     (HERE / "prompts").mkdir(exist_ok=True)
     prompts = make_prompts()
-    for name, rows in (prompts | make_edits() | make_questions()
-                       | make_reflections(prompts)).items():  # fmt: skip
+    for name, rows in (prompts | make_edits() | make_questions(QUESTIONS)
+                       | make_reflections(prompts, LOOKS)).items():  # fmt: skip
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         (HERE / "prompts" / f"{name}.jsonl").write_bytes(text)
         print(f"prompts/{name}.jsonl: {len(rows)} rows, {len(set(text.splitlines()))} distinct, "
