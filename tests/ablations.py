@@ -12,17 +12,13 @@ A claim is judged as in bridges.py. What is done in --out is not done again.
 
 import argparse
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from bridges import difference, folder
+from bridges import difference, folder, run_all
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -195,24 +191,7 @@ def main():
         if not (a.out / name / "rewards.npy").exists():
             (a.out / name).mkdir(parents=True, exist_ok=True)
             evaluate(init, a.out / name)
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-
-    def run(job):
-        seed, arm = job
-        here = a.out / f"seed{seed}" / folder(arm)
-        if (here / "rewards.npy").exists():
-            return 0
-        shutil.rmtree(here, ignore_errors=True)          # half an arm begins again
-        with open(f"{here}.txt", "w") as log:
-            return subprocess.call([sys.executable, __file__, "--out", a.out, "--arm", arm,
-                                    "--seed", str(seed)], env=env, stdout=log, stderr=log)
-    for seed in range(a.seeds):
-        (a.out / f"seed{seed}").mkdir(exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [(seed, arm) for seed in range(a.seeds) for arm in a.arms]
-        failed = [job for job, code in zip(jobs, pool.map(run, jobs)) if code]
-    if failed:
-        sys.exit(f"error: {failed} failed: see the .txt beside their folders in {a.out}")
+    run_all(__file__, a.out, [a.arms], a.seeds, "rewards.npy")
     table(a.out, a.seeds, a.arms)
 
 

@@ -14,8 +14,10 @@ errors, of prompts or of seeds, whichever is larger. What is done in --out is no
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,29 @@ def run_arm(arm, seed, out, steps):
 
 def folder(arm):
     return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
+
+
+def run_all(script, out, waves, seeds, done):
+    """Each arm of each wave with each seed: `script --arm`, one run per core, a wave after the one
+    before, whose ends it may start from. What has the file `done` is not done again."""
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+
+    def run(job):
+        seed, arm = job
+        here = out / f"seed{seed}" / folder(arm)
+        if (here / done).exists():
+            return 0
+        shutil.rmtree(here, ignore_errors=True)          # half an arm begins again
+        here.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{here}.txt", "w") as log:
+            return subprocess.call([sys.executable, script, "--out", out, "--arm", arm,
+                                    "--seed", str(seed)], env=env, stdout=log, stderr=log)
+    for arms in waves:
+        jobs = [(seed, arm) for seed in range(seeds) for arm in arms]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            failed = [job for job, code in zip(jobs, pool.map(run, jobs)) if code]
+        if failed:
+            sys.exit(f"error: {failed} failed: see the .txt beside their folders in {out}")
 
 
 def difference(better, worse, rows):

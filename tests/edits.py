@@ -11,16 +11,12 @@ without guidance. A claim is judged as in bridges.py. What is done in --out is n
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from bridges import difference, folder
+from bridges import difference, folder, run_all
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -145,25 +141,9 @@ def main():
     if not (a.out / "base/edits.npy").exists():
         (a.out / "base").mkdir(parents=True, exist_ok=True)
         evaluate(BASE, a.out / "base")
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-
-    def run(job):
-        seed, arm = job
-        here = a.out / f"seed{seed}" / folder(arm)
-        if (here / "edits.npy").exists():
-            return 0
-        shutil.rmtree(here, ignore_errors=True)          # half an arm begins again
-        here.parent.mkdir(exist_ok=True)
-        with open(f"{here}.txt", "w") as log:
-            return subprocess.call([sys.executable, __file__, "--out", a.out, "--arm", arm,
-                                    "--seed", str(seed)], env=env, stdout=log, stderr=log)
     waiting = [arm for arm in a.arms if ARMS[arm][0] in ARMS]            # for another arm's end
-    for arms in ([arm for arm in a.arms if arm not in waiting], waiting):
-        jobs = [(seed, arm) for arm in arms for seed in range(a.seeds)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            failed = [job for job, code in zip(jobs, pool.map(run, jobs)) if code]
-        if failed:
-            sys.exit(f"error: {failed} failed: see the .txt beside their folders in {a.out}")
+    run_all(__file__, a.out, [[arm for arm in a.arms if arm not in waiting], waiting], a.seeds,
+            "edits.npy")
     table(a.out, a.seeds, a.arms)
 
 

@@ -1,0 +1,215 @@
+"""What RL of the language model gains, alone and together with the DiT. Not a test: three hours.
+
+    python tests/words.py --out out/words     # two runs side by side, one core each
+
+UniRL-Zero's scenarios 1, 2, 5 and 6 beside their control rows (no RL, shuffled rewards), who has to
+learn (lm, dit, both), and its warning that an autoregressive loss on the language model unlearns
+understanding. An arm is grpo.py, reflect.py or sft.py itself, called as a user would; scenarios 5
+and 6 go on from the cold starts of README's table, made once. Judged by the script's own benchmark
+at its end, row by row, and at temperature 0 as well. A claim is judged as in bridges.py. What is
+done in --out is not done again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from bridges import difference, folder, run_all
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as judges  # noqa: E402
+import grpo  # noqa: E402
+import model  # noqa: E402
+import reflect  # noqa: E402
+import sft  # noqa: E402
+from data.shapes.prepare import PICTURE_KINDS  # noqa: E402
+from eval import PROMPTS, mean_and_error  # noqa: E402
+
+STARTS = {                                # cold start: what it goes on from, flags
+    "cot-start": "--task cot --init data/shapes/sft",
+    "reflect-start": "--task reflect --init data/shapes/sft-edit",
+}
+COLD = "--lr 2e-4 --steps 900"
+# arm: what is asked, script, cold start, flags. No RL: no step of it.
+ARMS = {
+    "text": ("textqa", grpo, "", "--task text --steps 120"),
+    "text, shuffled": ("textqa", grpo, "", "--task text --steps 120 --shuffle"),
+    "vqa": ("vqa", grpo, "", "--task vqa --steps 800"),
+    "vqa, shuffled": ("vqa", grpo, "", "--task vqa --steps 800 --shuffle"),
+    "cot": ("reason", grpo, "cot-start", "--task cot --steps 60"),
+    "cot, shuffled": ("reason", grpo, "cot-start", "--task cot --steps 60 --shuffle"),
+    "cot, lm": ("reason", grpo, "cot-start", "--task cot --steps 60 --train lm"),
+    "cot, dit": ("reason", grpo, "cot-start", "--task cot --steps 60 --train dit"),
+    "reflect": ("reflect", reflect, "reflect-start", "--steps 300"),
+    "reflect, shuffled": ("reflect", reflect, "reflect-start", "--steps 300 --shuffle"),
+    "cold start, AR loss": ("vqa", sft, "", COLD + " --task reflect --init data/shapes/sft-edit "
+                            "--lm-loss 1"),
+}
+NONE = {"textqa": ("", grpo, "--task text"), "vqa": ("", grpo, "--task vqa"),
+        "reason": ("cot-start", grpo, "--task cot"), "reflect": ("reflect-start", reflect, "")}
+COLUMNS = {"textqa": ["accuracy", "greedy accuracy", "words"],
+           "vqa": ["accuracy", "greedy accuracy", *PICTURE_KINDS],
+           "reason": ["raw", "score", "greedy score", "answer", "format", "words"],
+           "reflect": ["accuracy", "caught", "spared", "corrected", "damaged", "score", "words"]}
+CLAIMS = [                                # better, worse, in what
+    *[(arm, base, name) for arm, name in [("text", "accuracy"), ("text", "greedy accuracy"),
+                                          ("vqa", "accuracy"), ("vqa", "greedy accuracy"),
+                                          ("cot", "score"), ("cot", "greedy score"),
+                                          ("reflect", "accuracy"), ("reflect", "corrected"),
+                                          ("reflect", "damaged")]
+      for base in ("no RL", f"{arm}, shuffled")],
+    ("cot", "no RL", "score over raw"), ("cot", "cot, lm", "score"), ("cot", "cot, dit", "score"),
+    ("cold start, AR loss", "no RL", "accuracy"), ("cold start, AR loss", "no RL",
+                                                   "greedy accuracy"),
+]
+
+
+def greedy(what, init):
+    """The likeliest words of a checkpoint, judged as the sampled ones -> {column: values}"""
+    done = model.Unified.load(init)
+    if what == "reason":
+        judges.bench_reason(done.draw, partial(done.think, temperature=0), 1)
+    elif what != "reflect":                               # which is greedy already
+        judges.bench_vqa(lambda *asked: done.generate(
+            *asked[:2], "ask", 32, 0, keys=asked[2]).texts, what)
+
+
+def run_arm(what, script, init, flags, out, seed):
+    """-> out/scores.npz: what is measured in the end, each column (P n,) of n for each of P rows"""
+    kept, real = {}, judges.word_table
+
+    def keep(rows, **columns):
+        kept.update({prefix + name: np.array(x, float) for name, x in columns.items()})
+        return real(rows, **columns)
+    prefix, judges.word_table = "", keep
+    flags = flags.split() + (["--init", init] if init else [])
+    sys.argv = [script.__name__, *flags, "--out", str(out), "--seed", str(seed)]
+    script.main()
+    if script is sft:                                     # which has no such benchmark
+        done = model.Unified.load(out)
+        judges.bench_vqa(lambda *asked: done.generate(
+            *asked[:2], "ask", 32, keys=asked[2]).texts, what, 4)
+    prefix = "greedy "
+    greedy(what, out if "--steps 0" not in " ".join(flags) else init or "data/shapes/sft")
+    np.savez(out / "scores.npz", **kept)
+
+
+def rows_of(what):
+    rows = [json.loads(x) for x in (PROMPTS / f"{what}.jsonl").read_text().splitlines()]
+    return rows if what in ("reason", "reflect") else [
+        dict(row, prompt=str(i)) for i, row in enumerate(rows)]
+
+
+def load(homes, rows):
+    """Runs of one arm -> {column: (P,seeds,n)}; a kind's own column has its rows only"""
+    files = [np.load(home / "scores.npz") for home in homes]
+    return {name: np.stack([f[name].reshape(len(rows), -1) for f in files], 1) for name in
+            files[0].files if files[0][name].size % len(rows) == 0}
+
+
+def table(out, seeds, arms):
+    """Arms beside no RL, the claims about them with their verdicts, as markdown."""
+    for what, columns in COLUMNS.items():
+        rows, runs = rows_of(what), {}
+        mine = [arm for arm in arms if ARMS[arm][0] == what]
+        print(f"\n| {what} | minutes | " + " | ".join(columns) + " | each seed |\n"
+              + "|---" * (len(columns) + 3) + "|")
+        for arm in ["no RL", *mine] if mine else []:
+            homes = [out / folder(f"no RL {what}")] if arm == "no RL" else [
+                out / f"seed{s}" / folder(arm) for s in range(seeds)
+                if (out / f"seed{s}" / folder(arm) / "scores.npz").exists()]
+            runs[arm] = load(homes, rows)
+            if what == "reason":
+                runs[arm]["score over raw"] = runs[arm]["raw" if arm == "no RL" else "score"]
+            minutes = "" if arm == "no RL" else "%.1f" % np.mean(
+                [json.loads((h / "log.jsonl").read_text().splitlines()[-1])["at"] / 60
+                 for h in homes])
+            cells = []
+            for name in columns:
+                if name in runs[arm]:
+                    mean, error = mean_and_error(runs[arm][name].reshape(len(rows), -1), rows)
+                else:                                     # of one kind
+                    files = [np.load(h / "scores.npz")[name] for h in homes]
+                    mean, error = np.mean(files), np.std(files) / np.size(files) ** 0.5
+                cells.append(f"{mean:.3f} ± {error:.3f}")
+            first = columns[1 if what == "reason" else 0]
+            each = [mean_and_error(runs[arm][first][:, s], rows)[0] for s in range(len(homes))]
+            print(f"| {arm} | {minutes} | " + " | ".join(cells) + " | "
+                  + " ".join(f"{x:.3f}" for x in each) + " |")
+        print("\n| claim | in | difference | verdict |\n|---|---|---|---|")
+        for better, worse, name in CLAIMS:
+            if better in runs and worse in runs and name in runs[better]:
+                a, b = runs[better][name], runs[worse][name]
+                b = b[:, : a.shape[1]] if b.shape[1] > 1 else np.broadcast_to(b, a.shape)
+                if a.shape[1] == b.shape[1]:
+                    print(f"| {better} > {worse} | {name} | %+.3f ± %.3f | %s |"
+                          % difference(a, b, rows))
+
+
+def curves(out, seeds):
+    """Like UniRL-Zero's figures 3 and 8: rewards, lengths and held-out scores while RL runs."""
+    panels = [("cot", "reward_geneval", "reward of the drawing (partial credit)"),
+              ("cot", "words", "tokens of reasoning"), ("cot", "score", "held out: drawn right"),
+              ("reflect", "reward_verdict", "reward of the verdict"),
+              ("reflect", "accuracy", "held out: judge accuracy"),
+              ("reflect", "corrected", "held out: wrong pictures corrected"),
+              ("text", "reward_answer", "reward: words"), ("vqa", "reward_answer",
+                                                           "reward: pictures"),
+              ("vqa", "score", "held out: pictures")]
+    fig, axes = plt.subplots(3, 3, figsize=(11, 8))
+    for ax, (arm, name, title) in zip(axes.flat, panels):
+        for kind, color in ((arm, "C0"), (f"{arm}, shuffled", "C7")):
+            for s in range(seeds):
+                file = out / f"seed{s}" / folder(kind) / "log.jsonl"
+                if file.exists():
+                    rows = [json.loads(x) for x in file.read_text().splitlines()]
+                    x, y = zip(*[(r["step"], r[name]) for r in rows if name in r])
+                    if len(y) > 100:                      # of every update: means of ten
+                        x, y = x[9::10], np.mean(np.reshape(y[: len(y) // 10 * 10], (-1, 10)), 1)
+                    ax.plot(x, y, color, lw=1, label=kind if s == 0 else None)
+        ax.set_title(f"{arm}: {title}", fontsize=9)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel("update")
+    fig.tight_layout()
+    fig.savefig(out / "words.png", dpi=90)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("out/words"))
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
+    p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    if a.arm:
+        what, script, start, flags = ARMS[a.arm]
+        return run_arm(what, script, start and str(a.out / start), flags,
+                       a.out / f"seed{a.seed}" / folder(a.arm), a.seed)
+    if a.seeds < 2:
+        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
+    for name, flags in STARTS.items():
+        if not (a.out / name / "curves.png").exists():
+            subprocess.run([sys.executable, ROOT / "sft.py", *flags.split(), *COLD.split(),
+                            "--out", a.out / name], check=True)
+    for what, (start, script, flags) in NONE.items():
+        home = a.out / folder(f"no RL {what}")
+        if not (home / "scores.npz").exists():
+            run_arm(what, script, start and str(a.out / start), flags + " --steps 0", home, 0)
+    run_all(__file__, a.out, [a.arms], a.seeds, "scores.npz")
+    curves(a.out, a.seeds)
+    table(a.out, a.seeds, list(ARMS))
+
+
+if __name__ == "__main__":
+    main()
