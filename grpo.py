@@ -47,12 +47,12 @@ from model import (UNREADABLE, Ema, Unified, adapter, all_mean, answers, fail, g
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
 TASKS = {                                                     # what differs from Args by task
     "t2i": {},
-    "cot": dict(init="out/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl",
-                train="both", out="out/cot", format=0.2),
-    "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", limit=32, train="lm",
-                 out="out/text"),
+    "cot": dict(init="out/sft-cot", prompts="data/shapes/prompts/reason_train.jsonl", steps=40,
+                train="both", out="out/cot", format=0.2, lm_beta=0.05),
+    "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", limit=32, steps=120,
+                 train="lm", out="out/text", format=0.2, lm_beta=0.05),
     "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", mix="caption:0.3,*:1", B=128, G=4,
-                limit=32, train="lm", out="out/vqa", lm_lr=5e-4, lm_beta=0.1),
+                limit=32, steps=800, train="lm", out="out/vqa", lm_lr=5e-4, lm_beta=0.1),
 }
 LOOK = {                                                      # a quick score -> held-out metrics
     "t2i": dict(score="score", extra="extra_rate", kB="jpeg_kb"),

@@ -63,7 +63,7 @@ class Args:
     max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
     data: str = "data/shapes/prompts/reflect_train.jsonl"   # or a folder with metadata.jsonl
     out: str = "out/reflect"          # run folder
-    steps: int = 300                  # updates
+    steps: int = 200                  # updates
     B: int = 128                      # first images per update, over all ranks
     redraw: int = 8                   # of so many of them who says no draws again; the others are
                                       # judged alone: a verdict costs a hundredth of a drawing

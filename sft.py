@@ -5,8 +5,8 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
 
     python sft.py --init out/pretrain               # the classroom: see README for time and score
     python sft.py --init data/shapes/sft --lr 2e-4  # the control of every RL run: just more of it
-    python sft.py --init data/shapes/sft --task cot --out out/sft-cot     # cold starts: a DiT that
-    python sft.py --init data/shapes/sft-edit --task reflect --out out/sft-reflect   # heeds words
+    python sft.py --init data/shapes/sft --task cot --steps 900 --lr 2e-4 --out out/sft-cot
+                                                    # a cold start: the DiT learns to heed words
     python sft.py --task reward --out out/reward --lr 1e-3  # a judge of edits: --reward edit_model
     torchrun --nproc-per-node 8 sft.py ...          # one process per GPU
 """

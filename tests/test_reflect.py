@@ -159,6 +159,19 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     assert (weight.view(4, G) == weight[::G, None]).all() and weight.std() > 0
 
 
+def test_only_some_are_redrawn(talker, tmp_path, monkeypatch):
+    """--redraw 2 of 4: a pair of a wrong and a right one; of the others the words alone count."""
+    said, rolled = calls(monkeypatch, "generate", Unified), calls(monkeypatch, "rollout")
+    compared = calls(monkeypatch, "group_advantage")
+    rows = play(talker, tmp_path / "run", "--steps", 1, "--redraw", 2)
+    (_, words), = [c for c in said if c[0][-1] == G]
+    no = [verdict(t)[0] is False for t in words.texts]
+    W = compared[0][0][1].view(4, G, -1)
+    assert (W[..., :2] == 1).all() and (W[:2, :, 2:] == 1).all() and (W[2:, :, 2:] == 0).all()
+    assert any(no[2 * G :]) and len(rolled[0][0][-1]) == sum(no[: 2 * G])
+    assert rows[1]["redrawn"] == sum(no[: 2 * G]) / 16 and rows[1]["lm_ratio_off"] <= 1e-5
+
+
 def test_who_says_nothing_of_use(parts, tmp_path):
     """A language model that was taught nothing: no verdict, no form, no redrawing, no crash."""
     rows = play(parts, tmp_path / "run", "--steps", 1, "--train", "dit")
@@ -372,6 +385,6 @@ def test_reflect_refuses(talker, tmp_path, monkeypatch, flags, words):
 def test_defaults_are_those_of_cycle_edit():
     """What both scripts have means, and is, the same."""
     other = dict(B=128, init="out/sft-reflect", reward="geneval", out="out/reflect", train="both",
-                 data="data/shapes/prompts/reflect_train.jsonl", lr=8e-5, steps=300)
+                 data="data/shapes/prompts/reflect_train.jsonl", lr=8e-5, steps=200)
     for name in vars(Args()).keys() & vars(cycle_edit.Args()).keys():
         assert getattr(Args(), name) == other.get(name, getattr(cycle_edit.Args(), name)), name

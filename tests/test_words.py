@@ -81,6 +81,24 @@ def test_what_generate_draws_text_logp_scores(m, task):
         torch.testing.assert_close(logp[b, :n], theirs, atol=1e-4, rtol=0)
 
 
+def test_nothing_is_read_twice(m, monkeypatch):
+    """What is said again of the same prompt and images, and an image that was seen before."""
+    words = m.spell(["red", "red", "blue", "red"])
+    prompts, images = ["a star"] * 3 + ["a ring"], [IMAGES[0]] * 4
+    alone = torch.cat([m.text_logp([p], [i], words.rows([k]), "judge")
+                       for k, (p, i) in enumerate(zip(prompts, images))])
+    rows, looks = [], []
+    read, see = Unified.read, Unified.see
+    monkeypatch.setattr(Unified, "read", lambda self, p, *rest, **more: (
+        rows.append(len(p)), read(self, p, *rest, **more))[1])
+    monkeypatch.setattr(Unified, "see", lambda self, i: (looks.append(len(i)), see(self, i))[1])
+    both = [IMAGES[0], [x.clone() for x in IMAGES[0]]]
+    torch.testing.assert_close(m.text_logp(prompts, images, words, "judge"), alone)
+    assert rows == [3] and looks == [0]                  # and of equal images each is its own
+    m.text_logp(["a star"] * 2, both, words.rows([0, 1]), "judge")
+    assert rows == [3, 2] and looks == [0, 1]
+
+
 def test_positions_are_the_vlms_own_where_it_answers(qwen):  # noqa: F811
     """Papers that draw from plain positions still ask a Qwen2.5-VL as it was trained."""
     m = unified(qwen, **KINDS["deepgen"] | dict(pos="arange"))

@@ -39,16 +39,17 @@ STARTS = {                                # cold start: what it goes on from, fl
 COLD = "--lr 2e-4 --steps 900"
 # arm: what is asked, script, cold start, flags. No RL: no step of it.
 ARMS = {
-    "text": ("textqa", grpo, "", "--task text --steps 120"),
-    "text, shuffled": ("textqa", grpo, "", "--task text --steps 120 --shuffle"),
-    "vqa": ("vqa", grpo, "", "--task vqa --steps 800"),
-    "vqa, shuffled": ("vqa", grpo, "", "--task vqa --steps 800 --shuffle"),
-    "cot": ("reason", grpo, "cot-start", "--task cot --steps 60"),
-    "cot, shuffled": ("reason", grpo, "cot-start", "--task cot --steps 60 --shuffle"),
-    "cot, lm": ("reason", grpo, "cot-start", "--task cot --steps 60 --train lm"),
-    "cot, dit": ("reason", grpo, "cot-start", "--task cot --steps 60 --train dit"),
-    "reflect": ("reflect", reflect, "reflect-start", "--steps 300"),
-    "reflect, shuffled": ("reflect", reflect, "reflect-start", "--steps 300 --shuffle"),
+    "text": ("textqa", grpo, "", "--task text"),
+    "text, shuffled": ("textqa", grpo, "", "--task text --shuffle"),
+    "vqa": ("vqa", grpo, "", "--task vqa"),
+    "vqa, shuffled": ("vqa", grpo, "", "--task vqa --shuffle"),
+    "cot": ("reason", grpo, "cot-start", "--task cot"),
+    "cot, no KL": ("reason", grpo, "cot-start", "--task cot --steps 60 --lm-beta 0"),
+    "cot, shuffled": ("reason", grpo, "cot-start", "--task cot --shuffle"),
+    "cot, lm": ("reason", grpo, "cot-start", "--task cot --train lm"),
+    "cot, dit": ("reason", grpo, "cot-start", "--task cot --train dit"),
+    "reflect": ("reflect", reflect, "reflect-start", ""),
+    "reflect, shuffled": ("reflect", reflect, "reflect-start", "--shuffle"),
     "cold start, AR loss": ("vqa", sft, "", COLD + " --task reflect --init data/shapes/sft-edit "
                             "--lm-loss 1"),
 }
