@@ -14,6 +14,7 @@ One iteration (DiT forwards per sample that says no: at most T + 3 x window, as 
     1  draw B prompts, each with a first image of the pool: half of them right, half wrong
     2  the VLM looks at it G times: "yes", or "no", and why
     3  who says no draws it again, from prompt, first image and critique; else the first one stays
+       (of --redraw first images: a verdict costs little beside a drawing, most are judged alone)
     4  R = verdict is right + form is kept + score of the final picture; a group shares prompt and
        first image, a sample's words and denoising steps share one advantage
     5  climb both clipped surrogates, of tokens and of steps; groups that all agree cost nothing
@@ -66,7 +67,7 @@ class Args:
     steps: int = 200                  # updates
     B: int = 128                      # first images per update, over all ranks
     redraw: int = 8                   # of so many of them who says no draws again; the others are
-                                      # judged alone: a verdict costs a hundredth of a drawing
+                                      # judged alone
     G: int = 8                        # critiques per first image, the group that is compared
     limit: int = 32                   # tokens a critique may have
     temperature: float = 1.0          # of its sampling; 0 in evaluation
@@ -122,12 +123,13 @@ def check_flags(args, world):
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
              "noise")
+    if min(args.redraw, args.B) < min(2 * world, args.B):
+        fail(f"--redraw {args.redraw}: at least a pair of first images for each of {world} ranks")
     if args.updates < 1 or args.B * args.G % args.updates:
         fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(
-            args.limit, args.rounds, args.redraw) < 1:
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(args.limit, args.rounds) < 1:
         fail("--temperature is above 0 (or all critiques of a group are one), --top-p in (0,1], "
-             "--limit, --rounds and --redraw at least 1")
+             "--limit and --rounds at least 1")
     if args.lora_rank and args.train == "lm" or args.vlm_lora_rank and args.train == "dit":
         fail(f"a LoRA on what --train {args.train} leaves as it is")
     for name, value, valid in (("train", args.train, ("lm", "dit", "both")),
@@ -372,12 +374,12 @@ def main():
         clock.append(time.time())
 
         # 3  who says no draws it again: each for reasons of its own, a group from one initial
-        #    noise; of --redraw first images, pairs of a wrong and a right one, evenly among the B
+        #    noise; of --redraw first images, pairs of a wrong and a right one, evenly among the B.
+        #    The log-probs kept are not those the words were drawn with but of the update's own pass
+        #    over them, which conditions the DiT: so the ratio starts at 1
         drawn = [i // 2 * args.redraw % args.B < args.redraw for i in mine for _ in range(G)]
         redrawn = [n for n, yes in enumerate(says) if yes is False and drawn[n]]
         last = torch.cat([image[0][None] for image in firsts])                   # (N,3,H,W) uint8
-        #    The log-probs kept are not those the words were drawn with but of the update's own pass
-        #    over them, which conditions the DiT: so the ratio starts at 1
         old_logp, refs = torch.zeros_like(words.logp), {}
         if redrawn:
             if "dit" in ways:                            # a group shares the noise of its reference
@@ -393,11 +395,13 @@ def main():
         clock.append(time.time())
 
         # 4  R = verdict + form + final picture; one advantage for words and denoising steps
-        R, W, names = score(last, looks, G, weights)                             # (N,K) each
+        at = torch.tensor(drawn).nonzero()[:, 0]
+        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights)
+        R = torch.full((len(looks), len(names)), math.nan).index_copy(0, at, scores)     # (N,K)
+        W = torch.zeros_like(R).index_copy(0, at, odds)
         told = torch.tensor([[yes == row["right"], form and closed] for yes, form, closed, row in
                              zip(says, formed, words.closed.tolist(), looks)])
         R, names = torch.cat([told.float(), R], 1), ["verdict", "format", *names]
-        W = W * torch.tensor(drawn)[:, None]
         W = torch.cat([torch.tensor([[args.verdict, args.format]]).expand(len(W), 2), W], 1)
         tried = W != 0                                   # a failure moves nothing, but counts
         failed = tried & R.isnan()
@@ -408,7 +412,8 @@ def main():
                  f"update {step + 1}, above --max-failed: does {args.data} hold what it reads? "
                  f"{JUDGE.error}")
         if args.shuffle:
-            R = R[torch.randperm(len(R), generator=g)]
+            for some in (at, (~torch.tensor(drawn)).nonzero()[:, 0]):       # who has as many
+                R[some] = R[some[torch.randperm(len(some), generator=g)]]
         A = group_advantage(R, W, G, args.norm)                                  # (N,), mean 0
         if args.norm == "group":                                                 # batch z-score
             A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
