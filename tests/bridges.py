@@ -116,11 +116,12 @@ def run_all(script, out, waves, seeds, done):
 
 def difference(better, worse, rows):
     """Values (P,seeds,n) of two arms, for the P rows' same noise -> mean of better - worse, the
-    larger of its standard errors over prompts and over seeds, and what it says of the claim."""
+    larger of its standard errors over prompts and over seeds (of one: over prompts), and what it
+    says of the claim."""
     gain, seeds = better - worse, better.shape[1]
     mean, error = mean_and_error(gain.reshape(len(rows), -1), rows)
     each = [mean_and_error(gain[:, s], rows)[0] for s in range(seeds)]
-    error = max(error, np.std(each, ddof=1) / seeds**0.5)
+    error = max(error, np.std(each, ddof=1) / seeds**0.5) if seeds > 1 else error
     return mean, error, ("inside the noise" if abs(mean) <= 2 * error else
                          "reproduced" if mean > 0 else "not reproduced")
 

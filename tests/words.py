@@ -30,7 +30,7 @@ import model  # noqa: E402
 import reflect  # noqa: E402
 import sft  # noqa: E402
 from data.shapes.prepare import PICTURE_KINDS  # noqa: E402
-from eval import PROMPTS, mean_and_error  # noqa: E402
+from eval import mean_and_error  # noqa: E402
 
 STARTS = {                                # cold start: what it goes on from, flags
     "cot-start": "--task cot --init data/shapes/sft",
@@ -58,14 +58,19 @@ NONE = {"textqa": ("", grpo, "--task text"), "vqa": ("", grpo, "--task vqa"),
 COLUMNS = {"textqa": ["accuracy", "greedy accuracy", "words"],
            "vqa": ["accuracy", "greedy accuracy", *PICTURE_KINDS],
            "reason": ["raw", "score", "greedy score", "answer", "format", "words"],
-           "reflect": ["accuracy", "caught", "spared", "corrected", "damaged", "score", "words"]}
+           "reflect": (looked := ["accuracy", "caught", "spared", "corrected", "damaged", "score",
+                                  "words"]),
+           "reflect_known": [f"known {name}" for name in looked]}
 CLAIMS = [                                # better, worse, in what
     *[(arm, base, name) for arm, name in [("text", "accuracy"), ("text", "greedy accuracy"),
                                           ("vqa", "accuracy"), ("vqa", "greedy accuracy"),
                                           ("cot", "score"), ("cot", "greedy score"),
                                           ("reflect", "accuracy"), ("reflect", "corrected"),
-                                          ("reflect", "damaged")]
+                                          ("reflect", "score"),
+                                          ("reflect", "known accuracy"),
+                                          ("reflect", "known corrected")]
       for base in ("no RL", f"{arm}, shuffled")],
+    ("no RL", "reflect", "damaged"), ("no RL", "reflect", "known damaged"),
     ("cot", "no RL", "score over raw"), ("cot", "cot, lm", "score"), ("cot", "cot, dit", "score"),
     ("cold start, AR loss", "no RL", "accuracy"), ("cold start, AR loss", "no RL",
                                                    "greedy accuracy"),
@@ -84,12 +89,16 @@ def greedy(what, init):
 
 def run_arm(what, script, init, flags, out, seed):
     """-> out/scores.npz: what is measured in the end, each column (P n,) of n for each of P rows"""
-    kept, real = {}, judges.word_table
+    kept, of, real, again = {}, [], judges.word_table, judges.bench_reflect
 
     def keep(rows, **columns):
-        kept.update({prefix + name: np.array(x, float) for name, x in columns.items()})
+        kept.update({" ".join([*of, name]): np.array(x, float) for name, x in columns.items()})
         return real(rows, **columns)
-    prefix, judges.word_table = "", keep
+
+    def known(*inputs, **more):                           # bench_reflect calls itself for those
+        of.append("known")
+        return again(*inputs, **more), of.pop()
+    judges.word_table, judges.bench_reflect = keep, lambda *a, **k: known(*a, **k)[0]
     flags = flags.split() + (["--init", init] if init else [])
     sys.argv = [script.__name__, *flags, "--out", str(out), "--seed", str(seed)]
     script.main()
@@ -97,61 +106,53 @@ def run_arm(what, script, init, flags, out, seed):
         done = model.Unified.load(out)
         judges.bench_vqa(lambda *asked: done.generate(
             *asked[:2], "ask", 32, keys=asked[2]).texts, what, 4)
-    prefix = "greedy "
+    of.append("greedy")
     greedy(what, out if "--steps 0" not in " ".join(flags) else init or "data/shapes/sft")
     np.savez(out / "scores.npz", **kept)
 
 
 def rows_of(what):
-    rows = [json.loads(x) for x in (PROMPTS / f"{what}.jsonl").read_text().splitlines()]
-    return rows if what in ("reason", "reflect") else [
+    rows, _ = judges.choose(what, 1, None)
+    return rows if what.startswith("re") else [        # of questions, each is its own unit
         dict(row, prompt=str(i)) for i, row in enumerate(rows)]
-
-
-def load(homes, rows):
-    """Runs of one arm -> {column: (P,seeds,n)}; a kind's own column has its rows only"""
-    files = [np.load(home / "scores.npz") for home in homes]
-    return {name: np.stack([f[name].reshape(len(rows), -1) for f in files], 1) for name in
-            files[0].files if files[0][name].size % len(rows) == 0}
 
 
 def table(out, seeds, arms):
     """Arms beside no RL, the claims about them with their verdicts, as markdown."""
     for what, columns in COLUMNS.items():
-        rows, runs = rows_of(what), {}
-        mine = [arm for arm in arms if ARMS[arm][0] == what]
+        rows, runs, asked = rows_of(what), {}, what.removesuffix("_known")
+        of = {name: [row for row in rows if row["tag"] == name] or rows for name in columns}
         print(f"\n| {what} | minutes | " + " | ".join(columns) + " | each seed |\n"
               + "|---" * (len(columns) + 3) + "|")
-        for arm in ["no RL", *mine] if mine else []:
-            homes = [out / folder(f"no RL {what}")] if arm == "no RL" else [
-                out / f"seed{s}" / folder(arm) for s in range(seeds)
-                if (out / f"seed{s}" / folder(arm) / "scores.npz").exists()]
-            runs[arm] = load(homes, rows)
+        for arm in ["no RL", *(arm for arm in arms if ARMS[arm][0] == asked)]:
+            homes = [out / folder(f"no RL {asked}")] if arm == "no RL" else [
+                out / f"seed{s}" / folder(arm) for s in range(seeds)]
+            homes = [home for home in homes if (home / "scores.npz").exists()]
+            if not homes:
+                continue
+            files = [np.load(home / "scores.npz") for home in homes]
+            run = runs[arm] = {name: np.stack([f[name].reshape(len(mine), -1) for f in files], 1)
+                               for name, mine in of.items()}                     # (P,seeds,n)
             if what == "reason":
-                runs[arm]["score over raw"] = runs[arm]["raw" if arm == "no RL" else "score"]
+                run["score over raw"] = run["raw" if arm == "no RL" else "score"]
             minutes = "" if arm == "no RL" else "%.1f" % np.mean(
-                [json.loads((h / "log.jsonl").read_text().splitlines()[-1])["at"] / 60
-                 for h in homes])
-            cells = []
-            for name in columns:
-                if name in runs[arm]:
-                    mean, error = mean_and_error(runs[arm][name].reshape(len(rows), -1), rows)
-                else:                                     # of one kind
-                    files = [np.load(h / "scores.npz")[name] for h in homes]
-                    mean, error = np.mean(files), np.std(files) / np.size(files) ** 0.5
-                cells.append(f"{mean:.3f} ± {error:.3f}")
-            first = columns[1 if what == "reason" else 0]
-            each = [mean_and_error(runs[arm][first][:, s], rows)[0] for s in range(len(homes))]
+                [json.loads((home / "log.jsonl").read_text().splitlines()[-1])["at"] / 60
+                 for home in homes])
+            cells = ["%.3f ± %.3f" % mean_and_error(run[name].reshape(len(mine), -1), mine)
+                     for name, mine in of.items()]
+            first = columns[what == "reason"]
+            each = [mean_and_error(run[first][:, s], rows)[0] for s in range(len(homes))]
             print(f"| {arm} | {minutes} | " + " | ".join(cells) + " | "
                   + " ".join(f"{x:.3f}" for x in each) + " |")
         print("\n| claim | in | difference | verdict |\n|---|---|---|---|")
         for better, worse, name in CLAIMS:
-            if better in runs and worse in runs and name in runs[better]:
+            if name in runs.get(better, ()) and name in runs.get(worse, ()):
                 a, b = runs[better][name], runs[worse][name]
-                b = b[:, : a.shape[1]] if b.shape[1] > 1 else np.broadcast_to(b, a.shape)
-                if a.shape[1] == b.shape[1]:
-                    print(f"| {better} > {worse} | {name} | %+.3f ± %.3f | %s |"
-                          % difference(a, b, rows))
+                if 1 in (a.shape[1], b.shape[1]):
+                    a, b = np.broadcast_arrays(a, b)
+                both = min(a.shape[1], b.shape[1])
+                print(f"| {better} > {worse} | {name} | %+.3f ± %.3f | %s |" % difference(
+                    a[:, :both], b[:, :both], rows))
 
 
 def curves(out, seeds):
