@@ -244,7 +244,7 @@ def test_pictures_that_people_ask_about(talker, tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text('{"question": "Is it?", "answer": "yes", "image": "a.png"}\n')
     row, = grpo.read_questions(tmp_path / "q.jsonl")
-    assert row["picture"].shape == (3, 40, 56) and row["prompt"] == "Is it?"
+    assert grpo.looked_at(row)["picture"].shape == (3, 40, 56) and row["prompt"] == "Is it?"
     log = tiny.play(talker, tmp_path / "run", "--task", "vqa", "--steps", 1, "--limit", 4,
                     "--prompts", tmp_path / "q.jsonl")
     assert 0 <= log[1]["reward_answer"] <= 1

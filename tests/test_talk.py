@@ -242,7 +242,8 @@ def test_bench_of_thoughts(tmp_path):
 
 def test_bench_of_second_looks(tmp_path):
     rng = world.random.Random(0)
-    rows = [json.loads(s) for s in open(judges.PROMPTS / "reflect.jsonl")]
+    rows = [json.loads(s) for name in ("reflect", "reflect_known")
+            for s in open(judges.PROMPTS / f"{name}.jsonl")]
     known = {(r["prompt"], render(r[k]).tobytes()): (r, k)
              for r in rows for k in ("right", "wrong")}
 
@@ -258,6 +259,7 @@ def test_bench_of_second_looks(tmp_path):
     r = bench_reflect(honest, png=tmp_path / "a.png")
     assert r["images"] == 360 and all(r[k] == 1 for k in (
         "accuracy", "caught", "spared", "corrected", "score", "format", *judges.TAGS))
+    assert r["known"]["images"] == 300 and r["known"]["accuracy"] == r["known"]["corrected"] == 1
     assert r["damaged"] == 0 and Image.open(tmp_path / "a.png").width > 1000
     r = bench_reflect(looker(lambda k: "yes", lambda r, k, x: x), 1, 96)
     assert (r["images"], r["accuracy"], r["caught"], r["spared"]) == (96, 0.5, 0, 1)

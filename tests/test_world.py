@@ -154,11 +154,12 @@ def test_twins_are_one_prompt():
 
 
 def test_prompt_files():
-    files = {p.stem: [json.loads(line) for line in p.open()]
-             for p in (HERE / "prompts").glob("*.jsonl")}  # fmt: skip
     prompts = make_prompts()
     made = prompts | make_edits() | make_questions() | make_reflections(prompts)
-    assert files == json.loads(json.dumps(made))
+    large = {name: made.pop(name) for name in ("vqa_train", "reflect_train")}    # not committed
+    files = {p.stem: [json.loads(line) for line in p.open()]
+             for p in (HERE / "prompts").glob("*.jsonl") if p.stem not in large}  # fmt: skip
+    assert files == json.loads(json.dumps(made)) and [*map(len, large.values())] == [600, 400]
     files = {k: rows for k, rows in files.items() if k in prompts}
     assert Counter(m["tag"] for m in files["eval"]) == {tag: 60 for tag in TAGS}
     count = Counter(m["tag"] for m in files["train"])
