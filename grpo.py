@@ -359,7 +359,8 @@ def main():
               for k in TRAIN[args.task][args.train]}
     climbs = "dit" in learns or "bridge" in learns       # by denoising steps, "vlm" by tokens
     # The reference of the KL is the initial policy: frozen copies of what learns, but for a LoRA.
-    copies = [k for k, lora in learns.items() if (args.beta or args.lm_beta) and not lora]
+    anchored = climbs and args.beta or "vlm" in learns and args.lm_beta
+    copies = [k for k, lora in learns.items() if anchored and not lora]
     B, G, M = args.B // world, args.G, args.images_per_thought   # B from here on: of this rank
     rows = draws and (args.micro or args.window * B * G * M)
     reads = (args.micro or B * G) if "vlm" in learns else "bridge" in learns and B
@@ -368,7 +369,7 @@ def main():
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
            (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))
-           ] if args.beta or args.lm_beta else None
+           ] if anchored else None
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
     experts = {lr: [p for k, p in params.items() if k.startswith("vlm.") == (lr == "lm_lr")]

@@ -290,7 +290,8 @@ def main():
     if lm:
         learns["vlm"] = adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha)
     # The reference of the KL is the initial policy: frozen copies of what learns, but for LoRAs.
-    copies = [k for k, lora in learns.items() if (args.beta or args.lm_beta) and not lora]
+    anchored = dit and args.beta or lm and args.lm_beta
+    copies = [k for k, lora in learns.items() if anchored and not lora]
     B, G = args.B // world, args.G                       # B from here on: first images of this rank
     rows = dit and (args.micro or args.window * B * G)
     model = start_model(args, learns, rows, lm and (args.micro or B * G), rank, device, copies)
@@ -442,7 +443,7 @@ def main():
                     guided = [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
                               for w, c in encoded]       # leaves, see grpo.py
                     anchor = logp_ref = None
-                    if args.beta or args.lm_beta:
+                    if anchored:
                         with torch.no_grad(), swapped(model, ref):
                             *anchor, logp_ref = ref, *conditions(n)
                     if k and dit:
