@@ -10,7 +10,6 @@ Arms that cost more per update have fewer updates: so that seconds are about equ
 A claim is judged as in bridges.py. What is done in --out is not done again.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bridges import difference, folder, run_all
+from bridges import command_line, difference, folder, run_all
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -175,18 +174,9 @@ def table(out, seeds, arms):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("out/ablations"))
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
-    p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+    a = command_line(__doc__, ARMS, "out/ablations")
     if a.arm:
         return run_arm(a.arm, a.seed, a.out / f"seed{a.seed}" / folder(a.arm))
-    if a.seeds < 2:
-        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
     for name, init in (("base", "data/shapes/sft"), ("base-sana", "data/shapes/sana/sft")):
         if not (a.out / name / "rewards.npy").exists():
             (a.out / name).mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,23 @@ def folder(arm):
     return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
 
 
+def command_line(doc, arms, out, seeds=3, **more):
+    """What the experiments are told; more: an option's name -> argparse's settings for it."""
+    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path(out))
+    p.add_argument("--seeds", type=int, default=seeds)
+    for name, settings in more.items():
+        p.add_argument(f"--{name}", **settings)
+    p.add_argument("--arms", nargs="+", choices=arms, default=list(arms), help="only these")
+    p.add_argument("--arm", choices=arms, help="run this one alone, for --seed")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    if a.seeds < 2 and not a.arm:
+        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
+    return a
+
+
 def run_all(script, out, waves, seeds, done):
     """Each arm of each wave with each seed: `script --arm`, one run per core, a wave after the one
     before, whose ends it may start from. What has the file `done` is not done again."""
@@ -146,19 +163,10 @@ def table(out, seeds, arms):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("out/bridges"))
-    p.add_argument("--seeds", type=int, default=2)
-    p.add_argument("--steps", type=int, default=200, help="of stage 1; stage 2 has 3/4 of them")
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
-    p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+    a = command_line(__doc__, ARMS, "out/bridges", 2, steps=dict(
+        type=int, default=200, help="of stage 1; stage 2 has 3/4 of them"))
     if a.arm:
         return run_arm(a.arm, a.seed, a.out / f"seed{a.seed}" / folder(a.arm), a.steps)
-    if a.seeds < 2:
-        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
     env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // a.seeds)))
     for arm in a.arms:
         todo = [s for s in range(a.seeds)

@@ -10,7 +10,6 @@ at its end, row by row, and at temperature 0 as well. A claim is judged as in br
 done in --out is not done again.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bridges import difference, folder, run_all
+from bridges import command_line, difference, folder, run_all
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
@@ -186,20 +185,11 @@ def curves(out, seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("out/words"))
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
-    p.add_argument("--arm", choices=ARMS, help="run this one alone, for --seed")
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
+    a = command_line(__doc__, ARMS, "out/words")
     if a.arm:
         what, script, start, flags = ARMS[a.arm]
         return run_arm(what, script, start and str(a.out / start), flags,
                        a.out / f"seed{a.seed}" / folder(a.arm), a.seed)
-    if a.seeds < 2:
-        sys.exit("error: a paired comparison has no standard error with fewer than two --seeds")
     for name, flags in STARTS.items():
         if not (a.out / name / "curves.png").exists():
             subprocess.run([sys.executable, ROOT / "sft.py", *flags.split(), *COLD.split(),
