@@ -1533,27 +1533,29 @@ class Unified(nn.Module):
         ids = torch.full(u.shape, tok.pad_token_id, device=self.device)          # (B,limit) each
         mask, logps = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(u.shape).to(self.device)
         with self.autocast():
-            # Prompts are read once, padded on the right; the pads in the cache stay masked.
+            # Prompts are read once, padded on the right; the pads in the cache stay masked. Then a
+            # row is what some answers have in common so far: who has ended, and who says the same
+            # as another, costs nothing more.
             out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=True)
-            cache = out.past_key_values
-            cache.batch_repeat_interleave(n)
-            h = out.last_hidden_state[rows, last].repeat_interleave(n, 0)        # (B,d)
-            real, pos = real.repeat_interleave(n, 0), pos[..., rows, last].repeat_interleave(n, -1)
-            going = torch.arange(len(h), device=self.device)     # who has not ended yet
+            cache, h = out.past_key_values, out.last_hidden_state[rows, last]            # (R,d)
+            pos = pos[..., rows, last]
+            going, of = torch.arange(len(u), device=self.device), rows.repeat_interleave(n)
             for i in range(limit):
-                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (n,V)
-                token = logp.argmax(1) if temperature == 0 else draw_token(logp, u[going, i], top_p)
-                ids[going, i], mask[going, i] = token, True
-                logps[going, i] = logp.gather(1, token[:, None])[:, 0]
-                stay = (token != end).nonzero()[:, 0]
+                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (R,V)
+                token = (logp.argmax(1)[of] if temperature == 0 else
+                         draw_token(logp[of], u[going, i], top_p))
+                ids[going, i], mask[going, i], logps[going, i] = token, True, logp[of, token]
+                stay = token != end
                 going = going[stay]
                 if i + 1 == limit or not len(going):
                     break
-                if len(stay) < len(token):                       # who has ended costs nothing more
-                    cache.batch_select_indices(stay)
-                    real, pos = real[stay], pos[..., stay]
+                said, of = (of * logp.shape[1] + token)[stay].unique(return_inverse=True)
+                row, token = said // logp.shape[1], said % logp.shape[1]                 # (R,)
+                if not torch.equal(row, torch.arange(len(h), device=self.device)):
+                    cache.batch_select_indices(row)
+                    real, pos = real[row], pos[..., row]
                 real = F.pad(real, (0, 1), value=True)
-                out = lm(inputs_embeds=lm.get_input_embeddings()(token[stay])[:, None],
+                out = lm(inputs_embeds=lm.get_input_embeddings()(token)[:, None],
                          position_ids=(pos + i + 1)[..., None], attention_mask=real,
                          past_key_values=cache, use_cache=True)
                 h = out.last_hidden_state[:, 0]
