@@ -99,6 +99,26 @@ def test_nothing_is_read_twice(m, monkeypatch):
     assert rows == [3, 2] and looks == [0, 1]
 
 
+def test_answers_that_begin_alike_are_one_row(m):
+    """Until they part, or end; nothing that is said changes."""
+    keys, rows = range(40, 64), []
+    hook = m.vlm.model.language_model.register_forward_pre_hook(
+        lambda _, args, its: rows.append(len(its["inputs_embeds"])), with_kwargs=True)
+    words = m.generate(PROMPTS[:2], limit=8, temperature=0.3, keys=keys, n=12)
+    hook.remove()
+    said = [(b // 12, *row[:n]) for b, (row, n) in enumerate(
+        zip(words.ids.tolist(), words.mask.sum(1).tolist()))]
+    assert rows == [2] + [len({row[: i + 1] for row in said if len(row) > i + 1})
+                          for i in range(1, words.ids.shape[1])]
+    assert 2 < min(rows[2:]) and max(rows) < 24
+    twice = [p for p in PROMPTS[:2] for _ in range(12)]
+    torch.testing.assert_close(m.text_logp(twice, None, words, temperature=0.3), words.logp,
+                               atol=1e-4, rtol=0)
+    for b in (0, 5, 12, 23):
+        one = m.generate([twice[b]], None, limit=8, temperature=0.3, keys=[keys[b]])
+        assert one.texts == [words.texts[b]]
+
+
 def test_positions_are_the_vlms_own_where_it_answers(qwen):  # noqa: F811
     """Papers that draw from plain positions still ask a Qwen2.5-VL as it was trained."""
     m = unified(qwen, **KINDS["deepgen"] | dict(pos="arange"))
