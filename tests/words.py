@@ -1,4 +1,4 @@
-"""What RL of the language model gains, alone and together with the DiT. Not a test: three hours.
+"""What RL of the language model gains, alone and together with the DiT. Not a test: four hours.
 
     python tests/words.py --out out/words     # two runs side by side, one core each
 
