@@ -380,6 +380,7 @@ def main():
         #    over them, which conditions the DiT: so the ratio starts at 1
         drawn = [i // 2 * args.redraw % args.B < args.redraw for i in mine for _ in range(G)]
         redrawn = [n for n, yes in enumerate(says) if yes is False and drawn[n]]
+        redrawn = {n: k for k, n in enumerate(redrawn)}          # sample: its row among the redrawn
         last = torch.cat([image[0][None] for image in firsts])                   # (N,3,H,W) uint8
         old_logp, refs = torch.zeros_like(words.logp), {}
         if redrawn:
@@ -389,10 +390,10 @@ def main():
                                                     [keys[n][0] for n in of])))
                 refs = {n: of[n // G * G] for n in redrawn}
             with torch.no_grad():
-                branches, old_logp[redrawn] = conditions(redrawn)
+                branches, old_logp[[*redrawn]] = conditions([*redrawn])
             x0, xs, old = rollout(model, branches, ts, window, replace(args, G=1),
                                   [keys[n] for n in redrawn])
-            last[redrawn] = model.to_images(x0).cpu()
+            last[[*redrawn]] = model.to_images(x0).cpu()
         clock.append(time.time())
 
         # 4  R = verdict + form + final picture; one advantage for words and denoising steps
@@ -434,9 +435,10 @@ def main():
         seen, spoken = [[] for _ in range(args.updates)], [[] for _ in range(args.updates)]
         for u in range(args.updates):
             now = keep[share[keep] == u].tolist()
-            for both in ([n for n in now if n in redrawn], [n for n in now if n in rest]):
+            for both in ([n for n in now if n in redrawn],
+                         [n for n in now if lm and n not in redrawn]):
                 for n in (both[some] for some in slices(len(both), args.micro) if both):
-                    k = [redrawn.index(i) for i in n if i in redrawn]            # all, or none
+                    k = [redrawn[i] for i in n if i in redrawn]                  # all, or none
                     credit, encoded = A[n].to(device), [(w, c.rows(k)) for w, c in branches if k]
                     if lm:                               # read again with gradient, once
                         encoded, logp = conditions(n)

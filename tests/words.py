@@ -76,14 +76,14 @@ CLAIMS = [                                # better, worse, in what
 ]
 
 
-def greedy(what, init):
-    """The likeliest words of a checkpoint, judged as the sampled ones -> {column: values}"""
+def judge(what, init, temperature, n=1):
+    """A checkpoint's words, n answers to each question or prompt: word_table gets the columns."""
     done = model.Unified.load(init)
     if what == "reason":
-        judges.bench_reason(done.draw, partial(done.think, temperature=0), 1)
+        judges.bench_reason(done.draw, partial(done.think, temperature=temperature), n)
     elif what != "reflect":                               # which is greedy already
-        judges.bench_vqa(lambda *asked: done.generate(
-            *asked[:2], "ask", 32, 0, keys=asked[2]).texts, what)
+        judges.bench_vqa(lambda questions, images, seeds: done.generate(
+            questions, images, "ask", 32, temperature, keys=seeds).texts, what, n)
 
 
 def run_arm(what, script, init, flags, out, seed):
@@ -102,11 +102,9 @@ def run_arm(what, script, init, flags, out, seed):
     sys.argv = [script.__name__, *flags, "--out", str(out), "--seed", str(seed)]
     script.main()
     if script is sft:                                     # which has no such benchmark
-        done = model.Unified.load(out)
-        judges.bench_vqa(lambda *asked: done.generate(
-            *asked[:2], "ask", 32, keys=asked[2]).texts, what, 4)
+        judge(what, out, 1.0, 4)
     of.append("greedy")
-    greedy(what, out if "--steps 0" not in " ".join(flags) else init or "data/shapes/sft")
+    judge(what, out if "--steps 0" not in " ".join(flags) else init or "data/shapes/sft", 0)
     np.savez(out / "scores.npz", **kept)
 
 
