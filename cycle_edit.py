@@ -34,9 +34,10 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
                   show_table, spread)
-from model import (UNREADABLE, Ema, Unified, adapter, all_mean, fail, given_parts, key, log,
-                   open_run, parse, plot, preset, read_image, rollout, sde_step, setup, shown,
-                   sigmas, start_model, stop_flag, sum_grads, swapped, write)
+from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
+                   given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
+                   sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads, swapped,
+                   write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -301,7 +302,7 @@ def main():
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
-    D, stop = math.prod(model.noise([0]).shape), stop_flag()
+    D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
     faces = [rows[i] for i in spread(rows, -(-10 // len({row["tag"] for row in rows})))][:10]
 
     def edit(prompts, images, seeds, model=model):
@@ -358,7 +359,7 @@ def main():
                disable=rank > 0)
     for step in bar:
         # 1  draw B sources with their instructions, encode each once, repeat it G times
-        g = torch.Generator().manual_seed(key(args.seed, step, 0))
+        g = keyed(key(args.seed, step, 0))
         chosen = torch.randperm(len(rows), generator=g)[: args.B].tolist()
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
         window = range(first, first + args.window)
@@ -425,11 +426,12 @@ def main():
                             for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
                     torch.autograd.backward(*zip(*ends))
             seen.append(torch.cat(got or [torch.tensor([[1.0, 0.0]], device=device)]))
-            sum_grads(list(params.values()))
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+            sum_grads(list(params.values()), [seen[u]])
+            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
             for group in opt.param_groups:
                 group["lr"] = args.lr * min(1, (step + 1) / 5) * (1 - 0.9 * step / args.steps)
-            opt.step()
+            if finite(step, [norm], [row["instruction"] for row in batch]):
+                opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)
         clock.append(time.time())
@@ -448,11 +450,13 @@ def main():
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norm.item(),
+                   clip_nats=args.clip * D, grad_norm=norm, **finite.column(),
                    **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("edit", *["back"] * back, "reward", "update"), clock, clock[1:])})
-        last = step + 1 == args.steps or stopped
-        if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
+        if due:
+            check_ranks(params, f"after update {step + 1}")
+        if rank == 0 and due:
             latest = look(step + 1)
             row |= latest
             ema.save(out, model, step + 1, opt)
@@ -462,14 +466,15 @@ def main():
                  ["grad_norm"])
         bar.set_postfix({"reward": f"{next(iter(rewards.values()), 0):.3g}",
                          "held out": f"{latest.get('score', 0):.3f}",
-                         "norm": f"{norm.item():.3f}"}, refresh=False)
+                         "norm": f"{norm:.3f}"}, refresh=False)
         if stopped:
             break
 
     # 6  held-out edits and, since one model does both, drawings, before and after, on one noise
     if rank == 0 and args.preset.startswith("shapes") and not stopped:
         results = {}
-        base = Unified.from_preset(args.preset, args.init, **given_parts(args)).to(device)
+        base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
+        base.to(device)
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
                 results[name] = bench_edit(partial(edit, model=m),

@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, grid, parse_weights,
                   read_prompts, score, see, show_answers, show_table)
-from model import (UNREADABLE, Ema, Unified, adapter, all_mean, answers, fail, given_parts, key,
-                   log, odds, open_run, pairs, parse, plot, preset, read_image, rollout, sde_step,
-                   setup, sigmas, slices, span, spans, start_model, stop_flag, sum_grads, swapped,
-                   table, write)
+from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks, fail,
+                   given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
+                   read_image, rollout, sde_step, setup, sigmas, slices, span, spans, start_model,
+                   stop_flag, sum_grads, swapped, table, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -332,7 +332,7 @@ class Ldam:
         if not due:
             return None
         self.leapt, self.rest, self.falls = False, n, self.falls | dict.fromkeys(due, 0)
-        rng = torch.Generator().manual_seed(key(a.seed, n, 1_000_000))
+        rng = keyed(key(a.seed, n, 1_000_000))
         chosen = torch.tensor([any(i in self.at[k] for k in due) for i in self.layers])
         return 1 + a.ldam_gamma * chosen * torch.randn(len(self.layers), generator=rng)
 
@@ -391,7 +391,7 @@ def main():
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, rates = math.prod(model.noise([0]).shape), odds(metas, mix)
     each, group = (M, G * M) if speaks else (G, G)   # images of one condition, images compared
-    stop, jury = stop_flag(), ThreadPoolExecutor(1)
+    stop, finite, jury = stop_flag(), Finite(), ThreadPoolExecutor(1)
 
     def say(model, questions, images, seeds):
         return model.generate(questions, images, "ask", args.limit, args.temperature,
@@ -458,7 +458,7 @@ def main():
     bar = tqdm(range(start, args.steps), "grpo", initial=start, total=args.steps, disable=rank > 0)
     for step in bar:
         # 1  draw B prompts; encode each once and repeat it G times, or answer it G times
-        g = torch.Generator().manual_seed(key(args.seed, step, 0))
+        g = keyed(key(args.seed, step, 0))
         chosen = (rates.multinomial(min(args.B, int((rates > 0).sum())), generator=g) if mix else
                   torch.randperm(len(metas), generator=g)[: args.B]).tolist()
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
@@ -584,13 +584,14 @@ def main():
                     loss = model.flow_loss(pictures[i], texts[i], ids[i]).sum() / args.sft_batch
                     (args.sft * loss).backward()
                     taught += loss.item() * world / args.updates
-            sum_grads(list(params.values()))
+            sum_grads(list(params.values()), seen[u] + spoken[u])
             norms = {lr.replace("lr", "grad_norm"): torch.nn.utils.clip_grad_norm_(some, 1.0).item()
                      for lr, some in experts.items()}            # each expert by its own norm
             for some, lr in zip(opt.param_groups, experts):
                 some["lr"] = getattr(args, lr) * min(1, (step + 1) / 5) * (
                     1 - 0.9 * step / args.steps)
-            opt.step()
+            if finite(step, [*norms.values()], [m["prompt"] for m in batch]):
+                opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)
         clock.append(("update", time.time()))
@@ -621,10 +622,12 @@ def main():
             spent[f"s_{name}"] += b - a
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   ldam=noise is not None, clip_nats=args.clip * D, **norms,
+                   ldam=noise is not None, clip_nats=args.clip * D, **norms, **finite.column(),
                    **{k: round(v, 3) for k, v in spent.items()})
-        last = step + 1 == args.steps or stopped
-        if rank == 0 and ((step + 1) % args.eval_every == 0 or last):
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
+        if due:
+            check_ranks(params, f"after update {step + 1}")
+        if rank == 0 and due:
             shown = look(step + 1)
             row |= shown
             ema.save(out, model, step + 1, opt)
@@ -642,7 +645,8 @@ def main():
     # 6  the whole benchmark, before and after, on the same noise
     if rank == 0 and args.preset.startswith("shapes") and not stopped:
         results = {}
-        base = Unified.from_preset(args.preset, args.init, **given_parts(args)).to(device)
+        base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
+        base.to(device)
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
                 results[name] = bench(m, png=out / "samples" / f"{name}.png")

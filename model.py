@@ -1254,9 +1254,13 @@ def merge(module, config, tensors, what):
 def adapters_off(module):
     """For a while the module without its LoRA: what it was before this run."""
     layers = [m for m in module.modules() if isinstance(m, LoraLayer)]
-    [m.enable_adapters(False) for m in layers]
-    yield
-    [m.enable_adapters(True) for m in layers]
+    for m in layers:
+        m.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enable_adapters(True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1278,11 +1282,11 @@ class Unified(nn.Module):
         self.adapters = {}                     # part -> LoRA's config and, if merged, its tensors
 
     @classmethod
-    def from_preset(cls, name="shapes", init=None, meta=False, **changes):
+    def from_preset(cls, name="shapes", init=None, meta=False, seed=0, **changes):
         """Build a preset from its parts and, with `init`, what people trained on top: a checkpoint
         of ours, a diffusers transformer's folder, or a peft LoRA's, which is merged. A part is the
-        one in `changes`, else the one `init` was trained with, else the preset's. meta: shapes
-        only, from config.json and the preset."""
+        one in `changes`, else the one `init` was trained with, else the preset's. seed: of the
+        bridge that `init` does not bring. meta: shapes only, from config.json and the preset."""
         about = read_about(init) if init else {}
         if about.get("preset", name) != name:
             fail(f"{init} is a checkpoint of preset {about['preset']!r}, not {name!r}")
@@ -1326,7 +1330,7 @@ class Unified(nn.Module):
         else:
             text_encoder = SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens,
                                    cfg.mmdit["joint_attention_dim"], meta)
-        with torch.device("meta") if meta else nullcontext():
+        with seeded(seed), torch.device("meta") if meta else nullcontext():
             model = cls(cfg, vlm, tokenizer, dit, vae, text_encoder, image_processor)
         if init and not meta:
             model.load_trained(init, tensors, loras)
@@ -1373,8 +1377,7 @@ class Unified(nn.Module):
                 whole = (module.model.language_model, module.lm_head) if part == "vlm" else [module]
                 [m.requires_grad_(True) for m in whole]
                 continue
-            with torch.random.fork_rng():            # all ranks start from the same adapter
-                torch.manual_seed(seed)
+            with seeded(seed):
                 inject_adapter_in_model(config, module)
             self.adapters[part] = config, {}
         return self.eval()
@@ -1523,9 +1526,9 @@ class Unified(nn.Module):
         top_p narrows what is drawn, not what is logged: of a truncated distribution a token that
         later falls outside has no log-prob, and the ratio of two such policies no meaning."""
         x, pos, lengths, _ = self.read(prompts, images, task, queries=False)
-        lm, g, tok = self.vlm.model.language_model, torch.Generator(), self.tokenizer
+        lm, tok = self.vlm.model.language_model, self.tokenizer
         keys = range(len(prompts) * n) if keys is None else keys
-        u = torch.stack([torch.rand(limit, generator=g.manual_seed(k), dtype=torch.float64)
+        u = torch.stack([torch.rand(limit, generator=keyed(k), dtype=torch.float64)
                          for k in keys]).to(self.device)                         # (B,limit)
         end, last = tok.convert_tokens_to_ids(END), torch.tensor(lengths, device=self.device) - 1
         real = torch.arange(x.shape[1], device=self.device) <= last[:, None]     # (B/n,L)
@@ -1688,12 +1691,12 @@ class Unified(nn.Module):
     def ref_latents(self, images, keys=None):
         """B lists of uint8 (3,H,W) -> B lists of clean latents (C,h,w), those of one size encoded
         together; or with UniRL-Zero's noise, .8 z + .2 eps: row b's drawn from keys[b] alone."""
-        share, g = self.cfg.ref_noise, torch.Generator()
+        share = self.cfg.ref_noise
         rest = iter(by_size(self.to_latents, [image for row in images for image in row]))
         refs = [[next(rest) for _ in row] for row in images]
         assert not share or keys is not None, "this preset's references are noisy: it needs keys"
         for row, k in zip(refs, keys if share else ()):
-            g.manual_seed(~k)                        # k itself begins the image's own noise
+            g = keyed(~k)                            # k itself begins the image's own noise
             row[:] = [(1 - share) * z + share * torch.randn(z.shape, generator=g).to(z.device)
                       for z in row]
         return refs
@@ -1724,9 +1727,8 @@ class Unified(nn.Module):
         size = size or self.cfg.size
         size = size if isinstance(size, tuple) else (size, size)
         h, w = (side // self.cfg.vae_factor for side in size)
-        shape, g = (self.cfg.dit_config["in_channels"], h, w), torch.Generator()
-        return torch.stack([torch.randn(shape, generator=g.manual_seed(k)) for k in keys]
-                           ).to(self.device)
+        shape = (self.cfg.dit_config["in_channels"], h, w)
+        return torch.stack([torch.randn(shape, generator=keyed(k)) for k in keys]).to(self.device)
 
     @torch.no_grad()
     def sample(self, branches, steps, size=None, noise=None, trajectory=False, keep=None):
@@ -1798,9 +1800,9 @@ class Unified(nn.Module):
     def flow_loss(self, images, prompts, keys):
         """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
         uint8 (n,3,H,W); time and noise of a pair are drawn from its key alone. -> (n,)"""
-        x0, g = self.to_latents(images), torch.Generator()                       # (n,C,h,w)
-        t = torch.cat([train_times(1, self.cfg, g.manual_seed(k)) for k in keys]).to(self.device)
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=g.manual_seed(k + 1)) for k in keys])
+        x0 = self.to_latents(images)                                             # (n,C,h,w)
+        t = torch.cat([train_times(1, self.cfg, keyed(k)) for k in keys]).to(self.device)
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=keyed(k + 1)) for k in keys])
         eps = eps.to(self.device)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
         v = self.velocity(x_t, t, [(1.0, self.encode(prompts))])
@@ -1869,9 +1871,11 @@ def swapped(model, ref):
         for name, part in zip(("dit", "bridge", "vlm"), parts):
             setattr(model, name, part)
     put(ref)
-    with adapters_off(model):
-        yield
-    put(own)
+    try:
+        with adapters_off(model):
+            yield
+    finally:
+        put(own)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1887,7 +1891,8 @@ def has_bf16():
     """bf16 where the hardware computes in it; elsewhere it would be emulated, slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
 def parse(Args, description, stage=None, tasks=None):
@@ -1953,11 +1958,42 @@ def all_mean(values):
     return v.tolist()
 
 
-def sum_grads(params):
+def same_start(model):
+    """Every rank goes on from rank 0's weights, bit for bit; then see check_ranks."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.requires_grad:
+                dist.broadcast(p.detach(), 0)
+    check_ranks(dict(model.named_parameters()), "before the first update")
+    return model
+
+
+def check_ranks(weights, when):
+    """Ends the run, on every rank and in one line, if weights {name: tensor} are not finite or
+    differ by a bit between ranks, which from then on would train different models."""
+    bits = {2: torch.int16, 4: torch.int32}                      # by the bytes of a number
+    sums = torch.stack([p.detach().flatten().view(bits[p.element_size()]).sum(dtype=torch.int64)
+                        for p in weights.values()])
+    broken = torch.stack([~p.isfinite().all() for p in weights.values()]).long()
+    most = torch.stack([sums, -sums, broken])
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)                 # largest, and minus the smallest
+    for wrong, what in ((most[2] > 0, "weights are not finite"),
+                        (most[0] != -most[1], "the ranks hold different weights")):
+        if wrong.any():
+            name = [*weights][wrong.tolist().index(True)]
+            fail(f"{what} {when}, first {name}: nothing was saved, an older checkpoint stays")
+
+
+def sum_grads(params, watched=()):
     """Add gradients over ranks, once per update. No wrapper around the model: RL samples it bare
-    and calls backward many times; the price is no overlap of computing and sending."""
+    and calls backward many times; the price is no overlap of computing and sending.
+    watched: losses or ratios. One that is not finite, on one rank, makes the gradient nan on all,
+    so that all leave this update out: see Finite."""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for x in watched:
+        params[0].grad += 0 * x.detach().sum()                   # 0 x inf is nan, as 0 x nan is
     if dist.is_initialized() and dist.get_world_size() > 1:
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
@@ -1965,10 +2001,54 @@ def sum_grads(params):
             p.grad.copy_(g.view_as(p))
 
 
+class Finite:
+    """Decides whether an update is taken: one whose gradient norm is not finite never reaches the
+    weights, and so neither the average nor a checkpoint. Gradients are summed over ranks, so that
+    all ranks decide alike."""
+
+    MOST = 5                                                     # skipped in a row, then the end
+
+    def __init__(self):
+        self.in_a_row = self.skipped = 0
+
+    def __call__(self, step, norms, prompts):
+        """norms: of an update of iteration `step`; prompts: this rank's. -> is it taken?"""
+        if all(map(math.isfinite, norms)):
+            self.in_a_row = 0
+            return True
+        self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+        named = ", ".join(map(repr, [*dict.fromkeys(prompts)][:3]))
+        print(f"update {step + 1} is skipped: its gradient norm is {norms[0]:g}; prompts of rank "
+              f"{os.environ.get('RANK', 0)}: {named} ... ({len(prompts)} in all)", file=sys.stderr)
+        if self.in_a_row > self.MOST:
+            fail(f"{self.in_a_row} updates in a row were not finite: try a lower --lr; the last "
+                 "checkpoint is from before them")
+        return False
+
+    def column(self):
+        """-> what a row of the log says of the updates since the row before"""
+        skipped, self.skipped = self.skipped, 0
+        return dict(skipped=skipped) if skipped else {}
+
+
 def key(seed, step, index):
-    """One integer per (seed, step, global sample index): noise that neither ranks nor a restart
-    change."""
-    return (seed * 1_000_003 + step) * 1_000_003 + index
+    """One integer in [0, 2^64) per (seed, step, global sample index): noise that neither ranks nor
+    a restart change. Seeds above 18 million wrap around, and share no noise for that."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + index) % 2**64
+
+
+def keyed(key):
+    """-> a generator whose numbers come from one integer alone, of any size"""
+    return torch.Generator().manual_seed(key % 2**64)
+
+
+@contextmanager
+def seeded(seed):
+    """For a while torch's own generator starts from `seed`: what is drawn here is drawn alike on
+    every rank and in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def slices(n, size):
@@ -2049,8 +2129,8 @@ def start_model(args, what, rows, reads, rank, device, copies=()):
     if rank == 0:
         plan = Unified.from_preset(args.preset, args.init, meta=True, **parts).learn(what)
         print(memory_plan(plan.slim(device), args, rows, reads, copies, device)[0])
-    model = Unified.from_preset(args.preset, args.init, **parts)
-    return model.learn(what, args.seed).slim(device).to(device)
+    model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
+    return same_start(model.learn(what, args.seed).slim(device).to(device))
 
 
 def given_parts(args):
@@ -2182,10 +2262,16 @@ class Ema:
     def applied(self):
         """The model computes with the average; afterwards with its own weights again."""
         raw = {k: p.detach().clone() for k, p in self.params.items()}
+
+        def put(weights):
+            for k, p in self.params.items():
+                p.copy_(weights[k])
         with torch.no_grad():
-            [p.copy_(self.mean[k]) for k, p in self.params.items()]
-            yield
-            [p.copy_(raw[k]) for k, p in self.params.items()]
+            put(self.mean)
+            try:
+                yield
+            finally:
+                put(raw)
 
     def save(self, out, model, step, opt):
         """The average is the checkpoint, with what --init had changed, so that it stands alone: of

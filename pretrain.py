@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_edit, bench_shapes, grid
-from model import (Ema, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot, setup,
-                   shown, start_model, stop_flag, sum_grads, train_times)
+from model import (Ema, Finite, all_mean, check_ranks, fail, key, log, mixture, open_run, pairs,
+                   parse, plot, setup, shown, start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
@@ -60,7 +60,7 @@ def main():
         lr=args.lr, betas=(0.9, 0.95))
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    cfg, stop = model.cfg, stop_flag()
+    cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits:
         shown(cfg)
     data = mixture(args, cfg, n, rank, world, start)
@@ -97,12 +97,13 @@ def main():
         loss.backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(params.values()))
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        sum_grads(list(params.values()), [loss])
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))
-        opt.step()
+        if finite(step, [norm], prompts):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(step)
 
@@ -110,10 +111,13 @@ def main():
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
         name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[
             refs is not None, words is not None]
-        row = {"step": step + 1, name: mean, "grad_norm": norm.item(),
+        row = {"step": step + 1, name: mean, "grad_norm": norm, **finite.column(),
                "at": round(time.time() - begin, 1)}
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
-        if ((step + 1) % args.eval_every == 0 or last) and rank == 0:
+        due = (step + 1) % args.eval_every == 0 or last
+        if due:
+            check_ranks(params, f"after update {step + 1}")
+        if due and rank == 0:
             model.eval()
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,

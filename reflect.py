@@ -39,9 +39,10 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, bench_reflect, bench_shapes, grid, must_score, parse_weights, read_prompts,
                   score, show_table)
-from model import (UNREADABLE, Ema, Unified, adapter, all_mean, fail, given_parts, key, log,
-                   open_run, parse, plot, preset, read_image, rollout, sde_step, setup, shown,
-                   sigmas, slices, start_model, stop_flag, sum_grads, swapped, verdict, write)
+from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
+                   given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
+                   sde_step, setup, shown, sigmas, slices, start_model, stop_flag, sum_grads,
+                   swapped, verdict, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -311,7 +312,7 @@ def main():
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
-    D, stop = math.prod(model.noise([0]).shape), stop_flag()
+    D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
     faces = [pool[i * len(pool) // 5] for i in range(5) for pool in pools]       # 10, half right
 
     def again(prompts, images, seeds, model=model):
@@ -355,7 +356,7 @@ def main():
                disable=rank > 0)
     for step in bar:
         # 1  draw B prompts, each with a first image of the pool: by turns a wrong and a right one
-        g = torch.Generator().manual_seed(key(args.seed, step, 0))
+        g = keyed(key(args.seed, step, 0))
         orders = [torch.randperm(len(pool), generator=g).tolist() for pool in pools]
         first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
         window = range(first, first + args.window)
@@ -382,7 +383,7 @@ def main():
         redrawn = [n for n, yes in enumerate(says) if yes is False and drawn[n]]
         redrawn = {n: k for k, n in enumerate(redrawn)}          # sample: its row among the redrawn
         last = torch.cat([image[0][None] for image in firsts])                   # (N,3,H,W) uint8
-        old_logp, refs = torch.zeros_like(words.logp), {}
+        old_logp, refs, branches = torch.zeros_like(words.logp), {}, []
         if redrawn:
             if "dit" in ways:                            # a group shares the noise of its reference
                 of = dict.fromkeys(n // G * G for n in redrawn)
@@ -459,11 +460,12 @@ def main():
                         ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided) if dit
                                 for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
                         torch.autograd.backward(*zip((loss, None), *ends))
-            sum_grads(list(params.values()))
-            norms = [torch.nn.utils.clip_grad_norm_(some, 1.0) for some in split]
+            sum_grads(list(params.values()), seen[u] + spoken[u])
+            norms = [torch.nn.utils.clip_grad_norm_(some, 1.0).item() for some in split]
             for group, lr in zip(opt.param_groups, (args.lr, args.lm_lr)):
                 group["lr"] = lr * min(1, (step + 1) / 5) * (1 - 0.9 * step / args.steps)
-            opt.step()
+            if finite(step, norms, prompts[::G]):
+                opt.step()
             opt.zero_grad(set_to_none=True)
         ema.update(step)
         clock.append(time.time())
@@ -486,11 +488,13 @@ def main():
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
                    **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norms[0].item(), lm_grad_norm=norms[1].item(),
-                   **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
+                   clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
+                   **finite.column(), **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("words", "redraw", "reward", "update"), clock, clock[1:])})
-        final = step + 1 == args.steps or stopped
-        if rank == 0 and ((step + 1) % args.eval_every == 0 or final):
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
+        if due:
+            check_ranks(params, f"after update {step + 1}")
+        if rank == 0 and due:
             latest = look(step + 1)
             row |= latest
             ema.save(out, model, step + 1, opt)
@@ -500,14 +504,15 @@ def main():
                  ["words"], ["grad_norm", "lm_grad_norm"])
         bar.set_postfix({"verdict": f"{rewards['reward_verdict']:.3g}",
                          "held out": f"{latest.get('accuracy', 0):.3f}",
-                         "norm": f"{norms[0].item():.3f}"}, refresh=False)
+                         "norm": f"{norms[0]:.3f}"}, refresh=False)
         if stopped:
             break
 
     # 7  held-out pictures and, since one model does both, drawings, before and after, on one noise
     if rank == 0 and args.preset.startswith("shapes") and not stopped:
         results = {}
-        base = Unified.from_preset(args.preset, args.init, **given_parts(args)).to(device)
+        base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
+        base.to(device)
         with ema.applied():
             for name, m in (("before", base), ("after", model)):
                 results[name] = bench_reflect(partial(again, model=m),

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from eval import (EditReward, bench_edit, bench_reason, bench_reflect, bench_shapes, grid,
                   read_scored, scored_edit, spearman)
-from model import (Ema, adapter, all_mean, fail, key, log, mixture, open_run, pairs, parse, plot,
-                   preset, setup, shown, start_model, stop_flag, sum_grads, train_times)
+from model import (Ema, Finite, adapter, all_mean, check_ranks, fail, key, log, mixture, open_run,
+                   pairs, parse, plot, preset, same_start, setup, shown, start_model, stop_flag,
+                   sum_grads, train_times)
 
 
 @dataclass
@@ -115,7 +116,7 @@ def train_reward(args, rank, world, device):
                                         args.vlm_lora_dropout), model.vlm)
     else:
         model.vlm.model.requires_grad_(True)
-    model.to(device)
+    same_start(model.to(device))
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(
         [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
@@ -123,7 +124,7 @@ def train_reward(args, rank, world, device):
         lr=args.lr, betas=(0.9, 0.95))
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    stop = stop_flag()
+    stop, finite = stop_flag(), Finite()
     out, begin = open_run(args.out, args, args.resume, start, rank)
     bar = tqdm(range(start, args.steps), "reward", initial=start, total=args.steps,
                disable=rank > 0)
@@ -137,21 +138,25 @@ def train_reward(args, rank, world, device):
         loss.backward()
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(params.values()))
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        sum_grads(list(params.values()), [loss])
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
         ramp = min(1, (update + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * update / args.steps))
-        opt.step()
+        if finite(update, [norm], [e[2] for e in examples]):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(update)
 
         # 3  now and then the order it gives to held-out edits, and a place to restart
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
-        row = dict(step=update + 1, loss=mean, grad_norm=norm.item(),
+        row = dict(step=update + 1, loss=mean, grad_norm=norm, **finite.column(),
                    at=round(time.time() - begin, 1))
         last = update + 1 == args.steps or stopped > 0
-        if ((update + 1) % args.eval_every == 0 or last) and rank == 0:
+        due = (update + 1) % args.eval_every == 0 or last
+        if due:
+            check_ranks(params, f"after update {update + 1}")
+        if due and rank == 0:
             model.eval()
             with ema.applied(), torch.no_grad():
                 said = torch.cat([predict(held[i : i + 64]).cpu() for i in range(0, len(held), 64)])
@@ -214,7 +219,7 @@ def main():
         lr=args.lr, betas=(0.9, 0.95))
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
-    cfg, stop = model.cfg, stop_flag()
+    cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits or args.task == "reflect":
         shown(cfg)
     data = mixture(args, cfg, n, rank, world, start)
@@ -256,12 +261,13 @@ def main():
             (model.lm_loss(prompts, refs, words) * (args.lm_loss / world)).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(params.values()))
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        sum_grads(list(params.values()), [loss])
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))
-        opt.step()
+        if finite(step, [norm], prompts):
+            opt.step()
         opt.zero_grad(set_to_none=True)
         ema.update(step)
 
@@ -269,10 +275,13 @@ def main():
         mean, stopped = all_mean([loss.item() * world, bool(stop)])
         name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[
             refs is not None, words is not None]
-        row = {"step": step + 1, name: mean, "grad_norm": norm.item(),
+        row = {"step": step + 1, name: mean, "grad_norm": norm, **finite.column(),
                "at": round(time.time() - begin, 1)}
         last = step + 1 == args.steps or stopped > 0             # all ranks stop together
-        if ((step + 1) % args.eval_every == 0 or last) and rank == 0:
+        due = (step + 1) % args.eval_every == 0 or last
+        if due:
+            check_ranks(params, f"after update {step + 1}")
+        if due and rank == 0:
             model.eval()
             with ema.applied():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
