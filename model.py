@@ -2199,11 +2199,12 @@ def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32,
     if optim is not None:
         torch.save(dict(optim, step=step), folder / "optim.tmp")
         os.replace(folder / "optim.tmp", folder / "optim.pt")
-    about = {"config": json.dumps(asdict(cfg)), "step": str(step)}
-    if loras:           # part -> LoraConfig; only what differs from peft's defaults, which change
-        usual = LoraConfig().to_dict()
-        about["loras"] = json.dumps({part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
-                                     for part, c in loras.items()}, default=sorted)
+    usual = LoraConfig().to_dict()      # of a LoRA what differs from peft's defaults, which change
+    loras = {part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
+             for part, c in (loras or {}).items()}
+    # One entry: safetensors writes several in an order of its own, and equal runs give equal files.
+    about = {"checkpoint": json.dumps(dict(config=asdict(cfg), step=step, loras=loras),
+                                      default=sorted)}
     save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
               folder / "model.tmp", about)
     os.replace(folder / "model.tmp", folder / "model.safetensors")
@@ -2224,19 +2225,25 @@ def read_about(path):
              "nor a diffusers transformer's or a peft LoRA's folder")
     if file is None:
         return {}
-    about = read_safetensors(file, names_only=True)[1]
-    if "config" not in about:
+    return described(file, read_safetensors(file, names_only=True)[1])["config"]
+
+
+def described(file, metadata):
+    """-> what save_checkpoint says of a checkpoint: config, loras; older files say it in parts."""
+    if "checkpoint" in metadata:
+        return json.loads(metadata["checkpoint"])
+    if "config" not in metadata:
         fail(f"{file} is not a checkpoint of ours: it names no preset")
-    return json.loads(about["config"])
+    return {k: json.loads(metadata.get(k, "{}")) for k in ("config", "loras")}
 
 
 def read_init(path, cfg, dit):
     """-> tensors, {part: LoraConfig}. path: see Unified.from_preset"""
     path = Path(path)
     if file := checkpoint_file(path):
-        tensors, about = read_safetensors(file)
+        tensors, metadata = read_safetensors(file)
         return tensors, {part: LoraConfig(**config)
-                         for part, config in json.loads(about.get("loras", "{}")).items()}
+                         for part, config in described(file, metadata)["loras"].items()}
     if not (path / "adapter_config.json").exists():
         return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg, dit).items()}, {}
     file, config = path / "adapter_model.safetensors", LoraConfig.from_pretrained(path)

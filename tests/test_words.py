@@ -128,14 +128,14 @@ def test_positions_are_the_vlms_own_where_it_answers(qwen):  # noqa: F811
 
 
 def test_bf16():
-    """Where a machine computes in bf16, cache and full forward round apart, and with a token's
+    """Where a machine computes in bf16, cache and full forward may round apart, and with a token's
     log-prob its ratio: in the classroom by at most .007, far within a clip of .2."""
     m = Unified.from_preset("shapes", "data/shapes/sft")
     m.bf16 = True
     words = m.generate(PROMPTS[:3], n=6)
     logp = m.text_logp([p for p in PROMPTS[:3] for _ in range(6)], None, words)
     assert logp.dtype == torch.float32 and words.closed.all()
-    assert 0 < (logp - words.logp).abs().max() < 0.03
+    assert (logp - words.logp).abs().max() < 0.03 and logp.min() < -0.1
 
 
 def test_greedy_is_transformers(m):
