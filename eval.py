@@ -48,7 +48,7 @@ from data.shapes.prepare import (  # isort: skip
     COLORS, GLYPHS, GROUND, IMAGE, KINDS, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS,
     SHAPES, SIDE, SIZES, TAGS, WHICH, article, box, edit_scene, make_meta, plural, relation, render,
     sample_edit, scene_for)
-from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
+from model import (Unified, all_mean, differ, fail, fetch, flag, given_parts, has_bf16, key, parse,
                    pretrained, read_safetensors, setup, spans, verdict, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
@@ -1644,21 +1644,27 @@ BENCHMARKS = ("shapes", "geneval", "shapes-edit", "shapes-reason", "shapes-refle
 
 @dataclass
 class Args:
-    bench: str = "shapes"             # which benchmark
-    init: str = "data/shapes/sft"     # checkpoint; with --preset also a diffusers DiT or peft LoRA
-    preset: str = ""                  # empty: the checkpoint's own
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    out: str = ""                     # folder for results and images; empty: print only
-    steps: int = 10                   # ODE steps, a forward each
-    guidance: float = 1.0             # 1 = none, half the forwards
-    image_guidance: float = 1.0       # of edits, by the image; two more forwards
-    guidances: str = ""               # of edits, such as 1,3,5,7: the trade-off, as a picture
-    temperature: float = 1.0          # of words, as in training; 0: the likeliest ones
-    limit: int = 64                   # tokens they may have
-    rounds: int = 1                   # of shapes-reflect: looks at a picture, unless one says yes
-    seed: int = 0                     # another seed, other noise
+    bench: str = flag("shapes", f"which benchmark: {', '.join(BENCHMARKS)}",
+                      group="What matters most")
+    init: str = flag("data/shapes/sft", "a checkpoint; with --preset also the folder of a "
+                     "diffusers DiT or peft LoRA, or none: empty")
+    preset: str = flag("", "which model, by its name in PRESETS (model.py); empty: as --init says")
+    out: str = flag("", "folder for results and images; empty: they are only printed")
+    steps: int = flag(10, "ODE steps of a drawing, one DiT forward each")
+    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, and half the forwards")
+    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: no guidance by it")
+    seed: int = flag(0, "0 to 2**63 - 1; another seed draws other noise")
+
+    guidances: str = flag("", "of edits, several such as 1,3,5,7: their trade-off, as a picture",
+                          group="More of single benchmarks")
+    temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones")
+    limit: int = flag(64, "most tokens that a thought or an answer may have")
+    rounds: int = flag(1, "of shapes-reflect: most looks at a picture; a yes ends them")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
 
 
 def main():

@@ -17,7 +17,6 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from inspect import getsource
 from itertools import count, groupby
 from pathlib import Path
 from pickle import UnpicklingError
@@ -1895,20 +1894,45 @@ def has_bf16():
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
-def parse(Args, description, stage=None, tasks=None):
-    """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help. Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage`
-    < its recipe's, or --recipe's < a flag."""
-    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+def flag(default, help, group=""):
+    """A field of a script's Args. help: what --help says of it; group: the title of the flags that
+    begin with this one."""
+    return field(default=default, metadata=dict(help=help, group=group))
+
+
+def command_line(description):
+    """A strict parser, which knows no abbreviations and takes one line for an error. Its --help is
+    the description, then groups of flags: no usage, in which the few that matter would drown."""
+    p = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, add_help=False,
+                                allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
+    p.error = fail
+    return p
+
+
+def check_seed(args):
+    if not 0 <= getattr(args, "seed", 0) < 2**63:
+        fail(f"--seed {args.seed} is not from 0 to 2**63 - 1")
+
+
+def parse(Args, description, stage=None, tasks=None):
+    """A dataclass of `flag`s as a command line: typos die, booleans get --no-x, all are grouped.
+    Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage` < its recipe's, or
+    --recipe's < a flag."""
+    p = group = command_line(description)
     names = ["--" + f.name.replace("_", "-") for f in fields(Args)]
     p.error = lambda message: fail(                    # one line instead of the whole usage
         message + (f"; there are: {' '.join(names)}" if "unrecognized" in message else ""))
     for f, name in zip(fields(Args), names):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        p.add_argument(name, default=f.default, **kind,
-                       help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
+        if title := f.metadata.get("group"):             # the fields that follow belong to it, too
+            group = p.add_argument_group(title)
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, metavar=f.type.__name__))
+        default = ("off", "on")[f.default] if f.type is bool else f.default
+        about = f.metadata.get("help", "") + (f" [{default}]" if default != "" else "")
+        group.add_argument(name, help=about.replace("%", "%%"), **kind)
+    group.add_argument("-h", "--help", action="help", help="print this text")
+    p.set_defaults(**asdict(Args()))
     args = p.parse_args()
 
     def settle(who, values):
@@ -1930,6 +1954,7 @@ def parse(Args, description, stage=None, tasks=None):
         if args.recipe not in RECIPES:
             fail(f"unknown recipe {args.recipe!r}; there are: {', '.join(RECIPES)}")
         args = settle(f"recipe {args.recipe!r}", RECIPES[args.recipe])
+    check_seed(args)
     return Args(**vars(args))
 
 
