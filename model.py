@@ -2038,12 +2038,13 @@ class Finite:
 
     def __call__(self, step, norms, prompts):
         """norms: of an update of iteration `step`; prompts: this rank's. -> is it taken?"""
-        if all(map(math.isfinite, norms)):
+        wrong = [norm for norm in norms if not math.isfinite(norm)]
+        if not wrong:
             self.in_a_row = 0
             return True
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
-        named = ", ".join(map(repr, [*dict.fromkeys(prompts)][:3]))
-        print(f"update {step + 1} is skipped: its gradient norm is {norms[0]:g}; prompts of rank "
+        named = ", ".join([repr(p) for p in dict.fromkeys(prompts) if p is not None][:3])
+        print(f"update {step + 1} is skipped: its gradient norm is {wrong[0]:g}; prompts of rank "
               f"{os.environ.get('RANK', 0)}: {named} ... ({len(prompts)} in all)", file=sys.stderr)
         if self.in_a_row > self.MOST:
             fail(f"{self.in_a_row} updates in a row were not finite: try a lower --lr; the last "
@@ -2058,7 +2059,9 @@ class Finite:
 
 def key(seed, step, index):
     """One integer in [0, 2^64) per (seed, step, global sample index): noise that neither ranks nor
-    a restart change. Seeds above 18 million wrap around, and share no noise for that."""
+    a restart change. torch's CPU generator heeds the low 32 bits of it; so that all of a seed
+    counts, its high half is added to the low one."""
+    seed = seed % 2**32 + seed // 2**32
     return ((seed * 1_000_003 + step) * 1_000_003 + index) % 2**64
 
 
