@@ -24,7 +24,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -48,8 +48,9 @@ from data.shapes.prepare import (  # isort: skip
     COLORS, GLYPHS, GROUND, IMAGE, KINDS, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS,
     SHAPES, SIDE, SIZES, TAGS, WHICH, article, box, edit_scene, make_meta, plural, relation, render,
     sample_edit, scene_for)
-from model import (Unified, all_mean, differ, fail, fetch, flag, given_parts, has_bf16, key, parse,
-                   pretrained, read_safetensors, setup, spans, verdict, write)
+from model import (Unified, all_mean, clip_words, differ, fail, fetch, flag, given_parts, has_bf16,
+                   key, parse, pretrained, read_safetensors, setup, spans, special_names,
+                   token_rows, verdict, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -684,7 +685,8 @@ def clip_model(name, words=""):
         return model.get_image_features(**x).pooler_output   # transformers 5: not the tensor itself
 
     def read(texts):
-        x = feed(text=texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+        rows = token_rows(feed.tokenizer, texts, truncation=True, max_length=most)
+        x = feed.tokenizer.pad(dict(input_ids=rows), return_tensors="pt")
         return model.get_text_features(**x.to(model.device)).pooler_output
     return see, read, model.logit_scale.exp().item()
 
@@ -693,7 +695,7 @@ def clip_model(name, words=""):
 def open_clip_model(name, weights=None):
     """The same of an open_clip model: "local-dir:FOLDER", or an architecture and its weights."""
     model, _, crop = open_clip.create_model_and_transforms(name, weights and hub_file(weights))
-    model, words = to_device(model), open_clip.get_tokenizer(name)
+    model, words = to_device(model), clip_words(name)
     device = model.logit_scale.device
 
     def see(images):
@@ -967,6 +969,36 @@ def judge_model(name):
     return to_device(pretrained(AutoModelForImageTextToText, name, dtype=dtype)), feed
 
 
+HOLE = "<|\ue000|>"       # nobody's word
+
+
+def turns(feed, rows):
+    """rows: (images uint8 (H,W,3), text), a user's turn each -> a VLM's inputs, padded as `feed`
+    pads. A text's special_names are letters: where they stand the tokenizer reads holes, as many as
+    those letters have tokens, which then fill them."""
+    letters, said = [], partial(feed.tokenizer, add_special_tokens=False, split_special_tokens=True)
+
+    def holes(name):
+        ids = said(name[0])["input_ids"]
+        letters.extend(ids)
+        return HOLE * len(ids)
+    names = special_names(feed.tokenizer)
+    chats = [[dict(role="user", content=[
+        *(dict(type="image", image=Image.fromarray(x)) for x in images),
+        dict(type="text", text=names.sub(holes, text))])] for images, text in rows]
+    if letters:                                      # a copy: the reward model saves its tokenizer
+        feed = copy.copy(feed)
+        feed.tokenizer = copy.deepcopy(feed.tokenizer)
+        feed.tokenizer.add_tokens(HOLE, special_tokens=True)
+    x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
+                                 return_dict=True, return_tensors="pt",
+                                 processor_kwargs=dict(padding=True))
+    if letters:
+        ids = x["input_ids"]
+        ids[ids == feed.tokenizer.convert_tokens_to_ids(HOLE)] = torch.tensor(letters)
+    return x
+
+
 @torch.no_grad()
 def ask_all(questions):
     """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
@@ -980,12 +1012,7 @@ def ask_all(questions):
     model, feed = judge_model(JUDGE.model or MODELS["judge-shapes" if small else "judge"])
     answers = []
     for i in range(0, len(questions), 32):
-        chats = [[dict(role="user", content=[
-            *(dict(type="image", image=Image.fromarray(x)) for x in images),
-            dict(type="text", text=text)])] for images, text in questions[i : i + 32]]
-        x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
-                                     return_dict=True, return_tensors="pt",
-                                     processor_kwargs=dict(padding=True)).to(model.device)
+        x = turns(feed, questions[i : i + 32]).to(model.device)
         ids = model.generate(**x, do_sample=False, max_new_tokens=JUDGE.tokens)
         new = ids[:, x["input_ids"].shape[1]:]
         answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
@@ -1105,12 +1132,7 @@ class EditReward(torch.nn.Module):
 
     def forward(self, olds, news, instructions):
         """Lists of N uint8 (H,W,3) images, N strings -> scores (N,) fp32"""
-        chats = [[dict(role="user", content=[
-            *(dict(type="image", image=Image.fromarray(x)) for x in (old, new)),
-            dict(type="text", text=text)])] for old, new, text in zip(olds, news, instructions)]
-        x = self.feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
-                                          return_dict=True, return_tensors="pt",
-                                          processor_kwargs=dict(padding=True))
+        x = turns(self.feed, list(zip(zip(olds, news), instructions)))
         device = self.head.weight.device
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
             states = self.vlm.model(**x.to(device), use_cache=False).last_hidden_state

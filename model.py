@@ -1061,8 +1061,9 @@ class SD3Text(nn.Module):
     @torch.no_grad()
     def forward(self, prompts):
         def ids(tokenizer, length):
-            return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
-                             return_tensors="pt")["input_ids"].to(self.clips[0].device)
+            rows = token_rows(tokenizer, prompts, padding="max_length", max_length=length,
+                              truncation=True)
+            return torch.tensor(rows, device=self.clips[0].device)
         length = self.tokenizers[0].model_max_length                             # 77, of both CLIPs
         seen = [clip(ids(t, length), output_hidden_states=True)
                 for clip, t in zip(self.clips, self.tokenizers)]
@@ -1074,6 +1075,34 @@ class SD3Text(nn.Module):
             t5 = ctx.new_zeros(len(ctx), self.t5_tokens, self.ctx_dim)
         pooled = torch.cat([s.text_embeds for s in seen], -1)                    # (B,2048)
         return Cond(torch.cat([ctx, t5], 1).float(), None, pooled.float())
+
+
+def special_names(tokenizer):
+    """A pattern of the names of special tokens, such as <|im_end|>. Who has such a name in a prompt
+    means its letters: as a token it would end the turn, or ask for an image. One sign is no name:
+    SD3's second tokenizer pads with "!"."""
+    names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)", re.IGNORECASE)
+
+
+def token_rows(tokenizer, texts, **options):
+    """Texts -> lists of tokens, by one of transformers' tokenizers; special_names are letters."""
+    names = special_names(tokenizer)
+    return [tokenizer(text, split_special_tokens=bool(names.search(text)), **options)["input_ids"]
+            for text in texts]
+
+
+def clip_words(name):
+    """open_clip's tokenizer, B strings -> (B,context), to which those names are letters, too: the
+    end of a text would hide what stands behind it."""
+    words = open_clip.get_tokenizer(name)
+    if hasattr(words, "tokenizer"):                                              # transformers'
+        words.tokenizer.split_special_tokens = True
+        return words
+    # open_clip's own cuts a text at each underscore: a space there changes nothing but the names.
+    return lambda texts: words([re.sub("(?i)(start|end)_of_text", r"\1_of _text", t)
+                                for t in texts])
 
 
 def draw_token(logp, u, top_p):
@@ -1325,7 +1354,7 @@ class Unified(nn.Module):
                 image_processor = AutoImageProcessor.from_pretrained(fetch(cfg.vlm))
         elif cfg.text == "clip":
             text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
+            tokenizer = clip_words(f"local-dir:{cfg.text_encoder}")
         else:
             text_encoder = SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens,
                                    cfg.mmdit["joint_attention_dim"], meta)
@@ -1452,8 +1481,7 @@ class Unified(nn.Module):
         VLM is causal and padded on the right: no row sees another's length, and position ids are
         those of a row alone, as all peers' are."""
         cfg, b, B = self.cfg, self.bridge, len(prompts)
-        lm, image_id, encode = (self.vlm.model.language_model, self.vlm.config.image_token_id,
-                                partial(self.tokenizer, add_special_tokens=False))
+        lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
         draws, tasks = task in ("t2i", "edit"), self.tasks(prompts, images, task)
         assert (images is None) == (task in ("t2i", "think")) or task == "ask", (
             "an edit or a judgement, and nothing else, shows the VLM its images")
@@ -1464,12 +1492,13 @@ class Unified(nn.Module):
         with self.autocast():
             self.seen.update(zip(new.values(), self.see([*new.values()])))       # (tokens, grid)
         shows = [[self.seen[i] for i in row] for row in images]
-        ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
+        ids = [self.chat_ids(p, of, [len(t) for t, _ in show])
                for p, of, show in zip(prompts, tasks, shows, strict=True)]
         starts, marks = [len(row) for row in ids], ids
         if words is not None:
             said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
-            tail = encode(cfg.suffix)["input_ids"] * queries     # a null's chat has ended in it
+            tail = self.tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"]
+            tail = tail * queries                                # a null's chat has ended in it
             ids = [row + own + tail * (of not in ("t2i", "edit"))
                    for row, own, of in zip(ids, said, tasks, strict=True)]
             # An image's placeholder that the LM happens to say is a token, and no image.
@@ -1512,6 +1541,16 @@ class Unified(nn.Module):
         system = f"<|im_start|>system\n{cfg.system}{END}\n" if cfg.system else ""
         return (f"{system}<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
                 + cfg.suffix * draws)
+
+    def chat_ids(self, prompt, task, lengths):
+        """The tokens of `chat`. Of a prompt special_names are letters: what stands before and
+        behind it, whose own are special, is then read apart."""
+        ours = partial(self.tokenizer, add_special_tokens=False)
+        if not special_names(self.tokenizer).search(prompt or ""):
+            return ours(self.chat(prompt, task, lengths))["input_ids"]
+        before, after = self.chat("\0", task, lengths).split("\0")
+        theirs, = token_rows(self.tokenizer, [prompt], add_special_tokens=False)
+        return ours(before)["input_ids"] + theirs + ours(after)["input_ids"]
 
     # ---- text -> words: the policy of the language model
 
@@ -1567,9 +1606,12 @@ class Unified(nn.Module):
         return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), closed)
 
     def spell(self, texts):
-        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END."""
-        ids = [torch.tensor([] if t is None else self.tokenizer(
-            t + END, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]
+        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END. Of
+        a text's special_names are letters."""
+        end = self.tokenizer.convert_tokens_to_ids(END)
+        rows = token_rows(self.tokenizer, [t or "" for t in texts], add_special_tokens=False)
+        ids = [torch.tensor([] if t is None else [*row, end], dtype=torch.long)
+               for t, row in zip(texts, rows)]
         mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return Words(ids.to(self.device), mask.to(self.device),

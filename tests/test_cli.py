@@ -327,6 +327,24 @@ def test_two_stages_then_rl_then_pictures(parts, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "s.png").width > 2 * 128
 
 
+def test_captions_may_name_special_tokens(parts, tmp_path):
+    """They are letters on their way through a stage: an image's placeholder ended the run."""
+    for i in range(4):
+        photo(tmp_path / f"{i}.png", 64, 64, i)
+    named = "a sign <|image_pad|> <|im_end|>"
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(dict(
+        file_name=f"{i}.png", prompt=f"{named} {i}")) + "\n" for i in range(4)))
+    row, = tiny.play(parts, tmp_path / "a", "--data", tmp_path, "--batch", 2, "--steps", 1,
+                     "--drop", 0, main=pretrain.main)
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+    lines = [json.loads(line) for line in open(parts / "prompts.jsonl")]
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps(r | dict(prompt=f"{named} {r['prompt']}")) + "\n" for r in lines))
+    _, row = tiny.play(parts, tmp_path / "b", "--prompts", tmp_path / "prompts.jsonl", "--steps", 1,
+                       "--task", "cot", "--limit", 6)
+    assert row["kept"] > 0 and row["words"] > 1
+
+
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_once_is_a_wish(which):
     """Ctrl-C lets the run end its update and save; a second one is not caught any more."""
