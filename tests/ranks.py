@@ -1,8 +1,8 @@
-"""All five training scripts, each twice, on the tiny model; not a test by itself:
+"""All five training scripts on the tiny model; not a test by itself:
 
     torchrun --nproc-per-node 2 tests/ranks.py TINY OUT
 
-OUT/<script>-<run>/rank<r>.safetensors is what a rank's model holds in the end."""
+OUT/<script>/rank<r>.safetensors is what a rank's model holds in the end."""
 
 import sys
 from pathlib import Path
@@ -50,11 +50,9 @@ def main(folder, out):
         m.setattr(model, "same_start", remember)   # start_model's
         m.setattr(sft, "same_start", remember)
         for name in MAINS:
-            for again in range(2):
-                to = out / f"{name}-{again}"
-                play(folder, to, name)
-                save_file({k: p.detach().clone() for k, p in built[-1].named_parameters()},
-                          to / f"rank{rank}.safetensors")
+            play(folder, out / name, name)
+            save_file({k: p.detach().clone() for k, p in built[-1].named_parameters()},
+                      out / name / f"rank{rank}.safetensors")
 
 
 if __name__ == "__main__":

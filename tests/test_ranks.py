@@ -38,31 +38,33 @@ def photos(parts):
 
 @pytest.fixture(scope="module")
 def two(photos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         ranks.__file__, photos, out], capture_output=True, text=True, cwd=tiny.ROOT,
-        env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    """Folders of two runs of one command, each with two processes."""
+    outs = [tmp_path_factory.mktemp("ranks") for _ in range(2)]
+    for out in outs:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+             ranks.__file__, photos, out], capture_output=True, text=True, cwd=tiny.ROOT,
+            env=os.environ | dict(OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return outs
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_hold_one_model(two, name):
     """Bit for bit after three updates, though torch's own generator differed between the ranks."""
-    a, b = (load_file(two / f"{name}-0/rank{r}.safetensors") for r in (0, 1))
+    a, b = (load_file(two[0] / name / f"rank{r}.safetensors") for r in (0, 1))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert any("bridge" in k or "head" in k for k in a)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs_of_one_command_give_equal_files(two, name):
-    files = [sorted(f.relative_to(two / f"{name}-{i}") for f in (two / f"{name}-{i}").rglob("*")
+    files = [sorted(f.relative_to(out) for f in (out / name).rglob("*")
                     if f.suffix in (".safetensors", ".pt", ".png") and f.name != "curves.png")
-             for i in (0, 1)]
+             for out in two]
     assert files[0] == files[1] and len(files[0]) >= 4
     for file in files[0]:
-        a, b = (two / f"{name}-{i}" / file for i in (0, 1))
+        a, b = (out / file for out in two)
         assert a.read_bytes() == b.read_bytes(), file
 
 
@@ -154,7 +156,8 @@ def test_a_nan_leaves_one_update_out(photos, tmp_path, name, capsys):
     step = torch.optim.AdamW.step
     play(photos, tmp_path / "without", name, step=at_call(1, step, lambda opt: True))
     a, b = weights(tmp_path / "hurt"), weights(tmp_path / "without")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    # To rounding: where in memory a tensor lies may change it; an update moves weights by 1e-5.
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-7 for k in a)
     assert all(p.isfinite().all() for p in a.values())
     rows = [r for r in hurt if r["step"]]
     assert [r.get("skipped") for r in rows] == [None, 1, None]
