@@ -611,13 +611,13 @@ def geneval_strict(images, metas, group):
 
 
 def jpeg_compressibility(images, metas, group):
-    """-kB/500 (DDPO, Flow-GRPO): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
+    """-kB/500 (Flow-GRPO; DDPO's is -kB): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
     return torch.tensor([-jpeg_kb(x) / 500 for x in arrays(images)])
 
 
 def jpeg_incompressibility(images, metas, group):
-    """kB/1000: detail wins."""
-    return torch.tensor([jpeg_kb(x) / 1000 for x in arrays(images)])
+    """kB (DDPO, Flow-GRPO, UniRL-Zero): detail wins. Grey 512x512 4.7, noise 310."""
+    return torch.tensor([jpeg_kb(x) for x in arrays(images)])
 
 
 # ---------------------------------------------------------------------------------------------
