@@ -32,8 +32,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.shapes.prepare import render
-from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
-                  show_table, spread)
+from eval import (JUDGE, ask_all, bench_edit, bench_shapes, check_scored, grid, must_score,
+                  parse_weights, score, show_table, spread)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads, swapped,
@@ -331,9 +331,9 @@ def main():
         R, W, _ = judged(faced, 1, columns[1:])
         return dict(score=((R * W).nansum() / W.sum()).item())
 
-    def judged(batch, group, drawn):
+    def judged(batch, group, drawn, said=None):
         """Rewards of the edited picture beside those of the cycled one: as score, R, W, names"""
-        R, W, names = zip(*[score(x, batch, group, w) for x, w in zip(drawn, weights)])
+        R, W, names = zip(*[score(x, batch, group, w, said) for x, w in zip(drawn, weights)])
         return torch.cat(R, 1), torch.cat(W, 1), sum(names, [])
 
     def conditions(prompts, images, keys):
@@ -390,15 +390,9 @@ def main():
             clock.append(time.time())
 
         # 3  R = l1 edit + l2 CLIP(source, cycled) + l3 quality; one advantage for both trajectories
-        R, W, names = judged(edits, G, drawn)                                    # (N,K) each
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.data} hold what it reads? "
-                 f"{JUDGE.error}")
+        said = {}
+        R, W, names = judged(edits, G, drawn, said)                              # (N,K) each
+        failures = check_scored(R, W, names, said, args, step, args.data)
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, G, args.norm)                                  # (N,), mean 0
@@ -449,8 +443,7 @@ def main():
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norm, **finite.column(),
+                   **failures, clip_nats=args.clip * D, grad_norm=norm, **finite.column(),
                    **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("edit", *["back"] * back, "reward", "update"), clock, clock[1:])})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped

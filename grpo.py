@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, grid, parse_weights,
-                  read_prompts, score, see, show_answers, show_table)
+from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, check_scored,
+                  grid, parse_weights, read_prompts, score, see, show_answers, show_table)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks, fail,
                    given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
                    read_image, rollout, sde_step, setup, sigmas, slices, span, spans, start_model,
@@ -488,7 +488,7 @@ def main():
         #    images while the next are drawn, by the same policy; what judges here waits its turn
         keys = [(key(args.seed, step, (n // group * group if args.shared_noise else n) * 100),
                  key(args.seed, step, n * 100 + 1)) for i in index for n in range(i * M, i * M + M)]
-        paths, judged = [], []
+        paths, judged, said = [], [], {}
         for some in slices(B, -(-B // 4) if JUDGE.url else B) if draws else ():
             n = slice(some.start * group, some.stop * group)
             at = slice(n.start // each, n.stop // each)
@@ -498,7 +498,7 @@ def main():
             clock.append(("rollout", time.time()))
             images = model.to_images(x0).cpu()                                   # (n,3,H,W) uint8
             clock.append(("decode", time.time()))
-            judged.append(jury.submit(score, images, batch[n], group, weights))
+            judged.append(jury.submit(score, images, batch[n], group, weights, said))
 
         # 3  score images or answers; compare each with its own group
         if draws:
@@ -513,14 +513,7 @@ def main():
             ok = torch.tensor(ok).float().repeat_interleave(M)[:, None]
             R, W = torch.cat([R, ok], 1), F.pad(W, (0, 1), value=args.format)
             names = [*names, "format"]
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.prompts} hold what it reads? "
-                 f"{JUDGE.error}")
+        failures = check_scored(R, W, names, said, args, step, args.prompts)
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, group, args.norm)                              # (N,), mean 0
@@ -621,9 +614,8 @@ def main():
         for (_, a), (name, b) in zip(clock, clock[1:]):
             spent[f"s_{name}"] += b - a
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   ldam=noise is not None, clip_nats=args.clip * D, **norms, **finite.column(),
-                   **{k: round(v, 3) for k, v in spent.items()})
+                   **failures, ldam=noise is not None, clip_nats=args.clip * D, **norms,
+                   **finite.column(), **{k: round(v, 3) for k, v in spent.items()})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
         if due:
             check_ranks(params, f"after update {step + 1}")

@@ -37,8 +37,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.shapes.prepare import render
-from eval import (JUDGE, bench_reflect, bench_shapes, grid, must_score, parse_weights, read_prompts,
-                  score, show_table)
+from eval import (JUDGE, bench_reflect, bench_shapes, check_scored, grid, must_score,
+                  parse_weights, read_prompts, score, show_table)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, slices, start_model, stop_flag, sum_grads,
@@ -399,21 +399,15 @@ def main():
 
         # 4  R = verdict + form + final picture; one advantage for words and denoising steps
         at = torch.tensor(drawn).nonzero()[:, 0]
-        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights)
+        said = {}
+        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights, said)
         R = torch.full((len(looks), len(names)), math.nan).index_copy(0, at, scores)     # (N,K)
         W = torch.zeros_like(R).index_copy(0, at, odds)
         told = torch.tensor([[yes == row["right"], form and closed] for yes, form, closed, row in
                              zip(says, formed, words.closed.tolist(), looks)])
         R, names = torch.cat([told.float(), R], 1), ["verdict", "format", *names]
         W = torch.cat([torch.tensor([[args.verdict, args.format]]).expand(len(W), 2), W], 1)
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.data} hold what it reads? "
-                 f"{JUDGE.error}")
+        failures = check_scored(R, W, names, said, args, step, args.data)
         if args.shuffle:
             for some in (at, (~torch.tensor(drawn)).nonzero()[:, 0]):       # who has as many
                 R[some] = R[some[torch.randperm(len(some), generator=g)]]
@@ -487,8 +481,7 @@ def main():
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
+                   **failures, clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
                    **finite.column(), **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("words", "redraw", "reward", "update"), clock, clock[1:])})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped

@@ -116,7 +116,7 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     rows = tiny.play(talker, tmp_path / "run", *COT, "--steps", 1, "--images-per-thought", M,
                      "--micro", 0, "--norm", "joint")
     ((R, W, group, _), A), = compared
-    (_, metas, _, _), _ = scored[0]
+    (_, metas, *_), _ = scored[0]
     assert group == G * M and len(R) == len(metas) == 4 * group
     (inputs, words), = [c for c in said if c[0][-1] == G]
     assert [m["prompt"] for m in metas[::group]] == inputs[1]

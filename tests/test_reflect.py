@@ -114,7 +114,7 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     steps, tokens = calls(monkeypatch, "surrogate"), calls(monkeypatch, "token_surrogate")
     play(talker, tmp_path / "run", "--steps", 1)
     (_, prompts, images, *_), words = next(c for c in said if c[0][-1] == G)
-    (last, looks, _, _), _ = scored[0]
+    (last, looks, *_), _ = scored[0]
     assert len(prompts) == len(images) == 4 and len(words.texts) == len(looks) == 16
     # A group is of one prompt and one first image, by turns a wrong and a right one.
     assert [m["prompt"] for m in looks] == [p for p in prompts for _ in range(G)]
