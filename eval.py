@@ -1361,6 +1361,13 @@ def check_scored(R, W, names, said, args, step, where):
             for name, x in zip(names, share.tolist()) if x}
 
 
+def held_out_score(R, W):
+    """Rewards of held-out pictures and their weights (N,K) -> dict(score=...), the weighted mean of
+    those that could be had; {} where none could."""
+    W = W * ~R.isnan()
+    return dict(score=((R.nan_to_num() * W).sum() / W.sum()).item()) if W.any() else {}
+
+
 # ---------------------------------------------------------------------------------------------
 # The benchmark: GenEval at classroom scale.
 

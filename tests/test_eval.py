@@ -25,6 +25,7 @@ from eval import (
     evaluate,
     extra_objects,
     grid,
+    held_out_score,
     judge,
     main,
     mean_and_error,
@@ -229,6 +230,7 @@ def test_a_reward_that_is_not_finite_has_failed(monkeypatch):
     assert R[:, 0].isnan().tolist() == [True] * 3 + [False] and R[3, 0] == 2
     row = judges.check_scored(R, W, names, {}, argparse.Namespace(max_failed=0.8), 0, "its.jsonl")
     assert row == dict(failed_odd=0.75)
+    assert held_out_score(R, W) == dict(score=2.0) and held_out_score(R[:3], W[:3]) == {}
 
 
 def mixed(seed=0):
