@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, check_scored, grid, held_out_score,
                   must_score, parse_weights, score, show_table, spread)
-from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
+from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail, flag,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads, swapped,
                    write)
@@ -51,52 +51,71 @@ BACK = ('A picture will be edited by the instruction "{}". You see it before tha
 
 @dataclass
 class Args:
-    preset: str = "shapes"            # which model: see PRESETS in model.py
-    recipe: str = "fast"              # which flags: see RECIPES in model.py
-    init: str = "data/shapes/sft-edit"    # a checkpoint that edits, or as in grpo.py
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    refs: str = ""                    # who is shown the pictures: vlm, dit, both; empty: as trained
-    reward: str = "cycle"             # cycle: eq. 5; edit; judge; edit_model; a mix; a .json
-    reverse: str = "auto"             # edit back? auto: if a reward looks at it; yes; no
-    judge: str = ""                   # VLM that judges, and writes what inverses are missing
-    judge_url: str = ""               # where it answers (OpenAI-compatible); empty: it runs here
-    max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
-    data: str = "data/shapes/prompts/edit_train.jsonl"   # or a folder with metadata.jsonl
-    eval_data: str = ""               # the same, held out, for photos; empty: no held-out score
-    out: str = "out/cycle"            # run folder
-    steps: int = 150                  # updates
-    B: int = 8                        # sources per update, over all ranks
-    G: int = 8                        # edits per source, the group that is compared
-    T: int = 10                       # denoising steps while training (evaluation: --eval-T)
-    window: int = 3                   # consecutive steps that are random and trained
-    window_start: int = 0             # first step a window may start at
-    window_stop: int = 3              # last step it may start at; drawn anew in each iteration
-    kind: str = "flow"                # kernel of the random steps: flow, unirl, dance, cps
-    eta: float = 0.9                  # size of the fresh noise; 0 = nothing to explore
-    shared_noise: bool = True         # one initial noise per group: its spread is then all actions
-    guidance: float = 1.0             # of the text, the same in rollout and update; 1 = none
-    image_guidance: float = 1.0       # of the source, likewise
-    norm: str = "group"               # of advantages: group, joint or global, see group_advantage
-    train: str = "dit"                # what learns: dit, bridge (and its queries) or both
-    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
-    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    lr: float = 1.6e-4                # AdamW; 5 steps of warm-up, then linearly down to a tenth
-    wd: float = 0.0                   # weight decay
-    clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
-    updates: int = 1                  # optimiser steps per rollout, each on its share of samples
-    shuffle: bool = False             # control row: rewards dealt out at random over the batch
-    beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
-    kl: str = "mean"                  # mean: between step means, closed form | flow-grpo | velocity
-    ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
-    micro: int = 64                   # window rows per backward; 0: all. Gradients are equal
-    checkpoint: bool = False          # the DiT's blocks compute again what backward needs: memory
-    compile: bool = False             # the DiT by torch.compile: minutes at first, then faster
-    eval_every: int = 20              # updates between quick scores on held-out edits
-    eval_T: int = 10                  # ODE steps in evaluation
-    seed: int = 0
-    resume: bool = False              # continue the run in --out
+    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)",
+                       group="What matters most")
+    recipe: str = flag("fast", "which settings, by their name in RECIPES (model.py); a flag wins")
+    init: str = flag("data/shapes/sft-edit", "a checkpoint that edits, or as grpo.py's --init")
+    reward: str = flag("cycle", "cycle (eq. 5), edit, judge, edit_model, a mix (edit:1,clip:4), or "
+                       "a .json of such by kind of edit")
+    reverse: str = flag("auto", "edit back? auto: if a reward looks at the result; yes; no")
+    data: str = flag("data/shapes/prompts/edit_train.jsonl",
+                     "jsonl of sources and instructions, or a folder with metadata.jsonl")
+    out: str = flag("out/cycle", "folder of the run")
+    steps: int = flag(150, "updates")
+    B: int = flag(8, "sources per update, over all ranks")
+    G: int = flag(8, "edits per source, 2 or more: the group")
+    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
+    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    resume: bool = flag(False, "continue the run in --out")
+
+    T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
+                  group="Sampling and exploration")
+    window: int = flag(3, "consecutive steps that are random, and trained")
+    window_start: int = flag(0, "first step, from 0, at which a window may start")
+    window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
+    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
+    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
+    shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions")
+    guidance: float = flag(1.0, "weight of the text in rollout and update; 1: no guidance")
+    image_guidance: float = flag(1.0, "weight of the source in rollout and update; 1: no guidance")
+    refs: str = flag("", "what is shown the pictures: vlm, dit or both; empty: as it was trained")
+
+    train: str = flag("dit", "dit, bridge (with its queries) or both", group="What learns")
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
+    wd: float = flag(0.0, "weight decay of AdamW")
+    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+
+    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
+                     group="Objective")
+    clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
+                       "it is nats of the true log-ratio")
+    updates: int = flag(1, "optimiser steps per rollout, each on its share of the samples")
+    shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
+    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
+    kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
+                   "(without the step size) or velocity (between velocities)")
+
+    judge: str = flag("", "VLM that judges, and that writes what inverses are missing; empty: see "
+                      "MODELS (eval.py)", group="Rewards")
+    judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+
+    micro: int = flag(64, "rows of the window per backward; 0: all. The gradients are equal",
+                      group="Memory and speed")
+    checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
+                            "which saves memory")
+    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
+
+    eval_every: int = flag(20, "updates between quick scores on held-out edits", group="Evaluation")
+    eval_data: str = flag("", "held-out edits of photos, as --data; empty: none, and no score")
+    eval_T: int = flag(10, "ODE steps of an edit")
 
 
 def checked(args, world):

@@ -24,7 +24,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -48,8 +48,9 @@ from data.shapes.prepare import (  # isort: skip
     COLORS, GLYPHS, GROUND, IMAGE, KINDS, MARGIN, MASKS, MATCH, PALETTE, PITCH, PLATE_H, RELATIONS,
     SHAPES, SIDE, SIZES, TAGS, WHICH, article, box, edit_scene, make_meta, plural, relation, render,
     sample_edit, scene_for)
-from model import (Unified, all_mean, differ, fail, fetch, given_parts, has_bf16, key, parse,
-                   pretrained, read_safetensors, setup, spans, verdict, write)
+from model import (Unified, all_mean, clip_words, differ, fail, fetch, flag, given_parts, has_bf16,
+                   key, parse, pretrained, read_safetensors, setup, spans, special_names,
+                   token_rows, verdict, write)
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -684,7 +685,8 @@ def clip_model(name, words=""):
         return model.get_image_features(**x).pooler_output   # transformers 5: not the tensor itself
 
     def read(texts):
-        x = feed(text=texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+        rows = token_rows(feed.tokenizer, texts, truncation=True, max_length=most)
+        x = feed.tokenizer.pad(dict(input_ids=rows), return_tensors="pt")
         return model.get_text_features(**x.to(model.device)).pooler_output
     return see, read, model.logit_scale.exp().item()
 
@@ -693,7 +695,7 @@ def clip_model(name, words=""):
 def open_clip_model(name, weights=None):
     """The same of an open_clip model: "local-dir:FOLDER", or an architecture and its weights."""
     model, _, crop = open_clip.create_model_and_transforms(name, weights and hub_file(weights))
-    model, words = to_device(model), open_clip.get_tokenizer(name)
+    model, words = to_device(model), clip_words(name)
     device = model.logit_scale.device
 
     def see(images):
@@ -967,6 +969,36 @@ def judge_model(name):
     return to_device(pretrained(AutoModelForImageTextToText, name, dtype=dtype)), feed
 
 
+HOLE = "<|\ue000|>"       # nobody's word
+
+
+def turns(feed, rows):
+    """rows: (images uint8 (H,W,3), text), a user's turn each -> a VLM's inputs, padded as `feed`
+    pads. A text's special_names are letters: where they stand the tokenizer reads holes, as many as
+    those letters have tokens, which then fill them."""
+    letters, said = [], partial(feed.tokenizer, add_special_tokens=False, split_special_tokens=True)
+
+    def holes(name):
+        ids = said(name[0])["input_ids"]
+        letters.extend(ids)
+        return HOLE * len(ids)
+    names = special_names(feed.tokenizer)
+    chats = [[dict(role="user", content=[
+        *(dict(type="image", image=Image.fromarray(x)) for x in images),
+        dict(type="text", text=names.sub(holes, text))])] for images, text in rows]
+    if letters:                                      # a copy: the reward model saves its tokenizer
+        feed = copy.copy(feed)
+        feed.tokenizer = copy.deepcopy(feed.tokenizer)
+        feed.tokenizer.add_tokens(HOLE, special_tokens=True)
+    x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
+                                 return_dict=True, return_tensors="pt",
+                                 processor_kwargs=dict(padding=True))
+    if letters:
+        ids = x["input_ids"]
+        ids[ids == feed.tokenizer.convert_tokens_to_ids(HOLE)] = torch.tensor(letters)
+    return x
+
+
 @torch.no_grad()
 def ask_all(questions):
     """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
@@ -980,12 +1012,7 @@ def ask_all(questions):
     model, feed = judge_model(JUDGE.model or MODELS["judge-shapes" if small else "judge"])
     answers = []
     for i in range(0, len(questions), 32):
-        chats = [[dict(role="user", content=[
-            *(dict(type="image", image=Image.fromarray(x)) for x in images),
-            dict(type="text", text=text)])] for images, text in questions[i : i + 32]]
-        x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
-                                     return_dict=True, return_tensors="pt",
-                                     processor_kwargs=dict(padding=True)).to(model.device)
+        x = turns(feed, questions[i : i + 32]).to(model.device)
         ids = model.generate(**x, do_sample=False, max_new_tokens=JUDGE.tokens)
         new = ids[:, x["input_ids"].shape[1]:]
         answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
@@ -1189,12 +1216,7 @@ class EditReward(torch.nn.Module):
 
     def forward(self, olds, news, instructions):
         """Lists of N uint8 (H,W,3) images, N strings -> scores (N,) fp32"""
-        chats = [[dict(role="user", content=[
-            *(dict(type="image", image=Image.fromarray(x)) for x in (old, new)),
-            dict(type="text", text=text)])] for old, new, text in zip(olds, news, instructions)]
-        x = self.feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
-                                          return_dict=True, return_tensors="pt",
-                                          processor_kwargs=dict(padding=True))
+        x = turns(self.feed, list(zip(zip(olds, news), instructions)))
         device = self.head.weight.device
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
             states = self.vlm.model(**x.to(device), use_cache=False).last_hidden_state
@@ -1764,21 +1786,27 @@ BENCHMARKS = ("shapes", "geneval", "shapes-edit", "shapes-reason", "shapes-refle
 
 @dataclass
 class Args:
-    bench: str = "shapes"             # which benchmark
-    init: str = "data/shapes/sft"     # checkpoint; with --preset also a diffusers DiT or peft LoRA
-    preset: str = ""                  # empty: the checkpoint's own
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    out: str = ""                     # folder for results and images; empty: print only
-    steps: int = 10                   # ODE steps, a forward each
-    guidance: float = 1.0             # 1 = none, half the forwards
-    image_guidance: float = 1.0       # of edits, by the image; two more forwards
-    guidances: str = ""               # of edits, such as 1,3,5,7: the trade-off, as a picture
-    temperature: float = 1.0          # of words, as in training; 0: the likeliest ones
-    limit: int = 64                   # tokens they may have
-    rounds: int = 1                   # of shapes-reflect: looks at a picture, unless one says yes
-    seed: int = 0                     # another seed, other noise
+    bench: str = flag("shapes", f"which benchmark: {', '.join(BENCHMARKS)}",
+                      group="What matters most")
+    init: str = flag("data/shapes/sft", "a checkpoint; with --preset also the folder of a "
+                     "diffusers DiT or peft LoRA, or none: empty")
+    preset: str = flag("", "which model, by its name in PRESETS (model.py); empty: as --init says")
+    out: str = flag("", "folder for results and images; empty: they are only printed")
+    steps: int = flag(10, "ODE steps of a drawing, one DiT forward each")
+    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, and half the forwards")
+    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: no guidance by it")
+    seed: int = flag(0, "0 to 2**63 - 1; another seed draws other noise")
+
+    guidances: str = flag("", "of edits, several such as 1,3,5,7: their trade-off, as a picture",
+                          group="More of single benchmarks")
+    temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones")
+    limit: int = flag(64, "most tokens that a thought or an answer may have")
+    rounds: int = flag(1, "of shapes-reflect: most looks at a picture; a yes ends them")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
 
 
 def main():

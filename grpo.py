@@ -40,7 +40,7 @@ from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, check
                   geneval_prompts, grid, held_out_score, parse_weights, read_prompts, score, see,
                   show_answers, show_table)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks, fail,
-                   given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
+                   flag, given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
                    read_image, rollout, sde_step, setup, sigmas, slices, span, spans, start_model,
                    stop_flag, sum_grads, swapped, table, write)
 
@@ -70,72 +70,102 @@ TRAIN = {                                                     # --train -> parts
 
 @dataclass
 class Args:
-    task: str = "t2i"                 # t2i | cot: think, then draw | text, vqa: answer, for which
-                                      # nothing counts that is about drawing, --reward and --sft too
-    preset: str = "shapes"            # which model: see PRESETS in model.py
-    recipe: str = "fast"              # which flags: see RECIPES in model.py
-    init: str = "data/shapes/sft"     # a checkpoint, or a diffusers DiT's or peft LoRA's folder
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    reward: str = "geneval"           # a name, a mix: geneval:0.8,ocr:0.2, or a .json of categories
-    judge: str = ""                   # VLM of rewards preference, judge; empty: see eval.MODELS
-    judge_url: str = ""               # where it answers (OpenAI-compatible); empty: it runs here
-    max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
-    prompts: str = "data/shapes/prompts/train.jsonl"   # jsonl in GenEval's schema, or of questions
-    eval_prompts: str = ""            # held-out ones, for photos; empty: of geneval, its own test
-    mix: str = ""                     # odds of the prompts' categories: text:3,*:1; empty: as found
-    out: str = "out/grpo"             # run folder
-    steps: int = 300                  # updates
-    B: int = 16                       # prompts per update, over all ranks
-    G: int = 8                        # images (or thoughts, answers) per prompt: the group
-    images_per_thought: int = 1       # cot: so many of one thought, which learns by their mean
-    answer_only: bool = False         # cot: the DiT is told the answer, not prompt and thought
-    limit: int = 64                   # tokens of a thought or an answer
-    temperature: float = 1.0          # of words, in training and evaluation
-    top_p: float = 1.0                # words are among the likeliest of this mass; 1: all
-    format: float = 0.0               # weight of the reward for <think> and <answer> being there
-    T: int = 10                       # denoising steps while training (evaluation: --eval-T)
-    window: int = 3                   # consecutive steps that are random and trained
-    window_start: int = 0             # first step a window may start at
-    window_stop: int = 3              # last step it may start at; drawn anew in each iteration
-    trained: int = 0                  # how many of its steps are trained, drawn anew; 0: all
-    kind: str = "flow"                # kernel of the random steps: flow, unirl, dance, cps
-    eta: float = 0.9                  # size of the fresh noise; 0 = nothing to explore
-    shared_noise: bool = True         # one initial noise per group: its spread is then all actions
-    guidance: float = 1.0             # the same in rollout and update; 1 = none, half the forwards
-    norm: str = "group"               # of advantages: group, joint or global, see group_advantage
-    train: str = "dit"                # t2i: dit, bridge (with queries) or both; cot: lm, dit or
-                                      # both, and the bridge between; text, vqa: lm
-    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
-    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    vlm_lora_rank: int = 0            # of an adapter on the language model, likewise
-    vlm_lora_alpha: int = 128         # the same, for it
-    lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
-    lm_lr: float = 3e-4               # the same, of the language model
-    wd: float = 0.0                   # weight decay
-    clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
-    lm_clip: float = 0.2              # ratio range of a token
-    updates: int = 1                  # optimiser steps per rollout, each on its share of the images
-    shuffle: bool = False             # control row: rewards dealt out at random over the batch
-    beta: float = 0.0                 # weight of the KL to the initial model; 0: no copy of it
-    lm_beta: float = 0.0              # the same, of words
-    kl: str = "mean"                  # mean: between step means, closed form | flow-grpo | velocity
-    sft: float = 0.0                  # weight of the loss of fine-tuning, rewards have the rest
-    sft_data: str = "data/shapes/train"   # its images and prompts, as pretrain.py's --data
-    sft_batch: int = 32               # its images per update, over all ranks
-    ldam: str = ""                    # bridge lim: noise on a reward's layers: geneval:4-6,clip:5-6
-    ldam_gamma: float = 0.1           # size of that noise
-    ldam_leap: float = 100.0          # gate: so many times grows the gradient norm; 0: always open
-    ldam_falls: int = 5               # gate: so many times has the reward fallen; 0: always open
-    ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
-    micro: int = 64                   # window rows, or thoughts, per backward; 0: all. No change
-    checkpoint: bool = False          # the DiT's blocks compute again what backward needs: memory
-    compile: bool = False             # the DiT by torch.compile: minutes at first, then faster
-    eval_every: int = 20              # updates between quick scores on held-out prompts
-    eval_T: int = 10                  # ODE steps in evaluation
-    seed: int = 0
-    resume: bool = False              # continue the run in --out
+    task: str = flag("t2i", "what is trained: t2i (to draw), cot (to think, then draw), text or "
+                     "vqa (to answer; flags about drawing then count for nothing)",
+                     group="What matters most")
+    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)")
+    recipe: str = flag("fast", "which settings, by their name in RECIPES (model.py); a flag wins")
+    init: str = flag("data/shapes/sft", "a checkpoint, or the folder of a diffusers DiT or peft "
+                     "LoRA; empty: the preset's own weights")
+    reward: str = flag("geneval", "a reward, a mix such as geneval:0.8,ocr:0.2, or a .json of such "
+                       "by category; text and vqa have their own")
+    prompts: str = flag("data/shapes/prompts/train.jsonl",
+                        "jsonl of prompts in GenEval's schema; of questions for text and vqa")
+    out: str = flag("out/grpo", "folder of the run")
+    steps: int = flag(300, "updates")
+    B: int = flag(16, "prompts per update, over all ranks")
+    G: int = flag(8, "images (or thoughts, answers) per prompt, 2 or more: the group")
+    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
+    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    resume: bool = flag(False, "continue the run in --out")
+
+    T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
+                  group="Sampling and exploration")
+    window: int = flag(3, "consecutive steps that are random, and trained")
+    window_start: int = flag(0, "first step, from 0, at which a window may start")
+    window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
+    trained: int = flag(0, "how many of its steps are trained, drawn in each update; 0: all")
+    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
+    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
+    shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions")
+    guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: no guidance, and "
+                           "half the forwards")
+    mix: str = flag("", "odds of the prompts' categories, such as text:3,*:1; empty: as found")
+
+    train: str = flag("dit", "t2i: dit, bridge (with its queries) or both; cot: lm, dit or both "
+                      "(and the bridge between); text, vqa: lm", group="What learns")
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
+    vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA")
+    vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
+    lm_lr: float = flag(3e-4, "as --lr, of the language model")
+    wd: float = flag(0.0, "weight decay of AdamW")
+    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+
+    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
+                     group="Objective")
+    clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
+                       "it is nats of the true log-ratio")
+    lm_clip: float = flag(0.2, "the ratio of a token is kept within 1 +- this")
+    updates: int = flag(1, "optimiser steps per rollout, each on its share of the images")
+    shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
+    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
+    lm_beta: float = flag(0.0, "as --beta, of words")
+    kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
+                   "(without the step size) or velocity (between velocities)")
+
+    limit: int = flag(64, "most tokens that a thought or an answer may have",
+                      group="Words (--task cot, text, vqa)")
+    temperature: float = flag(1.0, "of drawing words, above 0, in training and evaluation")
+    top_p: float = flag(1.0, "words are drawn from the likeliest of this mass, up to 1: all")
+    format: float = flag(0.0, "weight of the reward for <think> and <answer> being there")
+    images_per_thought: int = flag(1, "cot: images of one thought, which learns by their mean")
+    answer_only: bool = flag(False, "cot: the DiT is told the answer, not prompt and thought")
+
+    judge: str = flag("", "VLM of the rewards preference and judge; empty: see MODELS (eval.py)",
+                      group="Rewards")
+    judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
+
+    sft: float = flag(0.0, "weight, below 1, of the fine-tuning loss; the rewards have the rest",
+                      group="Loss of fine-tuning beside it (DeepGen)")
+    sft_data: str = flag("data/shapes/train", "its images and prompts, as pretrain.py's --data")
+    sft_batch: int = flag(32, "its images per update, over all ranks")
+
+    ldam: str = flag("", "which layers of a bridge lim see a reward's noise: geneval:4-6,clip:5-6",
+                     group="Noise on the bridge's layers (ParaUni)")
+    ldam_gamma: float = flag(0.1, "size of that noise")
+    ldam_leap: float = flag(100.0, "noise waits until the gradient norm grows so many times; 0: "
+                             "it waits for no growth")
+    ldam_falls: int = flag(5, "noise waits until the reward has fallen so many times; 0: no wait")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+
+    micro: int = flag(64, "rows of the window, or thoughts, per backward; 0: all. The gradients "
+                      "are equal", group="Memory and speed")
+    checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
+                            "which saves memory")
+    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
+
+    eval_every: int = flag(20, "updates between quick scores on held-out prompts",
+                           group="Evaluation")
+    eval_prompts: str = flag("", "held-out prompts for photos, a file as --prompts; empty: "
+                             "GenEval's own test if that is the reward, else none and no score")
+    eval_T: int = flag(10, "ODE steps of a drawing")
 
 
 def check(args, world):
@@ -176,10 +206,10 @@ def check(args, world):
             args.limit, args.images_per_thought) < 1:
         fail("--temperature is above 0 (else a group agrees), --top-p in (0,1], --limit and "
              "--images-per-thought at least 1")
-    for flag, of in (("images_per_thought", ["cot"]), ("answer_only", ["cot"]),
+    for name, of in (("images_per_thought", ["cot"]), ("answer_only", ["cot"]),
                      ("format", ["cot", "text", "vqa"])):
-        if getattr(args, flag) != getattr(Args, flag) and args.task not in of:
-            fail(f"--{flag.replace('_', '-')} is for --task {' or '.join(of)}")
+        if getattr(args, name) != getattr(Args, name) and args.task not in of:
+            fail(f"--{name.replace('_', '-')} is for --task {' or '.join(of)}")
     try:                                                 # a mix of rewards, or {category: mix}
         text = Path(args.reward).read_text() if args.reward.endswith(".json") else args.reward
         mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}

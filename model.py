@@ -17,7 +17,6 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from inspect import getsource
 from itertools import count, groupby
 from pathlib import Path
 from pickle import UnpicklingError
@@ -1062,8 +1061,9 @@ class SD3Text(nn.Module):
     @torch.no_grad()
     def forward(self, prompts):
         def ids(tokenizer, length):
-            return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
-                             return_tensors="pt")["input_ids"].to(self.clips[0].device)
+            rows = token_rows(tokenizer, prompts, padding="max_length", max_length=length,
+                              truncation=True)
+            return torch.tensor(rows, device=self.clips[0].device)
         length = self.tokenizers[0].model_max_length                             # 77, of both CLIPs
         seen = [clip(ids(t, length), output_hidden_states=True)
                 for clip, t in zip(self.clips, self.tokenizers)]
@@ -1075,6 +1075,34 @@ class SD3Text(nn.Module):
             t5 = ctx.new_zeros(len(ctx), self.t5_tokens, self.ctx_dim)
         pooled = torch.cat([s.text_embeds for s in seen], -1)                    # (B,2048)
         return Cond(torch.cat([ctx, t5], 1).float(), None, pooled.float())
+
+
+def special_names(tokenizer):
+    """A pattern of the names of special tokens, such as <|im_end|>. Who has such a name in a prompt
+    means its letters: as a token it would end the turn, or ask for an image. One sign is no name:
+    SD3's second tokenizer pads with "!"."""
+    names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)", re.IGNORECASE)
+
+
+def token_rows(tokenizer, texts, **options):
+    """Texts -> lists of tokens, by one of transformers' tokenizers; special_names are letters."""
+    names = special_names(tokenizer)
+    return [tokenizer(text, split_special_tokens=bool(names.search(text)), **options)["input_ids"]
+            for text in texts]
+
+
+def clip_words(name):
+    """open_clip's tokenizer, B strings -> (B,context), to which those names are letters, too: the
+    end of a text would hide what stands behind it."""
+    words = open_clip.get_tokenizer(name)
+    if hasattr(words, "tokenizer"):                                              # transformers'
+        words.tokenizer.split_special_tokens = True
+        return words
+    # open_clip's own cuts a text at each underscore: a space there changes nothing but the names.
+    return lambda texts: words([re.sub("(?i)(start|end)_of_text", r"\1_of _text", t)
+                                for t in texts])
 
 
 def draw_token(logp, u, top_p):
@@ -1326,7 +1354,7 @@ class Unified(nn.Module):
                 image_processor = AutoImageProcessor.from_pretrained(fetch(cfg.vlm))
         elif cfg.text == "clip":
             text_encoder = open_clip.create_model(f"local-dir:{cfg.text_encoder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{cfg.text_encoder}")
+            tokenizer = clip_words(f"local-dir:{cfg.text_encoder}")
         else:
             text_encoder = SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens,
                                    cfg.mmdit["joint_attention_dim"], meta)
@@ -1453,8 +1481,7 @@ class Unified(nn.Module):
         VLM is causal and padded on the right: no row sees another's length, and position ids are
         those of a row alone, as all peers' are."""
         cfg, b, B = self.cfg, self.bridge, len(prompts)
-        lm, image_id, encode = (self.vlm.model.language_model, self.vlm.config.image_token_id,
-                                partial(self.tokenizer, add_special_tokens=False))
+        lm, image_id = self.vlm.model.language_model, self.vlm.config.image_token_id
         draws, tasks = task in ("t2i", "edit"), self.tasks(prompts, images, task)
         assert (images is None) == (task in ("t2i", "think")) or task == "ask", (
             "an edit or a judgement, and nothing else, shows the VLM its images")
@@ -1465,12 +1492,13 @@ class Unified(nn.Module):
         with self.autocast():
             self.seen.update(zip(new.values(), self.see([*new.values()])))       # (tokens, grid)
         shows = [[self.seen[i] for i in row] for row in images]
-        ids = [encode(self.chat(p, of, [len(t) for t, _ in show]))["input_ids"]
+        ids = [self.chat_ids(p, of, [len(t) for t, _ in show])
                for p, of, show in zip(prompts, tasks, shows, strict=True)]
         starts, marks = [len(row) for row in ids], ids
         if words is not None:
             said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
-            tail = encode(cfg.suffix)["input_ids"] * queries     # a null's chat has ended in it
+            tail = self.tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"]
+            tail = tail * queries                                # a null's chat has ended in it
             ids = [row + own + tail * (of not in ("t2i", "edit"))
                    for row, own, of in zip(ids, said, tasks, strict=True)]
             # An image's placeholder that the LM happens to say is a token, and no image.
@@ -1513,6 +1541,16 @@ class Unified(nn.Module):
         system = f"<|im_start|>system\n{cfg.system}{END}\n" if cfg.system else ""
         return (f"{system}<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
                 + cfg.suffix * draws)
+
+    def chat_ids(self, prompt, task, lengths):
+        """The tokens of `chat`. Of a prompt special_names are letters: what stands before and
+        behind it, whose own are special, is then read apart."""
+        ours = partial(self.tokenizer, add_special_tokens=False)
+        if not special_names(self.tokenizer).search(prompt or ""):
+            return ours(self.chat(prompt, task, lengths))["input_ids"]
+        before, after = self.chat("\0", task, lengths).split("\0")
+        theirs, = token_rows(self.tokenizer, [prompt], add_special_tokens=False)
+        return ours(before)["input_ids"] + theirs + ours(after)["input_ids"]
 
     # ---- text -> words: the policy of the language model
 
@@ -1568,9 +1606,12 @@ class Unified(nn.Module):
         return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), closed)
 
     def spell(self, texts):
-        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END."""
-        ids = [torch.tensor([] if t is None else self.tokenizer(
-            t + END, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]
+        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END. Of
+        a text's special_names are letters."""
+        end = self.tokenizer.convert_tokens_to_ids(END)
+        rows = token_rows(self.tokenizer, [t or "" for t in texts], add_special_tokens=False)
+        ids = [torch.tensor([] if t is None else [*row, end], dtype=torch.long)
+               for t, row in zip(texts, rows)]
         mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return Words(ids.to(self.device), mask.to(self.device),
@@ -1895,20 +1936,45 @@ def has_bf16():
     return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
-def parse(Args, description, stage=None, tasks=None):
-    """A dataclass as a strict command line: typos die, booleans get --no-x, the comment behind a
-    field is its help. Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage`
-    < its recipe's, or --recipe's < a flag."""
-    p = argparse.ArgumentParser(description=description, allow_abbrev=False,
+def flag(default, help, group=""):
+    """A field of a script's Args. help: what --help says of it; group: the title of the flags that
+    begin with this one."""
+    return field(default=default, metadata=dict(help=help, group=group))
+
+
+def command_line(description):
+    """A strict parser, which knows no abbreviations and takes one line for an error. Its --help is
+    the description, then groups of flags: no usage, in which the few that matter would drown."""
+    p = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, add_help=False,
+                                allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", getsource(Args), re.M))
+    p.error = fail
+    return p
+
+
+def check_seed(args):
+    if not 0 <= getattr(args, "seed", 0) < 2**63:
+        fail(f"--seed {args.seed} is not from 0 to 2**63 - 1")
+
+
+def parse(Args, description, stage=None, tasks=None):
+    """A dataclass of `flag`s as a command line: typos die, booleans get --no-x, all are grouped.
+    Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage` < its recipe's, or
+    --recipe's < a flag."""
+    p = group = command_line(description)
     names = ["--" + f.name.replace("_", "-") for f in fields(Args)]
     p.error = lambda message: fail(                    # one line instead of the whole usage
         message + (f"; there are: {' '.join(names)}" if "unrecognized" in message else ""))
     for f, name in zip(fields(Args), names):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        p.add_argument(name, default=f.default, **kind,
-                       help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"))
+        if title := f.metadata.get("group"):             # the fields that follow belong to it, too
+            group = p.add_argument_group(title)
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, metavar=f.type.__name__))
+        default = ("off", "on")[f.default] if f.type is bool else f.default
+        about = f.metadata.get("help", "") + (f" [{default}]" if default != "" else "")
+        group.add_argument(name, help=about.replace("%", "%%"), **kind)
+    group.add_argument("-h", "--help", action="help", help="print this text")
+    p.set_defaults(**asdict(Args()))
     args = p.parse_args()
 
     def settle(who, values):
@@ -1930,6 +1996,7 @@ def parse(Args, description, stage=None, tasks=None):
         if args.recipe not in RECIPES:
             fail(f"unknown recipe {args.recipe!r}; there are: {', '.join(RECIPES)}")
         args = settle(f"recipe {args.recipe!r}", RECIPES[args.recipe])
+    check_seed(args)
     return Args(**vars(args))
 
 
@@ -2013,12 +2080,13 @@ class Finite:
 
     def __call__(self, step, norms, prompts):
         """norms: of an update of iteration `step`; prompts: this rank's. -> is it taken?"""
-        if all(map(math.isfinite, norms)):
+        wrong = [norm for norm in norms if not math.isfinite(norm)]
+        if not wrong:
             self.in_a_row = 0
             return True
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
-        named = ", ".join(map(repr, [*dict.fromkeys(prompts)][:3]))
-        print(f"update {step + 1} is skipped: its gradient norm is {norms[0]:g}; prompts of rank "
+        named = ", ".join([repr(p) for p in dict.fromkeys(prompts) if p is not None][:3])
+        print(f"update {step + 1} is skipped: its gradient norm is {wrong[0]:g}; prompts of rank "
               f"{os.environ.get('RANK', 0)}: {named} ... ({len(prompts)} in all)", file=sys.stderr)
         if self.in_a_row > self.MOST:
             fail(f"{self.in_a_row} updates in a row were not finite: try a lower --lr; the last "
@@ -2033,7 +2101,9 @@ class Finite:
 
 def key(seed, step, index):
     """One integer in [0, 2^64) per (seed, step, global sample index): noise that neither ranks nor
-    a restart change. Seeds above 18 million wrap around, and share no noise for that."""
+    a restart change. torch's CPU generator heeds the low 32 bits of it; so that all of a seed
+    counts, its high half is added to the low one."""
+    seed = seed % 2**32 + seed // 2**32
     return ((seed * 1_000_003 + step) * 1_000_003 + index) % 2**64
 
 
@@ -2199,11 +2269,12 @@ def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32,
     if optim is not None:
         torch.save(dict(optim, step=step), folder / "optim.tmp")
         os.replace(folder / "optim.tmp", folder / "optim.pt")
-    about = {"config": json.dumps(asdict(cfg)), "step": str(step)}
-    if loras:           # part -> LoraConfig; only what differs from peft's defaults, which change
-        usual = LoraConfig().to_dict()
-        about["loras"] = json.dumps({part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
-                                     for part, c in loras.items()}, default=sorted)
+    usual = LoraConfig().to_dict()      # of a LoRA what differs from peft's defaults, which change
+    loras = {part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
+             for part, c in (loras or {}).items()}
+    # One entry: safetensors writes several in an order of its own, and equal runs give equal files.
+    about = {"checkpoint": json.dumps(dict(config=asdict(cfg), step=step, loras=loras),
+                                      default=sorted)}
     save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
               folder / "model.tmp", about)
     os.replace(folder / "model.tmp", folder / "model.safetensors")
@@ -2224,19 +2295,25 @@ def read_about(path):
              "nor a diffusers transformer's or a peft LoRA's folder")
     if file is None:
         return {}
-    about = read_safetensors(file, names_only=True)[1]
-    if "config" not in about:
+    return described(file, read_safetensors(file, names_only=True)[1])["config"]
+
+
+def described(file, metadata):
+    """-> what save_checkpoint says of a checkpoint: config, loras; older files say it in parts."""
+    if "checkpoint" in metadata:
+        return json.loads(metadata["checkpoint"])
+    if "config" not in metadata:
         fail(f"{file} is not a checkpoint of ours: it names no preset")
-    return json.loads(about["config"])
+    return {k: json.loads(metadata.get(k, "{}")) for k in ("config", "loras")}
 
 
 def read_init(path, cfg, dit):
     """-> tensors, {part: LoraConfig}. path: see Unified.from_preset"""
     path = Path(path)
     if file := checkpoint_file(path):
-        tensors, about = read_safetensors(file)
+        tensors, metadata = read_safetensors(file)
         return tensors, {part: LoraConfig(**config)
-                         for part, config in json.loads(about.get("loras", "{}")).items()}
+                         for part, config in described(file, metadata)["loras"].items()}
     if not (path / "adapter_config.json").exists():
         return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg, dit).items()}, {}
     file, config = path / "adapter_model.safetensors", LoraConfig.from_pretrained(path)

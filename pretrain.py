@@ -15,33 +15,42 @@ import torch
 from tqdm import tqdm
 
 from eval import bench_edit, bench_shapes, grid
-from model import (Ema, Finite, all_mean, check_ranks, fail, key, log, mixture, open_run, pairs,
-                   parse, plot, setup, shown, start_model, stop_flag, sum_grads, train_times)
+from model import (Ema, Finite, all_mean, check_ranks, fail, flag, key, log, mixture, open_run,
+                   pairs, parse, plot, setup, shown, start_model, stop_flag, sum_grads, train_times)
 
 
 @dataclass
 class Args:
-    preset: str = "shapes"            # which model: see PRESETS in model.py
-    init: str = ""                    # a checkpoint, or a diffusers DiT's or peft LoRA's folder
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards
-    edits: str = ""                   # the same of edits (source, target, instruction): see README
-    edit_share: float = 0.5           # share of the steps whose batch is of edits, where given
-    out: str = "out/pretrain"         # run folder
-    steps: int = 900                  # optimiser steps
-    batch: int = 64                   # images per step, over all ranks
-    lr: float = 2e-3                  # peak learning rate
-    warmup: int = 50                  # steps of linear warm-up before the cosine
-    wd: float = 0.01                  # weight decay, on matrices only
-    drop: float = 0.1                 # share of captions replaced by the null prompt, for guidance
-    edit_drop: float = 0.05           # of edits: how often text, references or both are withheld
-    refs: str = ""                    # who is shown references: vlm, dit or both; the preset's
-    ema: float = 0.99                 # decay of the averaged weights that are evaluated and kept
-    eval_every: int = 450             # steps between sample grids, quick scores and checkpoints
-    seed: int = 0
-    resume: bool = False              # continue the run in --out
+    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)",
+                       group="What matters most")
+    init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
+                     "empty: the preset's own weights")
+    data: str = flag("data/shapes/train",
+                     "folder with metadata.jsonl, or of WebDataset shards (.tar)")
+    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+    out: str = flag("out/pretrain", "folder of the run")
+    steps: int = flag(900, "optimiser steps")
+    batch: int = flag(64, "images per step, over all ranks")
+    lr: float = flag(2e-3, "peak learning rate")
+    eval_every: int = flag(450, "steps between sample grids, quick scores and checkpoints")
+    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    resume: bool = flag(False, "continue the run in --out")
+
+    warmup: int = flag(50, "steps of linear warm-up before the cosine",
+                      group="Optimisation")
+    wd: float = flag(0.01, "weight decay of AdamW, on matrices only")
+    ema: float = flag(0.99, "decay, below 1, of the averaged weights that are evaluated and saved")
+    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance")
+
+    edit_share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of edits, if given",
+                            group="Edits (--edits)")
+    edit_drop: float = flag(0.05, "how often text, references or both are withheld: each 0 to 1/3")
+    refs: str = flag("", "what is shown references: vlm, dit or both; empty: the preset's")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
 
 
 def main():

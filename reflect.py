@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, bench_reflect, bench_shapes, check_scored, grid, held_out_score,
                   must_score, parse_weights, read_prompts, score, show_table)
-from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
+from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail, flag,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, slices, start_model, stop_flag, sum_grads,
                    swapped, verdict, write)
@@ -50,63 +50,84 @@ KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_st
 
 @dataclass
 class Args:
-    preset: str = "shapes"            # which model: see PRESETS in model.py
-    recipe: str = "fast"              # which flags: see RECIPES in model.py
-    init: str = "out/sft-reflect"  # a checkpoint that redraws, or as in grpo.py
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    refs: str = ""                    # who redraws from the picture: vlm, dit, both; the preset's
-    reward: str = "geneval"           # of the final picture: a name, a mix, or a .json, see grpo.py
-    verdict: float = 1.0              # weight of the reward for a right verdict, 0 or 1
-    format: float = 1.0               # weight of the reward for its form, 0 or 1
-    judge: str = ""                   # VLM of rewards preference, judge; empty: see eval.MODELS
-    judge_url: str = ""               # where it answers (OpenAI-compatible); empty: it runs here
-    max_failed: float = 0.5           # a larger share of rewards that cannot be had ends the run
-    data: str = "data/shapes/prompts/reflect_train.jsonl"   # or a folder with metadata.jsonl
-    eval_data: str = ""               # the same, held out, for photos; empty: no held-out score
-    out: str = "out/reflect"          # run folder
-    steps: int = 200                  # updates
-    B: int = 128                      # first images per update, over all ranks
-    redraw: int = 8                   # of so many of them who says no draws again; the others are
-                                      # judged alone
-    G: int = 8                        # critiques per first image, the group that is compared
-    limit: int = 32                   # tokens a critique may have
-    temperature: float = 1.0          # of its sampling; 0 in evaluation
-    top_p: float = 1.0                # its tokens are among the likeliest of this sum; 1 = all
-    T: int = 10                       # denoising steps while training (evaluation: --eval-T)
-    window: int = 3                   # consecutive steps that are random and trained
-    window_start: int = 0             # first step a window may start at
-    window_stop: int = 3              # last step it may start at; drawn anew in each iteration
-    kind: str = "flow"                # kernel of the random steps: flow, unirl, dance, cps
-    eta: float = 0.9                  # size of the fresh noise; 0 = nothing to explore
-    shared_noise: bool = True         # one initial noise per group: its spread is then all actions
-    guidance: float = 1.0             # of prompt and critique, the same in rollout and update
-    norm: str = "group"               # of advantages: group, joint or global, see group_advantage
-    train: str = "both"               # lm: by its tokens; dit: by its steps; both, and the bridge
-    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
-    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    vlm_lora_rank: int = 0            # of an adapter on the language model, likewise
-    vlm_lora_alpha: int = 128         # the same, for it
-    lr: float = 8e-5                  # AdamW; 5 steps of warm-up, then linearly down to a tenth
-    lm_lr: float = 7e-4               # the same, of the language model
-    wd: float = 0.0                   # weight decay
-    clip: float = 2e-3                # ratio range; x D latent dimensions = nats of true log-ratio
-    lm_clip: float = 0.2              # ratio range of a token
-    updates: int = 1                  # optimiser steps per rollout, each on its share of samples
-    shuffle: bool = False             # control row: rewards dealt out at random over the batch
-    beta: float = 0.0                 # weight of the steps' KL to the initial model; 0: none
-    lm_beta: float = 0.1              # weight of the tokens' KL to it
-    kl: str = "mean"                  # mean: between step means, closed form | flow-grpo | velocity
-    ema: float = 0.95                 # decay of the averaged weights that are evaluated and kept
-    micro: int = 64                   # critiques, window rows per backward; 0: all. Gradients equal
-    checkpoint: bool = False          # the DiT's blocks compute again what backward needs: memory
-    compile: bool = False             # the DiT by torch.compile: minutes at first, then faster
-    eval_every: int = 20              # updates between quick scores on held-out pictures
-    eval_T: int = 10                  # ODE steps in evaluation
-    rounds: int = 1                   # looks at a picture in evaluation, unless one says yes
-    seed: int = 0
-    resume: bool = False              # continue the run in --out
+    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)",
+                       group="What matters most")
+    recipe: str = flag("fast", "which settings, by their name in RECIPES (model.py); a flag wins")
+    init: str = flag("out/sft-reflect", "a checkpoint that redraws, or as grpo.py's --init")
+    reward: str = flag("geneval", "of the final picture, as grpo.py's: a reward, a mix, or a .json")
+    data: str = flag("data/shapes/prompts/reflect_train.jsonl",
+                     "jsonl of prompts and first images, or a folder with metadata.jsonl")
+    train: str = flag("both", "what learns: lm (by its tokens), dit (by its steps), or both and "
+                      "the bridge between")
+    out: str = flag("out/reflect", "folder of the run")
+    steps: int = flag(200, "updates")
+    B: int = flag(128, "first images per update, over all ranks")
+    redraw: int = flag(8, "of so many of them each critique that says no leads to a second "
+                       "drawing; the others are judged alone")
+    G: int = flag(8, "critiques per first image, 2 or more: the group")
+    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
+    lm_lr: float = flag(7e-4, "as --lr, of the language model")
+    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    resume: bool = flag(False, "continue the run in --out")
+
+    limit: int = flag(32, "most tokens that a critique may have", group="Words")
+    temperature: float = flag(1.0, "of drawing words, above 0; evaluation takes the likeliest ones")
+    top_p: float = flag(1.0, "words are drawn from the likeliest of this mass, up to 1: all")
+
+    verdict: float = flag(1.0, "weight of the reward for a right verdict, 0 or 1", group="Rewards")
+    format: float = flag(1.0, "weight of the reward for the critique's form, 0 or 1")
+    judge: str = flag("", "VLM of the rewards preference and judge; empty: see MODELS (eval.py)")
+    judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
+
+    T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
+                  group="Sampling and exploration")
+    window: int = flag(3, "consecutive steps that are random, and trained")
+    window_start: int = flag(0, "first step, from 0, at which a window may start")
+    window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
+    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
+    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
+    shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions")
+    guidance: float = flag(1.0, "weight of prompt and critique in rollout and update; 1: none")
+    refs: str = flag("", "what redraws from the picture: vlm, dit or both; empty: the preset's")
+
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
+                          group="What learns")
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
+    vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA")
+    vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
+    wd: float = flag(0.0, "weight decay of AdamW")
+    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+
+    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
+                     group="Objective")
+    clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
+                       "it is nats of the true log-ratio")
+    lm_clip: float = flag(0.2, "the ratio of a token is kept within 1 +- this")
+    updates: int = flag(1, "optimiser steps per rollout, each on its share of the samples")
+    shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
+    beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy of it")
+    lm_beta: float = flag(0.1, "as --beta, of tokens")
+    kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
+                   "(without the step size) or velocity (between velocities)")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+
+    micro: int = flag(64, "critiques, or rows of the window, per backward; 0: all. The "
+                      "gradients are equal", group="Memory and speed")
+    checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
+                            "which saves memory")
+    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
+
+    eval_every: int = flag(20, "updates between quick scores on held-out pictures",
+                           group="Evaluation")
+    eval_data: str = flag("", "held-out photos, as --data; empty: none, and no score")
+    eval_T: int = flag(10, "ODE steps of a drawing")
+    rounds: int = flag(1, "most looks at a picture; a yes ends them")
 
 
 def check_flags(args, world):

@@ -10,7 +10,6 @@ to image; questions -> answers.
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -21,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eval import grid
-from model import (PARTS, UNREADABLE, Unified, fail, fetch, given_parts, read_image, setup, shown,
-                   to_bucket)
+from model import (PARTS, UNREADABLE, Unified, check_seed, command_line, fail, fetch, given_parts,
+                   read_image, setup, shown, to_bucket)
 
 
 def export(model, folder, init):
@@ -61,35 +60,55 @@ def read(file):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("prompts", nargs="*", help="each in quotes")
-    p.add_argument("--init", help="checkpoint or run folder; with --preset also a diffusers "
-                   "transformer's or a peft LoRA's folder, or none: ''. Else data/shapes/sft, or "
-                   "data/shapes/sft-edit to edit")
-    p.add_argument("--preset", default="", help="what --init is for, if no checkpoint of ours")
+    p = command_line(__doc__)
+    most = p.add_argument_group("What matters most")
+    edits, words = p.add_argument_group("Edits"), p.add_argument_group("Words")
+    files, parts = (p.add_argument_group(title) for title in (
+        "More files to write", "Weights in place of the checkpoint's"))
+    most.add_argument("prompts", nargs="*", help="what to draw, each prompt in quotes")
+    most.add_argument("--init", help="checkpoint or folder of a run; with --preset also the folder "
+                      "of a diffusers transformer or peft LoRA, or none: '' [data/shapes/sft, to "
+                      "edit data/shapes/sft-edit]")
+    most.add_argument("--image", action="append", default=[], help="picture to edit, to ask about "
+                      "or to reflect on; given again: further references")
+    most.add_argument("--edit", action="append", default=[],
+                      help="what to change in --image, in quotes")
+    most.add_argument("--think", action="store_true",
+                      help="reason first, then draw from the prompt and those words")
+    most.add_argument("--reflect", action="store_true", help="judge what was drawn, or --image, "
+                      "and draw again what is judged wrong")
+    most.add_argument("--chat", action="append", default=[],
+                      help="a question in quotes, about --image if given")
+    most.add_argument("--out", default="sample.png",
+                      help="file to write, .png, or with --trajectory .gif [%(default)s]")
+    most.add_argument("--n", type=int, default=4, help="images per prompt [%(default)s]")
+    most.add_argument("--steps", type=int, default=20,
+                      help="ODE steps, one DiT forward each [%(default)s]")
+    most.add_argument("--guidance", type=float, default=1.0, help="weight of the prompt; 1: no "
+                      "guidance, else two forwards a step [%(default)s]")
+    most.add_argument("--seed", type=int, default=0,
+                      help="0 to 2**63 - 1; image i has seed + i [%(default)s]")
+    edits.add_argument("--image-guidance", type=float, default=1.0, help="weight of --image; 1: no "
+                       "guidance by it, more: closer to it [%(default)s]")
+    edits.add_argument("--mask", help="image of the size of --image, white where the edit may "
+                       "change it")
+    words.add_argument("--limit", type=int, default=64,
+                       help="most tokens that a thought, critique or answer may have "
+                       "[%(default)s]")
+    words.add_argument("--temperature", type=float, default=0.0,
+                       help="of drawing words; 0: the likeliest ones [%(default)s]")
+    words.add_argument("--rounds", type=int, default=1,
+                       help="of --reflect: most looks at a picture; a yes ends them [%(default)s]")
+    files.add_argument("--trajectory", action="store_true",
+                       help="write the path from noise to image as a GIF")
+    files.add_argument("--export", metavar="DIR",
+                       help="folder to write the parts to, for other people's pipelines")
+    parts.add_argument("--preset", default="",
+                       help="what --init is for, if it is no checkpoint of ours")
     for part in PARTS:
-        p.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the Hub")
-    p.add_argument("--image", action="append", default=[],
-                   help="to edit, to ask about, to reflect on; more: further references")
-    p.add_argument("--edit", action="append", default=[], help="what to do to --image, in quotes")
-    p.add_argument("--think", action="store_true", help="reason first, draw from prompt and words")
-    p.add_argument("--reflect", action="store_true",
-                   help="judge what was drawn, or --image, and draw again what is judged wrong")
-    p.add_argument("--rounds", type=int, default=1, help="of --reflect, unless one says yes")
-    p.add_argument("--chat", action="append", default=[], help="a question, about --image if given")
-    p.add_argument("--limit", type=int, default=64, help="tokens that words may have")
-    p.add_argument("--temperature", type=float, default=0.0, help="of words; 0: likeliest")
-    p.add_argument("--mask", help="image of --image's size, white where the edit may change it")
-    p.add_argument("--image-guidance", type=float, default=1.0, help="more: closer to --image")
-    p.add_argument("--export", metavar="DIR", help="write the parts for other people's pipelines")
-    p.add_argument("--out", default="sample.png", help="file to write; a .gif with --trajectory")
-    p.add_argument("--n", type=int, default=4, help="images per prompt")
-    p.add_argument("--steps", type=int, default=20, help="ODE steps, one DiT forward each")
-    p.add_argument("--guidance", type=float, default=1.0, help="1 = none; else two forwards a step")
-    p.add_argument("--seed", type=int, default=0, help="image i has seed + i")
-    p.add_argument("--trajectory", action="store_true", help="write the denoising path as a GIF")
-    p.error = fail
+        parts.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the "
+                           "Hub; empty: the checkpoint's, or its preset's")
+    parts.add_argument("-h", "--help", action="help", help="print this text")
     args = p.parse_args()
     if not args.prompts and not args.export and not args.edit and not args.chat:
         fail("the following arguments are required: prompts")
@@ -108,6 +127,7 @@ def main():
         fail("--temperature is not below 0, --limit and --rounds at least 1")
     if args.mask and not args.edit or args.mask and args.trajectory:
         fail("--mask confines an --edit, and has no --trajectory")
+    check_seed(args)
     if args.init is None:
         args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
     images = [read(file) for file in args.image]
@@ -134,7 +154,7 @@ def main():
         fail(f"preset {model.cfg.preset!r} has no language model: it cannot answer, think or judge")
     model.slim(device).to(device)
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
-    seeds = [args.seed + i for i in range(args.n)] * (len(prompts) // args.n)
+    seeds = [(args.seed + i) % 2**63 for i in range(args.n)] * (len(prompts) // args.n)
     if args.chat:
         seen = [[torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]]
         said = model.generate(args.chat, seen * len(args.chat) if images else None, "ask",

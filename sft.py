@@ -25,48 +25,60 @@ from tqdm import tqdm
 
 from eval import (EditReward, bench_edit, bench_reason, bench_reflect, bench_shapes, grid,
                   read_scored, scored_edit, spearman)
-from model import (Ema, Finite, adapter, all_mean, check_ranks, fail, key, log, mixture, open_run,
-                   pairs, parse, plot, preset, same_start, setup, shown, start_model, stop_flag,
-                   sum_grads, train_times)
+from model import (Ema, Finite, adapter, all_mean, check_ranks, fail, flag, key, log, mixture,
+                   open_run, pairs, parse, plot, preset, same_start, setup, shown, start_model,
+                   stop_flag, sum_grads, train_times)
 
 
 @dataclass
 class Args:
-    task: str = "flow"                # flow: pictures; cot, reflect: and such as words were said
-                                      # of; reward: a judge of edits, see train_reward
-    preset: str = "shapes"            # which model: see PRESETS in model.py
-    init: str = "out/pretrain"        # a checkpoint, or a diffusers DiT's or peft LoRA's folder
-    vlm: str = ""                     # in place of the preset's: folder, or owner/repo on the Hub
-    dit: str = ""                     # the same; or owner/repo/subfolder
-    vae: str = ""                     # the same
-    data: str = "data/shapes/train"   # folder with metadata.jsonl, or of WebDataset .tar shards;
-                                      # of a reward: jsonl of scored edits, else the classroom's
-    edits: str = ""                   # the same of edits (source, target, instruction): see README
-    edit_share: float = 0.5           # share of the steps whose batch is of edits, where given
-    tuples: str = ""                  # data of task cot (file_name, prompt, reasoning) or reflect
-                                      # (image, prompt, critique, refined); else the classroom's
-    share: float = 0.5                # share of the steps whose batch is of those
-    lm_loss: float = 0.0              # the language model learns too, and their words at this
-                                      # weight: UniRL-Zero saw it unlearn to understand
-    out: str = "out/sft"              # run folder
-    steps: int = 3000                 # optimiser steps
-    batch: int = 64                   # images per step, over all ranks
-    train: str = "both"               # what learns: dit, bridge (and its queries) or both
-    lora_rank: int = 0                # of an adapter on the DiT's attention; 0: all weights learn
-    lora_alpha: int = 64              # the adapter's output is scaled by alpha / rank
-    vlm_lora_rank: int = 0            # of an adapter on the VLM; 0: it stays frozen
-    vlm_lora_alpha: int = 128         # the same, for it
-    vlm_lora_dropout: float = 0.05    # share of the adapter's inputs that a step leaves out
-    lr: float = 7e-4                  # peak learning rate
-    warmup: int = 50                  # steps of linear warm-up before the cosine
-    wd: float = 0.01                  # weight decay, on matrices only
-    drop: float = 0.1                 # share of captions replaced by the null prompt, for guidance
-    edit_drop: float = 0.05           # of edits: how often text, references or both are withheld
-    refs: str = ""                    # who is shown references: vlm, dit or both; the preset's
-    ema: float = 0.99                 # decay of the averaged weights that are evaluated and kept
-    eval_every: int = 500             # steps between sample grids, quick scores and checkpoints
-    seed: int = 0
-    resume: bool = False              # continue the run in --out
+    task: str = flag("flow", "what is taught: flow (pictures), cot or reflect (also pictures that "
+                     "words go with), reward (a judge of edits, see train_reward)",
+                     group="What matters most")
+    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)")
+    init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
+                     "LoRA; empty: the preset's own weights")
+    data: str = flag("data/shapes/train", "folder with metadata.jsonl, or of WebDataset shards "
+                     "(.tar); of task reward: jsonl of scored edits")
+    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+    out: str = flag("out/sft", "folder of the run")
+    steps: int = flag(3000, "optimiser steps")
+    batch: int = flag(64, "images per step, over all ranks")
+    train: str = flag("both", "what learns: dit, bridge (with its queries) or both")
+    lr: float = flag(7e-4, "peak learning rate")
+    eval_every: int = flag(500, "steps between sample grids, quick scores and checkpoints")
+    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    resume: bool = flag(False, "continue the run in --out")
+
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
+                          group="Low-rank adapters (LoRA)")
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
+    vlm_lora_rank: int = flag(0, "rank of a LoRA on the VLM; 0: no LoRA")
+    vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
+    vlm_lora_dropout: float = flag(0.05, "share of that LoRA's inputs that a step leaves out")
+
+    warmup: int = flag(50, "steps of linear warm-up before the cosine",
+                      group="Optimisation")
+    wd: float = flag(0.01, "weight decay of AdamW, on matrices only")
+    ema: float = flag(0.99, "decay, below 1, of the averaged weights that are evaluated and saved")
+    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance")
+
+    edit_share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of edits, if given",
+                            group="Edits (--edits)")
+    edit_drop: float = flag(0.05, "how often text, references or both are withheld: each 0 to 1/3")
+    refs: str = flag("", "what is shown references: vlm, dit or both; empty: the preset's")
+
+    tuples: str = flag("", "folder of cot (file_name, prompt, reasoning) or reflect (image, "
+                       "prompt, critique, refined); empty: the classroom's",
+                       group="Words (--task cot, reflect)")
+    share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of those")
+    lm_loss: float = flag(0.0, "weight of the words' own loss, by which the language model "
+                          "learns too; UniRL-Zero saw it unlearn to understand")
+
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+                    group="Weights in place of the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import tiny
 import torch
@@ -5,6 +7,19 @@ import torch
 # On several threads sums have no fixed order: what is said here to be equal, to the last bit, is so
 # on one; and nothing here is large enough for two.
 torch.set_num_threads(1)
+
+
+class Deprecated(logging.Handler):
+    """Hugging Face's libraries log what is deprecated, where Python would warn of it. As with
+    warnings (pyproject.toml), a call of ours that earns such a line fails."""
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            raise DeprecationWarning(record.getMessage())
+
+
+for library in ("transformers", "diffusers", "peft", "huggingface_hub"):
+    logging.getLogger(library).addHandler(Deprecated())
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import asdict, fields, replace
 
+import open_clip
 import pytest
 import tiny
 import torch
@@ -20,7 +21,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from tiny import apart, pictures, same
+from tiny import apart, letters, pictures, same
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -173,9 +174,10 @@ def directly(m, states, noise=None):
 
 
 def row(m, text, queries="meta_queries"):
-    """hidden_states of one row without images, by the VLM's own tokenizer and default positions."""
+    """hidden_states of one row without images, by the VLM's own tokenizer and default positions;
+    of a text or of its tokens."""
     lm = m.vlm.model.language_model
-    ids = m.tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = torch.tensor([m.tokenizer(text)["input_ids"] if isinstance(text, str) else text])
     x = torch.cat([lm.get_input_embeddings()(ids), m.bridge.get_parameter(queries)[None]], 1)
     return lm(inputs_embeds=x, output_hidden_states=True).hidden_states
 
@@ -526,8 +528,8 @@ def word_tokenizer(words):
 def sd3(tmp_path_factory):
     """StableDiffusion3Pipeline at small size, with T5 and without, and where they are saved."""
     folder = tmp_path_factory.mktemp("sd3")
-    letters = [chr(i) for i in range(97, 123)]
-    vocab = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    signs = [*map(chr, range(97, 123)), *"</|>"]
+    vocab = signs + [c + "</w>" for c in signs] + ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocab)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     clips = [CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
@@ -536,7 +538,7 @@ def sd3(tmp_path_factory):
     encoders = [CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=len(vocab), hidden_size=d, intermediate_size=32, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=12, projection_dim=d, hidden_act=act,
-        bos_token_id=52, eos_token_id=53)) for d, act in ((8, "quick_gelu"), (16, "gelu"))]
+        bos_token_id=60, eos_token_id=61)) for d, act in ((8, "quick_gelu"), (16, "gelu"))]
     t5 = T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=2,
                                  num_heads=4, feed_forward_proj="gated-gelu"))
     for encoder in (*encoders, t5):
@@ -545,7 +547,8 @@ def sd3(tmp_path_factory):
         transformer=SD3Transformer2DModel(**tiny.MMDIT), vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=encoders[0], tokenizer=clips[0],
         text_encoder_2=encoders[1], tokenizer_2=clips[1])
-    t5s = dict(text_encoder_3=t5, tokenizer_3=word_tokenizer(["red", "circle", "blue"]))
+    words = ["red", "circle", "blue", "</", "s", ">"]
+    t5s = dict(text_encoder_3=t5, tokenizer_3=word_tokenizer(words))
     pipes = {True: StableDiffusion3Pipeline(**parts, **t5s),
              False: StableDiffusion3Pipeline(**parts, **dict.fromkeys(t5s))}
     for with_t5, pipe in pipes.items():
@@ -570,8 +573,43 @@ def test_text_is_diffusers_sd3(sd3, t5):
     same(m.null(3).ctx, null)
     same(m.null(3).pooled, null_pooled)
     assert bool(cond.ctx[:, 12:].any()) == t5
+    # The name of a special token is letters, which all three part from "<|" and "</".
+    named = m.encode(["<|endoftext|>", "</s> red"])
+    spaced = m.encode(["<| endoftext |>", "</ s > red"])
+    same(named.ctx, spaced.ctx)
+    same(named.pooled, spaced.pooled)
+    assert apart(named.pooled[:1], m.encode([""]).pooled)
+    assert not t5 or apart(named.ctx[1:, 12:], m.encode(["red"]).ctx[:, 12:])
     m.cfg = replace(cfg, null_edit="blue")
     same(m.encode([None], task="edit").ctx, m.encode(["blue"]).ctx)       # images go to the DiT
+
+
+PLAIN = ["a red circle", "", "it's 2 < 3; the end_of_text", "x" * 500]
+
+
+def test_open_clips_own_tokenizer_reads_to_the_end():
+    """The names of its special tokens are letters, which it parts at each "_"; all else is as it
+    was."""
+    ours, theirs = model.clip_words("ViT-B-32"), open_clip.get_tokenizer("ViT-B-32")
+    assert torch.equal(ours(PLAIN), theirs(PLAIN))
+    named, spaced = "a <end_of_text> b <START_OF_TEXT>", "a < end _of_ text > b < start _of_ text >"
+    ids = ours([named])[0].tolist()
+    assert ids == theirs([spaced])[0].tolist() and ids.count(49406) == ids.count(49407) == 1
+    assert theirs([named])[0].tolist().count(49407) == 2
+
+
+def test_a_classroom_text_is_read_to_its_end(parts):
+    """By open_clip's CLIP with a tokenizer of transformers', whose end of text is a pad as well."""
+    cfg = Config(**json.loads((parts / "config.json").read_text()))
+    m = tiny.build(replace(cfg, bridge="text", n_query=0))
+    assert torch.equal(m.tokenizer(PLAIN), open_clip.get_tokenizer(
+        f"local-dir:{cfg.text_encoder}")(PLAIN))
+    named = [f"a <|endoftext|> {x}" for x in ("ring", "star")]
+    a, b = (m.encode([text]) for text in named)
+    said = letters(m.tokenizer.tokenizer, named[0])
+    assert m.tokenizer(named)[0, : len(said)].tolist() == said
+    assert a.ctx.shape[1] == len(said) + 1                                # and one end of text
+    assert apart(a.pooled, b.pooled) and apart(a.ctx[:, -2:], b.ctx[:, -2:])
 
 
 # --- latents ---

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,11 +17,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cycle_edit
+import eval as judges
 import grpo
 import pretrain
+import reflect
 import sample
 import sft
-from model import Config, pairs, stop_flag
+from model import Config, pairs, parse, stop_flag
+
+FLAGGED = [pretrain, sft, grpo, cycle_edit, reflect, judges]         # scripts with Args
 
 
 def files(folder):
@@ -39,7 +46,7 @@ def complaint(run, *args):
     ("--preset shape", "unknown preset 'shape'; there are: shapes"),
     ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, clip"),
     ("--reward geneval:x", "not a number"),
-    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --recipe "),
+    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --recipe --init "),
     ("--steps three", "--steps: invalid int value: 'three'"),
     ("--task edit", "unknown --task 'edit'"), ("--train vlm", "there are: dit, bridge, both"),
     ("--kind ddpm", "there are: flow, unirl, dance, cps"), ("--kl k3", "mean, flow-grpo, velocity"),
@@ -117,6 +124,73 @@ def test_sample_refuses(tmp_path, monkeypatch):
                         (["x", "--init", str(tmp_path)], "no checkpoint at")]:
         monkeypatch.setattr(sys, "argv", ["sample.py", *argv])
         assert words in complaint(sample.main)
+
+
+# --- what --help says ---
+
+
+def told(script, monkeypatch, capsys):
+    """--help of a script, each flag on one line -> {title of a group: {flag: help}}, in order."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--help"])
+    with pytest.raises(SystemExit) as e:
+        script.main()
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and said.startswith(script.__doc__.strip() + "\n\n")
+    blocks = said.removeprefix(script.__doc__.strip()).strip().split("\n\n")
+    groups = {}
+    for title, *lines in (re.sub(r"\n {6,}", "  ", block).splitlines() for block in blocks):
+        assert title.endswith(":") and not title.startswith(" ")
+        rows = [re.fullmatch(r"  (?:--)?(\S+)(?:,? \S+)*?  +(\S.*)", line).groups()
+                for line in lines]
+        groups[title[:-1]] = dict(rows)
+    return groups
+
+
+@pytest.mark.parametrize("script", [*FLAGGED, sample], ids=lambda s: s.__name__)
+def test_help_says_all_and_first_what_matters(script, monkeypatch, capsys):
+    groups = told(script, monkeypatch, capsys)
+    first, flags = next(iter(groups)), {k: v for rows in groups.values() for k, v in rows.items()}
+    assert first == "What matters most" and 8 <= len(groups[first]) <= 16
+    assert {"init", "out", "steps", "seed"} <= {k.strip(",") for k in groups[first]}
+    for name, text in flags.items():
+        says = re.sub(r" \[[^][]+\]$", "", text)                     # the default
+        assert re.search(r"[\w)'.]$", says), (name, text)
+        assert says.split()[-1] not in ("and", "or", "the", "a", "of", "to"), (name, text)
+        assert says.count("(") == says.count(")"), (name, text)
+
+
+@pytest.mark.parametrize("script", FLAGGED, ids=lambda s: s.__name__)
+def test_help_holds_each_text_and_default(script, monkeypatch, capsys):
+    flags = {k.strip(","): v for rows in told(script, monkeypatch, capsys).values()
+             for k, v in rows.items()}
+    assert len(flags) == len(fields(script.Args)) + 1 and "-h" in flags
+    for f in fields(script.Args):
+        text = f.metadata["help"]
+        default = {True: "on", False: "off"}[f.default] if f.type is bool else f.default
+        assert text and flags[f.name.replace("_", "-")] == (
+            text if default == "" else f"{text} [{default}]")
+    for name, choices in dict(
+            kind=grpo.KERNELS, norm=["group", "joint", "global"], refs=["vlm", "dit", "both"],
+            kl=["mean", "flow-grpo", "velocity"], reverse=["auto", "yes", "no"],
+            train=dict(grpo=["dit", "bridge", "both", "lm"], reflect=["lm", "dit", "both"]).get(
+                script.__name__, ["dit", "bridge", "both"]),
+            task=grpo.TASKS if script is grpo else ["flow", "cot", "reflect", "reward"],
+            bench=judges.BENCHMARKS).items():
+        if name in flags:
+            assert set(choices) <= set(re.findall(r"[\w-]+", flags[name])), (name, flags[name])
+
+
+@pytest.mark.parametrize("script", [*FLAGGED, sample], ids=lambda s: s.__name__)
+def test_seeds_have_a_range(script, monkeypatch, tmp_path):
+    for seed in (-1, 2**63):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *["x"] * (script is sample), "--seed",
+                                          str(seed), "--out", str(tmp_path / "x.png")])
+        assert complaint(script.main) == f"error: --seed {seed} is not from 0 to 2**63 - 1"
+    assert not (tmp_path / "x.png").exists()
+    if script is not sample:
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--seed", str(2**63 - 1)])
+        assert parse(script.Args, "").seed == 2**63 - 1
 
 
 # --- data that people have ---
@@ -251,6 +325,24 @@ def test_two_stages_then_rl_then_pictures(parts, tmp_path, monkeypatch):
         sample.main()
     assert Image.open(tmp_path / "s.gif").n_frames == 3
     assert Image.open(tmp_path / "s.png").width > 2 * 128
+
+
+def test_captions_may_name_special_tokens(parts, tmp_path):
+    """They are letters on their way through a stage: an image's placeholder ended the run."""
+    for i in range(4):
+        photo(tmp_path / f"{i}.png", 64, 64, i)
+    named = "a sign <|image_pad|> <|im_end|>"
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(dict(
+        file_name=f"{i}.png", prompt=f"{named} {i}")) + "\n" for i in range(4)))
+    row, = tiny.play(parts, tmp_path / "a", "--data", tmp_path, "--batch", 2, "--steps", 1,
+                     "--drop", 0, main=pretrain.main)
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+    lines = [json.loads(line) for line in open(parts / "prompts.jsonl")]
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps(r | dict(prompt=f"{named} {r['prompt']}")) + "\n" for r in lines))
+    _, row = tiny.play(parts, tmp_path / "b", "--prompts", tmp_path / "prompts.jsonl", "--steps", 1,
+                       "--task", "cot", "--limit", 6)
+    assert row["kept"] > 0 and row["words"] > 1
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

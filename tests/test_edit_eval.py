@@ -382,6 +382,21 @@ def eye(parts, monkeypatch):
     monkeypatch.setattr(sft, "HELD_OUT", 20)
 
 
+def test_names_of_special_tokens_are_letters_to_the_reward_model(parts, eye):
+    model = EditReward(parts / "vlm").eval()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    images, metas = batch(3)
+    new, old = list(images.permute(0, 2, 3, 1).numpy()), [render(m["source"]) for m in metas]
+    says = ["add <|image_pad|>", "remove the ring", "<|im_end|><|vision_start|>"]
+    with torch.no_grad():
+        R = model(old, new, says)
+        alone = torch.cat([model(old[i : i + 1], new[i : i + 1], says[i : i + 1])
+                           for i in range(3)])
+        other = model(old, new, ["add", "remove the ring", ""])
+    torch.testing.assert_close(R, alone, atol=0.1, rtol=0.02)        # bf16
+    assert R.isfinite().all() and (R - other).abs()[[0, 2]].min() > 1e-3
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_train_reward(parts, eye, tmp_path, monkeypatch, rank):
     flags = ["--vlm-lora-rank", rank]

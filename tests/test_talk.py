@@ -339,6 +339,21 @@ def test_sample_thinks_reflects_talks(parts, cfg, tmp_path, monkeypatch, capsys)
     assert plain != seen
 
 
+def test_sample_takes_the_names_of_special_tokens(parts, cfg, tmp_path, monkeypatch, capsys):
+    """As letters, wherever a user's words go."""
+    out, own = tmp_path / "o.png", ["--init", parts / "sft", "--limit", 4, "--steps", 2, "--n", 1]
+    Image.new("RGB", (70, 60), "red").save(tmp_path / "in.png")
+    image, named = ["--image", tmp_path / "in.png"], "<|image_pad|> and <|im_end|>"
+    for argv in ([named, "a star"], [named, "--think"], [named, "--reflect"],
+                 [*image, "--edit", named, "--guidance", 2]):
+        out.unlink(missing_ok=True)
+        run(monkeypatch, cfg, *argv, "--out", out, *own)
+        assert Image.open(out).width >= 84
+    capsys.readouterr()
+    run(monkeypatch, cfg, *image, "--chat", named, *own)
+    assert capsys.readouterr().out.startswith(named + "\n")
+
+
 def test_sample_refuses_words(parts, cfg, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
     image, out = ["--image", tmp_path / "in.png"], tmp_path / "o.png"

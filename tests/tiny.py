@@ -121,6 +121,13 @@ def pictures(*sizes, seed=0):
     return [torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8) for h, w in sizes]
 
 
+def letters(tokenizer, text):
+    """Tokens of a text by the parts of its tokenizer, which know of no special token."""
+    backend = tokenizer.backend_tokenizer
+    words = backend.pre_tokenizer.pre_tokenize_str(text)
+    return [t.id for word, _ in words for t in backend.model.tokenize(word)]
+
+
 def same(a, b, tol=2e-5):
     assert b.abs().max() > 0.1, "compares nothing but zeros"
     torch.testing.assert_close(a, b, atol=tol, rtol=tol)

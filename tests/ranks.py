@@ -1,0 +1,61 @@
+"""All five training scripts, each twice, on the tiny model; not a test by itself:
+
+    torchrun --nproc-per-node 2 tests/ranks.py TINY OUT
+
+OUT/<script>-<run>/rank<r>.safetensors is what a rank's model holds in the end."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+import cycle_edit
+import grpo
+import model
+import pretrain
+import reflect
+import sft
+
+THREE = "--steps 3 --eval-every 3".split()
+FLOW = [*THREE, "--batch", 4]
+MAINS = {          # --init "": the bridge is drawn, not loaded
+    "pretrain": (pretrain.main, lambda f: [*FLOW, "--init", "", "--data", f / "photos"]),
+    "sft": (sft.main, lambda f: [*FLOW, "--init", "", "--data", f / "photos"]),
+    "reward": (sft.main, lambda f: [*FLOW, "--task", "reward", "--vlm", "data/shapes/vlm"]),
+    "grpo": (grpo.main, lambda f: [*THREE, "--init", "", "--train", "both"]),
+    "cycle_edit": (cycle_edit.main, lambda f: [*THREE, "--init", "", "--train", "both"]),
+    "reflect": (reflect.main, lambda f: [*THREE, "--init", "", "--lr", 1e-3]),
+}
+
+
+def play(folder, out, name, *flags):
+    main, own = MAINS[name]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sft, "HELD_OUT", 8)
+        return tiny.play(folder, out, *own(folder), *flags, main=main)
+
+
+def main(folder, out):
+    rank, _, _ = model.setup()
+    torch.manual_seed(rank)                        # as different as two processes may be
+    built, start = [], model.same_start
+
+    def remember(m):
+        built.append(m)
+        return start(m)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(model, "same_start", remember)   # start_model's
+        m.setattr(sft, "same_start", remember)
+        for name in MAINS:
+            for again in range(2):
+                to = out / f"{name}-{again}"
+                play(folder, to, name)
+                save_file({k: p.detach().clone() for k, p in built[-1].named_parameters()},
+                          to / f"rank{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
