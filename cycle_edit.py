@@ -32,8 +32,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.shapes.prepare import render
-from eval import (JUDGE, ask_all, bench_edit, bench_shapes, grid, must_score, parse_weights, score,
-                  show_table, spread)
+from eval import (JUDGE, ask_all, bench_edit, bench_shapes, check_scored, grid, held_out_score,
+                  must_score, parse_weights, score, show_table, spread)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail, flag,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads, swapped,
@@ -99,7 +99,8 @@ class Args:
     judge: str = flag("", "VLM that judges, and that writes what inverses are missing; empty: see "
                       "MODELS (eval.py)", group="Rewards")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
-    max_failed: float = flag(0.5, "a larger share of rewards that could not be had ends the run")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
 
     vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
                     group="Weights in place of the preset's")
@@ -113,6 +114,7 @@ class Args:
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
     eval_every: int = flag(20, "updates between quick scores on held-out edits", group="Evaluation")
+    eval_data: str = flag("", "held-out edits of photos, as --data; empty: none, and no score")
     eval_T: int = flag(10, "ODE steps of an edit")
 
 
@@ -122,6 +124,8 @@ def checked(args, world):
     if args.data == Args.data and not args.preset.startswith("shapes"):
         fail(f"preset {args.preset!r} edits photos and needs --data of its own: a folder with "
              "metadata.jsonl, rows of source, instruction and inverse")
+    if args.eval_data and args.preset.startswith("shapes"):
+        fail("--eval-data is for photos: the classroom has held-out edits of its own")
     if args.G < 2:
         fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
     if args.B % world:
@@ -175,7 +179,7 @@ def read_edits(path):
             raise ValueError(f"{file}, line {i}: not a JSON object with `source` (a file or a "
                              "scene) and `instruction`")
         about = row.get("target_meta", {}) | row | dict(
-            where=f"{file}, line {i}", tag=row.get("kind", "edit"),
+            where=f"{file}, line {i}", folder=file.parent, tag=row.get("kind", "edit"),
             prompt=captions[1] or row["instruction"])
         rows.append(about | (dict(captions=captions) if all(captions) else {}))
     return rows
@@ -283,21 +287,30 @@ def main():
     weights, back = checked(args, world)
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
-        rows = read_edits(args.data)
-        for row in rows:
+        rows, held = read_edits(args.data), read_edits(args.eval_data) if args.eval_data else []
+        for row in rows + held:
             must_score([n for w in weights for n in w.get(row["tag"], w.get("*", ()))], [row])
     except (OSError, ValueError) as e:
         fail(e)
-    if not rows:
-        fail(f"{args.data} holds no edits")
-    other = {row["tag"] for row in rows} - weights[0].keys()
+    for path, its in ((args.data, rows), (args.eval_data, held)):
+        if path and not its:
+            fail(f"{path} holds no edits")
+    other = {row["tag"] for row in rows + held} - weights[0].keys()
     if other and "*" not in weights[0]:
         fail(f"{args.reward} has no mix for edits of kind {min(other)!r}, and no '*'")
-    home = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-    see = partial(picture, folder=home, size=preset(args.preset).size)
-    [see(row) for row in rows]                           # all can be read, or nothing starts
+
+    def see(row):
+        return picture(row, row["folder"], preset(args.preset).size)
+
+    def pair(row):
+        return row["instruction"], hash(see(row).numpy().tobytes())
+    trained = {pair(row) for row in rows}                # all can be read, or nothing starts
+    if both := [row for row in held if pair(row) in trained]:
+        fail(f"{both[0]['where']}: its picture and instruction are in {args.data}, as those of "
+             f"{len(both)} in {len(held)} rows are: what is trained is not held out")
     if back:
-        write_inverses(rows, see, args)
+        write_inverses(rows + held, see, args)
+    classroom = args.preset.startswith("shapes")         # whose held-out edits are its benchmark
     learns = {k: None for k in ("dit", "bridge") if args.train in (k, "both")}
     if args.lora_rank:
         learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
@@ -318,10 +331,14 @@ def main():
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
+    if rank == 0 and not (classroom or held):
+        print("no held-out edits: the pictures shown are of training edits, and there is no score; "
+              "--eval-data FILE names some")
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
-    faces = [rows[i] for i in spread(rows, -(-10 // len({row["tag"] for row in rows})))][:10]
+    faces = held or rows
+    faces = [faces[i] for i in spread(faces, -(-10 // len({row["tag"] for row in faces})))][:10]
 
     def edit(prompts, images, seeds, model=model):
         """With the guidance of training."""
@@ -329,7 +346,8 @@ def main():
                           args.image_guidance).cpu()
 
     def look(step):
-        """Fixed edits at fixed noise: source, edited and cycled side by side, and a quick score."""
+        """Fixed edits at fixed noise: source, edited and cycled side by side, and a quick score of
+        what is held out, if anything. -> metrics"""
         png, n = out / "samples" / f"step_{step:05d}.png", len(faces)
         with ema.applied():
             columns = [torch.stack([see(row) for row in faces])]                 # (n,3,H,W) each
@@ -339,19 +357,18 @@ def main():
                     texts.append([row[say] for row in faces])
                     columns.append(edit(texts[-1], [[x] for x in columns[-1]],
                                         [100 * leg + i for i in range(n)]))
-            held = args.preset.startswith("shapes") and bench_edit(edit, 1, 100)
+            bench = bench_edit(edit, 1, 100) if classroom else {}
         grid(torch.stack(columns, 1).flatten(0, 1), [t for line in zip(*texts) for t in line], png,
              columns=2 * len(columns))
-        if held:
-            return dict(score=held["both"], success=held["success"],
-                        preservation=held["preservation"])
+        if classroom:
+            return dict(score=bench["both"], success=bench["success"],
+                        preservation=bench["preservation"])
         faced = [row | dict(source_image=x) for row, x in zip(faces, columns[0])]
-        R, W, _ = judged(faced, 1, columns[1:])
-        return dict(score=((R * W).nansum() / W.sum()).item())
+        return held_out_score(*judged(faced, 1, columns[1:])[:2]) if held else {}
 
-    def judged(batch, group, drawn):
+    def judged(batch, group, drawn, said=None):
         """Rewards of the edited picture beside those of the cycled one: as score, R, W, names"""
-        R, W, names = zip(*[score(x, batch, group, w) for x, w in zip(drawn, weights)])
+        R, W, names = zip(*[score(x, batch, group, w, said) for x, w in zip(drawn, weights)])
         return torch.cat(R, 1), torch.cat(W, 1), sum(names, [])
 
     def conditions(prompts, images, keys):
@@ -408,15 +425,9 @@ def main():
             clock.append(time.time())
 
         # 3  R = l1 edit + l2 CLIP(source, cycled) + l3 quality; one advantage for both trajectories
-        R, W, names = judged(edits, G, drawn)                                    # (N,K) each
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.data} hold what it reads? "
-                 f"{JUDGE.error}")
+        said = {}
+        R, W, names = judged(edits, G, drawn, said)                              # (N,K) each
+        failures = check_scored(R, W, names, said, args, step, args.data)
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, G, args.norm)                                  # (N,), mean 0
@@ -467,8 +478,7 @@ def main():
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norm, **finite.column(),
+                   **failures, clip_nats=args.clip * D, grad_norm=norm, **finite.column(),
                    **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("edit", *["back"] * back, "reward", "update"), clock, clock[1:])})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
@@ -479,17 +489,17 @@ def main():
             row |= latest
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
-        if rank == 0 and "score" in row:
-            plot(out, [f"reward_{n}" for n in names], ["score", "success", "preservation"],
-                 ["grad_norm"])
+        if rank == 0 and due:
+            plot(out, [f"reward_{n}" for n in names],
+                 *[["score", "success", "preservation"]] * bool(latest), ["grad_norm"])
         bar.set_postfix({"reward": f"{next(iter(rewards.values()), 0):.3g}",
-                         "held out": f"{latest.get('score', 0):.3f}",
+                         **{"held out": f"{x:.3f}" for k, x in latest.items() if k == "score"},
                          "norm": f"{norm:.3f}"}, refresh=False)
         if stopped:
             break
 
     # 6  held-out edits and, since one model does both, drawings, before and after, on one noise
-    if rank == 0 and args.preset.startswith("shapes") and not stopped:
+    if rank == 0 and classroom and not stopped:
         results = {}
         base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
         base.to(device)

@@ -612,13 +612,13 @@ def geneval_strict(images, metas, group):
 
 
 def jpeg_compressibility(images, metas, group):
-    """-kB/500 (DDPO, Flow-GRPO): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
+    """-kB/500 (Flow-GRPO; DDPO's is -kB): smooth images win. Grey 512x512 -0.0094, noise -0.62."""
     return torch.tensor([-jpeg_kb(x) / 500 for x in arrays(images)])
 
 
 def jpeg_incompressibility(images, metas, group):
-    """kB/1000: detail wins."""
-    return torch.tensor([jpeg_kb(x) / 1000 for x in arrays(images)])
+    """kB (DDPO, Flow-GRPO, UniRL-Zero): detail wins. Grey 512x512 4.7, noise 310."""
+    return torch.tensor([jpeg_kb(x) for x in arrays(images)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1026,9 +1026,11 @@ def ask(images, text):
 
 # The classroom's VLM knows its own phrasing only: see TASKS in data/shapes/prepare.py.
 BETTER = ('These two images were drawn for the prompt "{}". Which one fits the prompt better and '
-          'looks better? Answer with "first", "second" or "tie" only.')
+          'looks better? Answer only with <answer>first</answer>, <answer>second</answer> or '
+          '<answer>tie</answer>.')
+IN_A_TAG = "Answer only with the number in a tag, such as <answer>3</answer>."
 RATE = ('This image was drawn for the prompt "{}". Rate how well it fits the prompt and how good '
-        'it looks, from 1 (bad) to 5 (excellent). Answer with the number only.')
+        'it looks, from 1 (bad) to 5 (excellent). ' + IN_A_TAG)
 
 
 def phrasing(images, ours, theirs):
@@ -1036,18 +1038,105 @@ def phrasing(images, ours, theirs):
     return theirs if JUDGE.model or JUDGE.url or not classroom(images) else ours.replace(IMAGE, "")
 
 
+# A judge who does not keep to the tag may still state what it means, in these words. Mere mention
+# prefers nothing ("worse than the first image"). Names in capitals stand for parts.
+def wording(pattern, **names):
+    names = dict(
+        OTHER="(?: (?:than|over|to) (?:the other(?: THING)?|Y))?", **names,
+        THING="(?:image|picture|one|option|choice|match|fit)",
+        ITSELF="".join(f"(?<!{word} )" for word in "the in of on from with than to or nor".split()),
+        SURE="(?:clearly |definitely |much |(?:by )?far |slightly |overall |the |a )*",
+        NUMBER=r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(\d+))?(?: stars| points)?",
+        END=r"(?= *(?:[;!)\n]|\.(?!\d)|$)|,? *(?:because|since)\b)")
+    for name, part in names.items():
+        pattern = pattern.replace(name, part)
+    return re.compile(pattern)
+
+
+FIRST, SECOND = (f"(?:the )?(?:(?:{one})(?: THING)?|(?:(?:image|picture|option) )?{n})"
+                 for one, n in (("first|1st", 1), ("second|2nd", 2)))
+CHOICES = {1.0: wording(FIRST), 0.0: wording(SECOND),
+           0.5: wording("(?:it's |it is )?(?:a )?(?:tie|draw)|tied|equal|both|neither")}
+PREFERS = {value: wording(         # "X is better than Y", "I prefer X to Y", "the better one is X"
+    r"ITSELF\bX (?:wins|looks better|is SURE(?:better|best|superior|preferred|winner)(?: THING)?"
+    r"|(?:fits|matches|follows) (?:the )?prompt SURE(?:better|best)(?: and looks better)?)"
+    r"OTHER(?:END|(?=,))"
+    r"|\b(?:prefer|choose|pick|select|go with) XOTHEREND"
+    r"|\b(?:better|best|preferred|winner|answer|choice|preference|verdict|so|therefore|overall)"
+    r"(?: THING)?(?:,|:| is)+ XEND", X=x, Y=y)
+    for value, x, y in ((1.0, FIRST, SECOND), (0.0, SECOND, FIRST))}
+NUMBER = wording("NUMBER")
+SCORE = wording(                   # "Final score: 3", "Rating (1-5): 4/5", "I rate it 4 out of 5"
+    r"\b(?:(final|overall|total) )?(?:score|rating|(?:rate|give) (?:it|this|the)(?: image| edit)?)"
+    r"(?: ?\([^)]*\))?(?:\s*(?:is|of|as|an?|:|=))*\s*NUMBER(?:END|(?=,))")
+DENIED = re.compile(              # by what comes before in the sentence
+    r"\b(?:not|no|never|neither|nor|none|cannot|if|unless|whether|may|might|could|hardly|would be"
+    r"|wrong|false|unable|refuse|although|though|while|whereas|even)\b|n't\b")
+TAKEN_BACK = re.compile(          # by what comes after, to the end
+    r"\b(?:but|however|although|though|yet|except|unless|if|instead|actually|wait|no)\b|\?")
+
+
+def in_the_end(answer):
+    """-> what a judge's answer comes to, in lower case without emphasis and quotes: what its last
+    <answer> tag holds, which may lack its end, else all but its thoughts."""
+    text = re.sub(r"(?s)^.*</think>|<think>.*|[*_`#\"“”]", "", (answer or "").lower())
+    tagged = re.findall(r"(?s)<answer>(.*?)(?:</answer>|$)", text)
+    text = re.sub(r"[^\S\n]+", " ", (tagged or [text])[-1].replace("’", "'"))
+    return text.lstrip(" \n([").rstrip(" \n.,:;!)]")
+
+
+def stated(words, text):
+    """-> where the text says so and does not deny it in the same sentence: matches, in order"""
+    return [m for m in words.finditer(text)
+            if not DENIED.search(re.split(r"[.!?;\n]", text[: m.start()])[-1])]
+
+
 def choice(answer):
-    """-> 1 if the first image was called better, 0 the second, 1/2 for a tie or anything else."""
-    said = re.findall(r"\b(?:(first|image 1|1)|(second|image 2|2)|tie)\b", answer.lower())
-    return 1.0 if said and said[-1][0] else 0.0 if said and said[-1][1] else 0.5
+    """-> 1 if the first image is called better, 0 the second, 1/2 for a tie; NaN where the answer
+    neither is a choice nor states one preference, or takes it back."""
+    text = in_the_end(answer)
+    for value, names in CHOICES.items():
+        if names.fullmatch(text):
+            return value
+    said = [(m.end(), value) for value, words in PREFERS.items() for m in stated(words, text)]
+    if len({value for _, value in said}) != 1 or TAKEN_BACK.search(text, max(said)[0]):
+        return math.nan
+    return said[0][1]
 
 
-def preference(images, metas, group):
+def rating(answer):
+    """A number of 1 to 5, yes or no -> [0,1]: the whole answer, or the last score it states, and
+    that the last final one if any is called so. NaN for a number off that scale, and for none."""
+    text = in_the_end(answer)
+    if text in ("yes", "no"):
+        return float(text == "yes")
+    scores = stated(SCORE, text)
+    said = NUMBER.fullmatch(text) or next(reversed([m for m in scores if m[1]] or scores), None)
+    score, scale = said.groups()[-2:] if said else (0, None)
+    return float(score) / 5 if 1 <= float(score) <= 5 and scale in (None, "5") else math.nan
+
+
+def agrees(answer):
+    """The classroom's VLM says yes, or no and why -> 1, 0; NaN where it says neither."""
+    yes = verdict(answer)[0]
+    return math.nan if yes is None else float(yes)
+
+
+def read_answers(read, answers, said):
+    """read(answer) of each, NaN where there is no answer; `said`, a list or None, keeps both."""
+    values = [math.nan if a is None else read(a) for a in answers]
+    if said is not None:
+        said += zip(answers, values)
+    return values
+
+
+def preference(images, metas, group, said=None):
     """Pairwise judge (Pref-GRPO, DeepGen): the share of its group that an image beats, in [0,1].
 
     Every pair is asked in both orders, so that a judge who likes the first image moves nobody
-    (DeepGen asks once), and a group's mean is 1/2. A pair of which one answer failed is left out;
-    an image without any pair is NaN."""
+    (DeepGen asks once), and a group's mean is 1/2. An answer that says nothing usable is a tie. A
+    pair of which one answer failed is left out; an image without any pair is NaN.
+    said: see score."""
     text, x = phrasing(images, WHICH, BETTER), arrays(images)
     pairs = [(a + i, a + j) for a in range(0, len(x), group)
              for i in range(group) for j in range(group) if i != j]
@@ -1055,57 +1144,52 @@ def preference(images, metas, group):
         assert len({m["prompt"] for m in metas[a : a + group]}) == 1, "a group shares its prompt"
     if group == 1:
         return torch.full((len(x),), 0.5)
-    answers = dict(zip(pairs, ask_all([([x[i], x[j]], text.format(metas[i]["prompt"]))
-                                       for i, j in pairs])))
+    answers = ask_all([([x[i], x[j]], text.format(metas[i]["prompt"])) for i, j in pairs])
+    firsts = np.nan_to_num(read_answers(choice, answers, said), nan=0.5)
+    answers = dict(zip(pairs, answers))
     won, asked = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x))
-    for (i, j), answer in answers.items():
-        if answer is not None and answers[j, i] is not None:
-            first = choice(answer)
+    for (i, j), first in zip(pairs, firsts):
+        if answers[i, j] is not None and answers[j, i] is not None:
             won[i] += first
             won[j] += 1 - first
             asked[[i, j]] += 1
     return (won / asked).float()                                 # 0 / 0 is NaN
 
 
-def rating(answer):
-    """Yes or no, or the first number of 1 to 5 -> [0,1]; NaN where nothing is said."""
-    said = re.search(r"\b(?:(yes)|(no)|([1-5](?:\.\d+)?))\b", (answer or "").lower())
-    return math.nan if not said else 1.0 if said[1] else 0.0 if said[2] else float(said[3]) / 5
-
-
-def judged(images, metas, group):
+def judged(images, metas, group, said=None):
     """`--reward judge`, pointwise, in [0,1]: a rating from 1 to 5, divided by 5 (Flow-GRPO, which
-    makes an answer without a number 0; here it is a failure); the classroom's says yes or no."""
+    makes an answer without a number 0; here it is a failure); the classroom's says yes or no.
+    said: see score."""
     text = phrasing(images, MATCH, RATE)
+    read = rating if text == RATE else agrees
     answers = ask_all([([x], text.format(m["prompt"])) for x, m in zip(arrays(images), metas)])
-    return torch.tensor([rating(a) for a in answers])
+    return torch.tensor(read_answers(read, answers, said))
 
 
 # Two questions, of which the lower answer counts (as VIEScore): an untouched image keeps all, a
 # new one may show the change.
 DONE = ('The second image should be the first after the edit "{}". Rate how well that was done, '
-        "from 1 (not at all) to 5 (perfectly). Answer with the number only.")
+        "from 1 (not at all) to 5 (perfectly). " + IN_A_TAG)
 KEPT = ('The second image should be the first after the edit "{}". Rate how well all that the edit '
-        "does not concern stayed the same, from 1 (not at all) to 5 (perfectly). Answer with the "
-        "number only.")
+        "does not concern stayed the same, from 1 (not at all) to 5 (perfectly). " + IN_A_TAG)
 
 
-def edit_judge(images, metas, group):
+def edit_judge(images, metas, group, said=None):
     """Pointwise judge of edits, in [0,1]: is it done, is all else as it was? The classroom's VLM is
     asked what it has learned, whether the image matches the target's caption, which names every
-    thing; where they are it is not asked."""
+    thing; where they are it is not asked. said: see score."""
     R, rows = torch.full((len(metas),), math.nan), able("edit_judge", metas)
-    texts = [phrasing(images, MATCH, t) for t in (DONE, KEPT)]
+    texts, read = [phrasing(images, MATCH, t) for t in (DONE, KEPT)], rating
     if texts[0] == texts[1]:                                     # the classroom's
-        rows = [i for i in rows if metas[i].get("target_meta")]
+        rows, read = [i for i in rows if metas[i].get("target_meta")], agrees
         asked = [([x], texts[0].format(metas[i]["target_meta"]["prompt"]))
                  for i, x in zip(rows, arrays(images[rows]))]
     else:
         asked = [([old, new], text.format(metas[i]["instruction"])) for text in texts
                  for i, old, new in zip(rows, sources(metas, rows), arrays(images[rows]))]
     if rows:
-        said = torch.tensor([rating(a) for a in ask_all(asked)]).view(-1, len(rows))
-        R[rows] = torch.where(said.isnan().any(0), math.nan, said.amin(0))
+        rated = torch.tensor(read_answers(read, ask_all(asked), said)).view(-1, len(rows))
+        R[rows] = torch.where(rated.isnan().any(0), math.nan, rated.amin(0))
     return R
 
 
@@ -1221,6 +1305,7 @@ REWARDS = {f.__name__: f for f in (
     geneval, geneval_strict, ocr, clip, clip_direction, clip_image, pickscore, aesthetic, hpsv2,
     preference, edit, edit_judge, edit_model, jpeg_compressibility, jpeg_incompressibility)} | {
     "judge": judged}
+JUDGES = {"preference", "judge", "edit_judge"}                   # they take `said`, see score
 
 
 def parse_weights(text):
@@ -1243,12 +1328,13 @@ def parse_weights(text):
     return {"*": weights}
 
 
-def score(images, metas, group, weights):
+def score(images, metas, group, weights, said=None):
     """-> R (N,K) rewards, W (N,K) their weights, names (K).
 
     weights {category: {name: weight}}; "*" holds for prompts of any other category (a meta's
     `category`, or its `tag`).  A reward runs only where its weight is not 0; elsewhere, and where
-    it fails, R is NaN, never 0: the caller counts failures as R.isnan() & (W != 0)."""
+    it fails or is not finite, R is NaN, never 0: check_scored counts R.isnan() & (W != 0).
+    said: a dict that gets what judges answer, {reward: [(answer or None, its value or NaN)]}."""
     if len(images) != len(metas) or len(images) % group:
         raise ValueError(f"{len(images)} images, {len(metas)} prompts, groups of {group}")
     names = list(dict.fromkeys(k for w in weights.values() for k, x in w.items() if x))
@@ -1266,8 +1352,42 @@ def score(images, metas, group, weights):
     for k, name in enumerate(names):
         rows = W[:, k].nonzero()[:, 0]
         if len(rows):
-            R[rows, k] = REWARDS[name](images[rows], [metas[i] for i in rows.tolist()], group)
-    return R, W, names
+            heard = [] if said is None or name not in JUDGES else [said.setdefault(name, [])]
+            R[rows, k] = REWARDS[name](images[rows], [metas[i] for i in rows.tolist()], group,
+                                       *heard)
+    return R.masked_fill(~R.isfinite(), math.nan), W, names
+
+
+def check_scored(R, W, names, said, args, step, where):
+    """Did rewards R with weights W (N,K), and the judges' answers `said` (see score), say anything?
+    -> columns of the log, where above 0: failed_<reward>, of the images it was to score the share
+    it could not; unparsed_<reward>, of a judge's answers the share that says nothing usable. Over
+    all ranks, which all call it; a share above --max-failed ends the run on each of them."""
+    tried = W != 0                                   # a failure moves nothing, but counts
+    failed = tried & R.isnan()
+    heard = [said.get(name, []) for name in names]
+    idle = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]
+    failed, tried, unparsed, asked = torch.tensor(all_mean(
+        [*failed.sum(0), *tried.sum(0), *map(len, idle), *map(len, heard)])).view(4, -1)     # (K,)
+    failed, unparsed = failed / tried.clamp(min=1e-9), unparsed / asked.clamp(min=1e-9)
+    examples = [f" The judge said, for instance, {its[0][:80]!r}" if its else "" for its in idle]
+    k = int(unparsed.argmax())
+    if unparsed[k] > args.max_failed:                # on every rank, so all stop
+        fail(f"reward {names[k]!r}: {unparsed[k]:.0%} of the judge's answers of update {step + 1} "
+             f"say nothing usable, above --max-failed.{examples[k]}")
+    k = int(failed.argmax())
+    if failed[k] > args.max_failed:
+        fail(f"reward {names[k]!r} failed for {failed[k]:.0%} of the images of update {step + 1}, "
+             f"above --max-failed: does {where} hold what it reads? {JUDGE.error}{examples[k]}")
+    return {f"{what}_{name}": x for what, share in (("failed", failed), ("unparsed", unparsed))
+            for name, x in zip(names, share.tolist()) if x}
+
+
+def held_out_score(R, W):
+    """Rewards of held-out pictures and their weights (N,K) -> dict(score=...), the weighted mean of
+    those that could be had; {} where none could."""
+    W = W * ~R.isnan()
+    return dict(score=((R.nan_to_num() * W).sum() / W.sum()).item()) if W.any() else {}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, grid, parse_weights,
-                  read_prompts, score, see, show_answers, show_table)
+from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, check_scored,
+                  geneval_prompts, grid, held_out_score, parse_weights, read_prompts, score, see,
+                  show_answers, show_table)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks, fail,
                    flag, given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
                    read_image, rollout, sde_step, setup, sigmas, slices, span, spans, start_model,
@@ -134,7 +135,8 @@ class Args:
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see MODELS (eval.py)",
                       group="Rewards")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
-    max_failed: float = flag(0.5, "a larger share of rewards that could not be had ends the run")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
 
     sft: float = flag(0.0, "weight, below 1, of the fine-tuning loss; the rewards have the rest",
                       group="Loss of fine-tuning beside it (DeepGen)")
@@ -161,6 +163,8 @@ class Args:
 
     eval_every: int = flag(20, "updates between quick scores on held-out prompts",
                            group="Evaluation")
+    eval_prompts: str = flag("", "held-out prompts for photos, a file as --prompts; empty: "
+                             "GenEval's own test if that is the reward, else none and no score")
     eval_T: int = flag(10, "ODE steps of a drawing")
 
 
@@ -172,6 +176,8 @@ def check(args, world):
             not args.preset.startswith("shapes")):
         fail(f"preset {args.preset!r} draws photos and needs --prompts of its own: eval.py "
              "--write-prompts geneval-train FILE writes some")
+    if args.eval_prompts and args.preset.startswith("shapes"):
+        fail("--eval-prompts is for photos: the classroom has held-out prompts of its own")
     if args.G < 2:
         fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
     if args.B % world:
@@ -217,6 +223,46 @@ def check(args, world):
     return weights, mix, ldam
 
 
+def read_rows(path, args, weights):
+    """A file of --prompts or --eval-prompts -> its rows; every error in it, in one line"""
+    draws = args.task in ("t2i", "cot")
+    try:
+        rows = (read_prompts if draws else read_questions)(path)
+    except FileNotFoundError as e:
+        photos = not args.preset.startswith("shapes")
+        fail(f"{e}" if photos else f"{e}; the classroom's: python -m data.shapes.prepare data")
+    except (OSError, ValueError) as e:
+        fail(e)
+    if not rows:
+        fail(f"{path} holds no prompts")
+    if args.task == "vqa" and not all(m.keys() & {"scene", "image"} for m in rows):
+        fail(f"{path}: --task vqa is about pictures; a line without one is --task text's")
+    for kind in {m.get("category", m.get("tag")) for m in rows} if draws else ():
+        if kind not in weights and "*" not in weights:
+            fail(f"{args.reward} has no mix for prompts of category {kind!r}, and no '*'")
+    return rows
+
+
+def held_out(args, weights, metas):
+    """At most 16 rows of --eval-prompts, or of GenEval's own test where that is the reward, evenly
+    spaced, so that every tag is there; none of them is among metas, which are trained. [] for the
+    classroom, which has benchmarks, and where nothing is held out."""
+    def whole(row):              # a question of vqa is one about its picture
+        about = ("scene", "image") if args.task == "vqa" else ()
+        return row["prompt"], *(str(row[k]) for k in about if k in row)
+    trained, rows = {whole(m) for m in metas}, []
+    if args.eval_prompts:
+        rows = read_rows(args.eval_prompts, args, weights)
+        if both := [m for m in rows if whole(m) in trained]:
+            fail(f"{args.eval_prompts}: {both[0]['prompt']!r} is in {args.prompts}, as {len(both)} "
+                 f"of its {len(rows)} prompts are: what is trained is not held out")
+    elif args.task == "t2i" and not args.preset.startswith("shapes") and (
+            {"geneval", "geneval_strict"} & weights.get("*", {}).keys()):
+        rows = [m for m in map(json.loads, geneval_prompts()) if whole(m) not in trained]
+    n = min(16, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
 def read_questions(path):
     """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
     -> rows with `prompt`, the question; all can be looked at, or nothing starts."""
@@ -226,7 +272,7 @@ def read_questions(path):
             row = json.loads(line)
             row |= dict(prompt=row["question"], answer=answer_of(row["answer"]))
             if "image" in row:
-                row["image"] = Path(path).parent / row["image"]
+                row["image"] = (Path(path).parent / row["image"]).resolve()
             looked_at(row)
         except (*UNREADABLE, TypeError, LookupError, AttributeError) as e:
             raise ValueError(f"{path}, line {i}: not a JSON object with `question`, `answer` and "
@@ -372,16 +418,9 @@ def main():
     draws, speaks = args.task in ("t2i", "cot"), args.task != "t2i"
     ask = "think" if draws else "ask"
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
-    try:
-        metas = (read_prompts if draws else read_questions)(args.prompts)
-    except FileNotFoundError as e:
-        fail(f"{e}; the classroom's: python -m data.shapes.prepare data")
-    except (OSError, ValueError) as e:
-        fail(e)
-    if not metas:
-        fail(f"{args.prompts} holds no prompts")
-    if args.task == "vqa" and not all(m.keys() & {"scene", "image"} for m in metas):
-        fail(f"{args.prompts}: --task vqa is about pictures; a line without one is --task text's")
+    metas = read_rows(args.prompts, args, weights)
+    held = held_out(args, weights, metas)
+    classroom = args.preset.startswith("shapes")         # whose held-out prompts are its benchmarks
     rank_of = dict(dit=(args.lora_rank, args.lora_alpha),
                    vlm=(args.vlm_lora_rank, args.vlm_lora_alpha))
     learns = {k: adapter(k, *rank_of[k]) if k in rank_of else None
@@ -415,6 +454,9 @@ def main():
         for row in map(json.loads, open(Path(args.out) / "log.jsonl")) if climbs else ():
             noise = ldam.after(row) if 0 < row["step"] <= start else noise
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
+    if rank == 0 and not (classroom or held):
+        print("no held-out prompts: the pictures shown are of training prompts, and there is no "
+              "score; --eval-prompts FILE names some")
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, rates = math.prod(model.noise([0]).shape), odds(metas, mix)
@@ -439,26 +481,26 @@ def main():
                        temperature=args.temperature, answer_only=args.answer_only)
 
     def look(step):
-        """Fixed prompts at fixed noise: pictures and words to look at, a quick score. -> metrics"""
-        png, faces = out / "samples" / f"step_{step:05d}.png", metas[:16]
+        """Fixed prompts at fixed noise: pictures and words to look at; where the prompts are held
+        out, a quick score. -> metrics"""
+        png, faces = out / "samples" / f"step_{step:05d}.png", held or metas[:16]
         prompts, seeds = [m["prompt"] for m in faces], range(len(faces))
         with ema.applied():
-            if args.preset.startswith("shapes"):                     # held-out prompts
+            if classroom:
                 r = bench(model, 96, 1, png)
                 return {name: r[k] for name, k in LOOK[args.task].items()}
             if not draws:
                 said = say(model, prompts, pictures_of(map(looked_at, faces)), seeds)
                 right = [answer_of(t) == m["answer"] for t, m in zip(said, faces)]
                 show_answers(prompts, said, right, png)
-                return dict(score=sum(right) / len(right))
+                return dict(score=sum(right) / len(right)) if held else {}
             if speaks:
                 images, words = think(model)(prompts, seeds)
                 texts = [f"{p}: {t}" for p, t in zip(prompts, words.texts)]
             else:
                 images, texts = model.draw(prompts, seeds, args.eval_T, args.guidance), prompts
         grid(images.cpu(), texts, png)
-        R, W, _ = score(images.cpu(), faces, 1, weights)
-        return dict(score=((R * W).nansum() / W.sum()).item())
+        return held_out_score(*score(images.cpu(), faces, 1, weights)[:2]) if held else {}
 
     def pictures_of(rows):
         return [[row["picture"]] for row in rows] if args.task == "vqa" else None
@@ -516,7 +558,7 @@ def main():
         #    images while the next are drawn, by the same policy; what judges here waits its turn
         keys = [(key(args.seed, step, (n // group * group if args.shared_noise else n) * 100),
                  key(args.seed, step, n * 100 + 1)) for i in index for n in range(i * M, i * M + M)]
-        paths, judged = [], []
+        paths, judged, said = [], [], {}
         for some in slices(B, -(-B // 4) if JUDGE.url else B) if draws else ():
             n = slice(some.start * group, some.stop * group)
             at = slice(n.start // each, n.stop // each)
@@ -526,7 +568,7 @@ def main():
             clock.append(("rollout", time.time()))
             images = model.to_images(x0).cpu()                                   # (n,3,H,W) uint8
             clock.append(("decode", time.time()))
-            judged.append(jury.submit(score, images, batch[n], group, weights))
+            judged.append(jury.submit(score, images, batch[n], group, weights, said))
 
         # 3  score images or answers; compare each with its own group
         if draws:
@@ -541,14 +583,7 @@ def main():
             ok = torch.tensor(ok).float().repeat_interleave(M)[:, None]
             R, W = torch.cat([R, ok], 1), F.pad(W, (0, 1), value=args.format)
             names = [*names, "format"]
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.prompts} hold what it reads? "
-                 f"{JUDGE.error}")
+        failures = check_scored(R, W, names, said, args, step, args.prompts)
         if args.shuffle:
             R = R[torch.randperm(len(R), generator=g)]
         A = group_advantage(R, W, group, args.norm)                              # (N,), mean 0
@@ -649,9 +684,8 @@ def main():
         for (_, a), (name, b) in zip(clock, clock[1:]):
             spent[f"s_{name}"] += b - a
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   ldam=noise is not None, clip_nats=args.clip * D, **norms, **finite.column(),
-                   **{k: round(v, 3) for k, v in spent.items()})
+                   **failures, ldam=noise is not None, clip_nats=args.clip * D, **norms,
+                   **finite.column(), **{k: round(v, 3) for k, v in spent.items()})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
         if due:
             check_ranks(params, f"after update {step + 1}")
@@ -661,17 +695,17 @@ def main():
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
         noise = ldam.after(row) if args.ldam and climbs else None
-        if rank == 0 and "score" in row:
-            plot(out, [f"reward_{n}" for n in names], ["score", "extra", "raw"],
+        if rank == 0 and due:
+            plot(out, [f"reward_{n}" for n in names], *[["score", "extra", "raw"]] * bool(shown),
                  *[["words"]] * speaks, [*norms])
         bar.set_postfix({"reward": f"{next(iter(rewards.values()), 0):.3g}",
-                         "held out": f"{shown.get('score', 0):.3f}",
+                         **{"held out": f"{x:.3f}" for k, x in shown.items() if k == "score"},
                          "norm": f"{sum(norms.values()):.3f}"}, refresh=False)
         if stopped:
             break
 
     # 6  the whole benchmark, before and after, on the same noise
-    if rank == 0 and args.preset.startswith("shapes") and not stopped:
+    if rank == 0 and classroom and not stopped:
         results = {}
         base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
         base.to(device)

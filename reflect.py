@@ -37,8 +37,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.shapes.prepare import render
-from eval import (JUDGE, bench_reflect, bench_shapes, grid, must_score, parse_weights, read_prompts,
-                  score, show_table)
+from eval import (JUDGE, bench_reflect, bench_shapes, check_scored, grid, held_out_score,
+                  must_score, parse_weights, read_prompts, score, show_table)
 from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail, flag,
                    given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
                    sde_step, setup, shown, sigmas, slices, start_model, stop_flag, sum_grads,
@@ -78,7 +78,8 @@ class Args:
     format: float = flag(1.0, "weight of the reward for the critique's form, 0 or 1")
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see MODELS (eval.py)")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
-    max_failed: float = flag(0.5, "a larger share of rewards that could not be had ends the run")
+    max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
+                             "answers that say nothing, ends the run")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
@@ -124,6 +125,7 @@ class Args:
 
     eval_every: int = flag(20, "updates between quick scores on held-out pictures",
                            group="Evaluation")
+    eval_data: str = flag("", "held-out photos, as --data; empty: none, and no score")
     eval_T: int = flag(10, "ODE steps of a drawing")
     rounds: int = flag(1, "most looks at a picture; a yes ends them")
 
@@ -134,6 +136,8 @@ def check_flags(args, world):
     if args.data == Args.data and not args.preset.startswith("shapes"):
         fail(f"preset {args.preset!r} draws photos and needs --data of its own: a folder with "
              "metadata.jsonl, rows of prompt, right and wrong")
+    if args.eval_data and args.preset.startswith("shapes"):
+        fail("--eval-data is for photos: the classroom has held-out pictures of its own")
     if preset(args.preset).bridge == "text":
         fail(f"preset {args.preset!r} has no language model that could judge a picture")
     if args.G < 2:
@@ -178,7 +182,7 @@ def read_pool(path):
         for pool, side in zip(pools, ("wrong", "right")):
             if side in row:
                 pool.append(row | dict(source=row[side], right=side == "right",
-                                       where=f"{file}, line {i}"))
+                                       where=f"{file}, line {i}", folder=file.parent))
     for pool, side in zip(pools, ("wrong", "right")):
         if not pool:
             raise ValueError(f"{file}: no row has a first image that is {side}, `{side}`")
@@ -291,8 +295,8 @@ def main():
     weights = check_flags(args, world)
     JUDGE.model, JUDGE.url = args.judge, args.judge_url
     try:
-        pools = read_pool(args.data)
-        for row in pools[0] + pools[1]:
+        pools, held = read_pool(args.data), read_pool(args.eval_data) if args.eval_data else ()
+        for row in sum((*pools, *held), []):
             kind = row.get("category", row.get("tag"))
             if kind not in weights and "*" not in weights:
                 fail(f"{args.reward} has no mix for prompts of category {kind!r}, and no '*'")
@@ -301,9 +305,15 @@ def main():
         fail(f"{e}; the classroom's: python -m data.shapes.prepare data")
     except (OSError, ValueError) as e:
         fail(e)
-    home = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-    see = partial(picture, folder=home, size=preset(args.preset).size)
-    [see(row) for row in pools[0] + pools[1]]            # all can be read, or nothing starts
+    trained = {row["prompt"] for row in pools[0] + pools[1]}
+    if both := [row for row in sum(held, []) if row["prompt"] in trained]:
+        fail(f"{both[0]['where']}: its prompt is in {args.data}, as those of {len(both)} in "
+             f"{len(sum(held, []))} pictures are: what is trained is not held out")
+
+    def see(row):
+        return picture(row, row["folder"], preset(args.preset).size)
+    [see(row) for row in sum((*pools, *held), [])]       # all can be read, or nothing starts
+    classroom = args.preset.startswith("shapes")         # whose held-out pictures are its benchmark
     lm, dit = args.train != "dit", args.train != "lm"    # who learns; the bridge if both do
     learns = dict(bridge=None) if lm and dit else {}
     if dit:
@@ -330,10 +340,13 @@ def main():
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
+    if rank == 0 and not (classroom or held):
+        print("no held-out pictures: those shown are of the training pool, and there is no score; "
+              "--eval-data FILE names some")
 
     ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
     D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
-    faces = [pool[i * len(pool) // 5] for i in range(5) for pool in pools]       # 10, half right
+    faces = [pool[i * len(pool) // 5] for i in range(5) for pool in held or pools]   # half right
 
     def again(prompts, images, seeds, model=model):
         """As trained, but that words are the likeliest ones. -> last images, critiques of each"""
@@ -342,21 +355,23 @@ def main():
 
     def look(step):
         """Fixed pictures at fixed noise: first and last side by side, what was said below; and a
-        quick score on held-out ones."""
+        quick score on held-out ones, if there are any. -> metrics"""
         png = out / "samples" / f"step_{step:05d}.png"
         prompts, firsts = [row["prompt"] for row in faces], torch.stack([see(row) for row in faces])
         with ema.applied():
             last, said = again(prompts, firsts, range(len(faces)))
-            held = args.preset.startswith("shapes") and bench_reflect(again, 1, 96)
+            bench = bench_reflect(again, 1, 96) if classroom else {}
         texts = [t for p, row in zip(prompts, said) for t in (p, " / ".join(row))]
         grid(torch.stack([firsts, last.cpu()], 1).flatten(0, 1), texts, png,
              [f for row in faces for f in (row["right"], None)])
-        if held:
-            return {name: held[name] for name in ("accuracy", "corrected", "damaged")}
+        if classroom:
+            return {name: bench[name] for name in ("accuracy", "corrected", "damaged")}
+        if not held:
+            return {}
         faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
-        R, W, _ = score(last.cpu(), faced, 1, weights)
         right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
-        return dict(score=((R * W).nansum() / W.sum()).item(), accuracy=sum(right) / len(right))
+        return held_out_score(*score(last.cpu(), faced, 1, weights)[:2]) | dict(
+            accuracy=sum(right) / len(right))
 
     def conditions(n):
         """One pass of the VLM over prompt, first image and critique of samples n, and the queries
@@ -419,21 +434,15 @@ def main():
 
         # 4  R = verdict + form + final picture; one advantage for words and denoising steps
         at = torch.tensor(drawn).nonzero()[:, 0]
-        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights)
+        said = {}
+        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights, said)
         R = torch.full((len(looks), len(names)), math.nan).index_copy(0, at, scores)     # (N,K)
         W = torch.zeros_like(R).index_copy(0, at, odds)
         told = torch.tensor([[yes == row["right"], form and closed] for yes, form, closed, row in
                              zip(says, formed, words.closed.tolist(), looks)])
         R, names = torch.cat([told.float(), R], 1), ["verdict", "format", *names]
         W = torch.cat([torch.tensor([[args.verdict, args.format]]).expand(len(W), 2), W], 1)
-        tried = W != 0                                   # a failure moves nothing, but counts
-        failed = tried & R.isnan()
-        lost, of = torch.tensor(all_mean([*failed.sum(0), *tried.sum(0)])).view(2, -1)   # (K,)
-        lost = lost / of.clamp(min=1e-9)                 # shares, over all ranks
-        if lost.max() > args.max_failed:                 # on every rank, so all stop
-            fail(f"reward {names[lost.argmax()]!r} failed for {lost.max():.0%} of the images of "
-                 f"update {step + 1}, above --max-failed: does {args.data} hold what it reads? "
-                 f"{JUDGE.error}")
+        failures = check_scored(R, W, names, said, args, step, args.data)
         if args.shuffle:
             for some in (at, (~torch.tensor(drawn)).nonzero()[:, 0]):       # who has as many
                 R[some] = R[some[torch.randperm(len(some), generator=g)]]
@@ -507,8 +516,7 @@ def main():
         stats = dict(zip(stats, all_mean([*stats.values()])))
         stopped = stats.pop("stop") > 0                          # any rank: all stop together
         row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **{f"failed_{name}": x for name, x in zip(names, lost.tolist()) if x},
-                   clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
+                   **failures, clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
                    **finite.column(), **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
                        ("words", "redraw", "reward", "update"), clock, clock[1:])})
         due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
@@ -519,17 +527,18 @@ def main():
             row |= latest
             ema.save(out, model, step + 1, opt)
         log(out, rank, row)
-        if rank == 0 and "accuracy" in row:
-            plot(out, [f"reward_{n}" for n in names], ["accuracy", "corrected", "damaged", "score"],
-                 ["words"], ["grad_norm", "lm_grad_norm"])
+        if rank == 0 and due:
+            plot(out, [f"reward_{n}" for n in names],
+                 *[["accuracy", "corrected", "damaged", "score"]] * bool(latest), ["words"],
+                 ["grad_norm", "lm_grad_norm"])
         bar.set_postfix({"verdict": f"{rewards['reward_verdict']:.3g}",
-                         "held out": f"{latest.get('accuracy', 0):.3f}",
+                         **{"held out": f"{x:.3f}" for k, x in latest.items() if k == "accuracy"},
                          "norm": f"{norms[0]:.3f}"}, refresh=False)
         if stopped:
             break
 
     # 7  held-out pictures and, since one model does both, drawings, before and after, on one noise
-    if rank == 0 and args.preset.startswith("shapes") and not stopped:
+    if rank == 0 and classroom and not stopped:
         results = {}
         base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
         base.to(device)

@@ -380,10 +380,57 @@ def test_a_flat_batch_learns_nothing(parts, tmp_path):
     assert not group_advantage(torch.ones(8, 1) / 3, torch.ones(8, 1), G).any()
 
 
-def test_photos_have_no_checker(parts, tmp_path, monkeypatch):
-    """Another world is scored by the training's own rewards, on a few rows."""
+def photos(parts, monkeypatch):
+    """-> flags of another world: the training's own rewards are all there is."""
     monkeypatch.setitem(model.PRESETS, "photos", config(parts, preset="photos"))
-    rows = play(parts, tmp_path / "run", "--preset", "photos", "--init", parts / "dit",
-                "--reward", "blue,clip_image", "--steps", 1)
-    assert all(-1 <= r["score"] <= 1 and "success" not in r for r in rows)
+    return ["--preset", "photos", "--init", parts / "dit", "--reward", "blue,clip_image",
+            "--steps", 1]
+
+
+def test_photos_have_no_checker(parts, tmp_path, monkeypatch, capsys):
+    """Nor a score, unless edits are held out: those trained are looked at and no more."""
+    panels = calls(monkeypatch, "plot")
+    rows = play(parts, tmp_path / "run", *photos(parts, monkeypatch))
+    assert not any({"score", "success"} & r.keys() for r in rows)
+    assert "no held-out edits" in capsys.readouterr().out
+    assert [p[0] for p in panels[0][0][1:]] == ["reward_blue", "grad_norm"]
     assert not (tmp_path / "run" / "results.json").exists()
+    assert {p.stem for p in (tmp_path / "run/samples").iterdir()} == {"step_00000", "step_00001"}
+
+
+def test_held_out_edits_of_photos(parts, tmp_path, monkeypatch, capsys):
+    """--eval-data has a folder of its own; its rows alone are shown and scored."""
+    rng = random.Random(1)
+    rows = [sample_edit(rng) | dict(flat=False) for _ in range(3)]
+    for i, row in enumerate(rows):
+        Image.fromarray(render(row["source"])).save(tmp_path / f"{i}.png")
+        row["source"] = f"{i}.png"
+    file = tmp_path / "metadata.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    scored = calls(monkeypatch, "score")
+    flags = [*photos(parts, monkeypatch), "--eval-data", tmp_path]
+    log = play(parts, tmp_path / "run", *flags)
+    looks = [inputs[1] for inputs, _ in scored if inputs[2] == 1]
+    assert len(looks) == 4                               # two looks, edited and cycled
+    for metas in looks:
+        assert [m["instruction"] for m in metas] == [r["instruction"] for r in rows]
+        for m in metas:
+            image = torch.from_numpy(np.array(Image.open(tmp_path / m["source"]))).permute(2, 0, 1)
+            assert torch.equal(m["source_image"], image)
+    first = torch.cat([R for _, (R, *_) in scored[:2]], 1)               # (3,2)
+    assert first[:, 0].isnan().all()                     # a rank in a group of one: not scored
+    assert log[0]["score"] == pytest.approx(first[:, 1].mean().item(), abs=1e-5)
+    assert "no held-out" not in capsys.readouterr().out
+
+    # What is trained is not held out: the same picture, of whatever file, and instruction.
+    trained = json.loads(open(parts / "edits.jsonl").readline())
+    Image.fromarray(render(trained["source"])).save(tmp_path / "1.png")
+    rows[1] |= dict(instruction=trained["instruction"])
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    before = files(tmp_path)
+    said = complaint(play, parts, tmp_path / "both", *flags)
+    assert "line 2: its picture and instruction are in" in said and "of 1 in 3" in said
+    for more, words in ((["--eval-data", tmp_path / "none"], "No such file"),
+                        (["--preset", "shapes"], "--eval-data is for photos")):
+        assert words in complaint(play, parts, tmp_path / "both", *flags, *more)
+    assert files(tmp_path) == before

@@ -1,5 +1,6 @@
 """Judges are tested against the truth: the scene that was rendered, or boxes written by hand."""
 
+import argparse
 import json
 import math
 import random
@@ -24,6 +25,7 @@ from eval import (
     evaluate,
     extra_objects,
     grid,
+    held_out_score,
     judge,
     main,
     mean_and_error,
@@ -216,7 +218,19 @@ def test_jpeg():
     R, _, names = score(images, [{}, {}], 1, {"*": {n: 1 for n in judges.REWARDS if "jpeg" in n}})
     assert names == ["jpeg_compressibility", "jpeg_incompressibility"]
     assert R[:, 0].tolist() == pytest.approx([-0.0094, -0.62], rel=0.02)
-    assert R[:, 1].tolist() == pytest.approx([0.0047, 0.31], rel=0.02)
+    assert R[:, 1].tolist() == pytest.approx([4.7, 310], rel=0.02)            # kB
+
+
+def test_a_reward_that_is_not_finite_has_failed(monkeypatch):
+    """One place turns it into NaN, so that it moves nothing and is counted."""
+    monkeypatch.setitem(judges.REWARDS, "odd", lambda images, metas, group: torch.tensor(
+        [math.inf, -math.inf, math.nan, 2.0]))
+    R, W, names = score(torch_images([np.zeros((64, 64, 3), np.uint8)] * 4), [{}] * 4, 2,
+                        {"*": dict(odd=1.0)})
+    assert R[:, 0].isnan().tolist() == [True] * 3 + [False] and R[3, 0] == 2
+    row = judges.check_scored(R, W, names, {}, argparse.Namespace(max_failed=0.8), 0, "its.jsonl")
+    assert row == dict(failed_odd=0.75)
+    assert held_out_score(R, W) == dict(score=2.0) and held_out_score(R[:3], W[:3]) == {}
 
 
 def mixed(seed=0):

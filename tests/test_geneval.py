@@ -18,6 +18,7 @@ from test_cli import complaint
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 import eval as judges
+import grpo
 import model
 from data.shapes.prepare import COLORS, MASKS, PALETTE, RELATIONS, TAGS, article, render
 from eval import COCO, COCO_THRESHOLDS, evaluate, judge, read_prompts, score
@@ -483,6 +484,30 @@ def test_write_prompts_refuses(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--write-prompts", *map(str, argv)])
         assert words in complaint(judges.main)
     assert old.read_text() == "mine" and list(tmp_path.iterdir()) == [old]
+
+
+def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp_path, monkeypatch):
+    """Of photos; not where another reward is trained, nor by a test prompt that is trained, too."""
+    monkeypatch.setitem(model.PRESETS, "photos", model.Config(
+        **json.loads((parts / "config.json").read_text()) | dict(preset="photos")))
+    tests = list(map(json.loads, judges.geneval_prompts()))
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(training.read_text().splitlines(True)[:3]) + json.dumps(tests[0]) + "\n")
+    seen, real = [], grpo.score
+
+    def score(*inputs):
+        seen.append(inputs)
+        return real(*inputs)
+    monkeypatch.setattr(grpo, "score", score)
+    flags = ["--preset", "photos", "--init", parts / "dit", "--steps", 1, "--prompts", few,
+             "--B", 2, "--G", 2]
+    log = tiny.play(parts, tmp_path / "a", *flags, "--reward", "geneval")
+    looks = [inputs[1] for inputs in seen if inputs[2] == 1]
+    assert len(looks) == 2 and len(looks[0]) == 16 and looks[0] == looks[1]
+    assert all(m in tests[1:] for m in looks[0]) and {m["tag"] for m in looks[0]} == {*TAGS}
+    assert all(0 <= r["score"] <= 1 for r in log)
+    log = tiny.play(parts, tmp_path / "b", *flags, "--reward", "jpeg_incompressibility")
+    assert not any("score" in r for r in log)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_cli import complaint, files
 from torch.distributions import Normal, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import grpo
+import model as model_py
 from grpo import Args, group_advantage, rollout, surrogate
 from model import Config, Ema, MMDiT, key, sde_step, sigmas
 
@@ -389,6 +391,65 @@ def test_resume_continues_as_if_never_stopped(parts, tmp_path, monkeypatch):
         "config.json", "log.jsonl", "curves.png", "results.json", "samples", "ckpt"}
     assert {p.stem for p in (tmp_path / "b" / "samples").iterdir()} == {
         "step_00000", "step_00002", "step_00004", "before", "after"}
+
+
+@pytest.fixture
+def photos(parts, monkeypatch, tmp_path):
+    """-> flags of another world than the classroom, a file of prompts that it is not trained on"""
+    monkeypatch.setitem(model_py.PRESETS, "photos", config(parts, preset="photos"))
+    rows = [dict(prompt=f"a photo of {n} stars", flat=True) for n in range(20)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return ["--preset", "photos", "--init", parts / "dit", "--steps", 1], tmp_path / "held.jsonl"
+
+
+def calls(monkeypatch, name):
+    """What main hands to one of its functions: [inputs]"""
+    seen, real = [], getattr(grpo, name)
+    monkeypatch.setattr(grpo, name, lambda *inputs: seen.append(inputs) or real(*inputs))
+    return seen
+
+
+def test_trained_prompts_are_no_measure(parts, photos, tmp_path, monkeypatch, capsys):
+    """Nothing held out: pictures of training prompts to look at, and no score anywhere."""
+    panels, shown = calls(monkeypatch, "plot"), []
+    monkeypatch.setattr(grpo.tqdm, "set_postfix", lambda self, values, **_: shown.append(values))
+    rows = tiny.play(parts, tmp_path / "run", *photos[0])
+    assert "no held-out prompts" in capsys.readouterr().out
+    assert not any("score" in r for r in rows) and shown[0].keys() == {"reward", "norm"}
+    assert [p[0] for p in panels[0][1:]] == ["reward_blue", "grad_norm"]
+    assert {p.stem for p in (tmp_path / "run/samples").iterdir()} == {"step_00000", "step_00001"}
+    # The classroom's are its benchmark.
+    shown.clear()
+    rows = tiny.play(parts, tmp_path / "shapes", "--steps", 1)
+    assert all({"score", "extra", "kB"} <= r.keys() for r in rows)
+    assert shown[0].keys() == {"reward", "held out", "norm"}
+    assert [p[0] for p in panels[1][1:]] == ["reward_blue", "score", "grad_norm"]
+    assert "no held-out" not in capsys.readouterr().out
+
+
+def test_eval_prompts_of_photos(parts, photos, tmp_path, monkeypatch, capsys):
+    """--eval-prompts: 16 of them, evenly spaced, are drawn and scored; none that is trained."""
+    flags, file = photos
+    scored = calls(monkeypatch, "score")
+    rows = tiny.play(parts, tmp_path / "run", *flags, "--eval-prompts", file)
+    looks = [[m["prompt"] for m in inputs[1]] for inputs in scored if inputs[2] == 1]
+    assert looks == [[f"a photo of {i * 20 // 16} stars" for i in range(16)]] * 2
+    assert all(r["score"] == pytest.approx(1 / 3) for r in rows)
+    assert "no held-out" not in capsys.readouterr().out
+
+    trained = json.loads(open(parts / "prompts.jsonl").readline())["prompt"]
+    both = tmp_path / "both.jsonl"
+    both.write_text(file.read_text() + json.dumps(dict(prompt=trained)) + "\n")
+    (tmp_path / "none.jsonl").write_text("")
+    before = files(tmp_path)
+    for more, words in ((["--eval-prompts", both], f"{trained!r} is in "),
+                        (["--eval-prompts", both], "as 1 of its 21 prompts are"),
+                        (["--eval-prompts", tmp_path / "none.jsonl"], "holds no prompts"),
+                        (["--eval-prompts", tmp_path / "gone"], "No such file"),
+                        (["--eval-prompts", file, "--reward", '{"x": "blue"}'], "no mix for"),
+                        (["--eval-prompts", file, "--preset", "shapes"], "is for photos")):
+        assert words in complaint(tiny.play, parts, tmp_path / "no", *flags, *more)
+    assert files(tmp_path) == before
 
 
 def test_ema():

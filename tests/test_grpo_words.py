@@ -13,6 +13,7 @@ from test_cli import complaint, files
 from test_grpo import G, close, config, learned, saved
 
 import grpo
+import model as model_py
 from data.shapes.prepare import sample_meta, scene_for
 from grpo import Args, token_surrogate
 from model import Unified, answers, save_checkpoint, spans
@@ -116,7 +117,7 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     rows = tiny.play(talker, tmp_path / "run", *COT, "--steps", 1, "--images-per-thought", M,
                      "--micro", 0, "--norm", "joint")
     ((R, W, group, _), A), = compared
-    (_, metas, _, _), _ = scored[0]
+    (_, metas, *_), _ = scored[0]
     assert group == G * M and len(R) == len(metas) == 4 * group
     (inputs, words), = [c for c in said if c[0][-1] == G]
     assert [m["prompt"] for m in metas[::group]] == inputs[1]
@@ -248,6 +249,26 @@ def test_pictures_that_people_ask_about(talker, tmp_path):
     log = tiny.play(talker, tmp_path / "run", "--task", "vqa", "--steps", 1, "--limit", 4,
                     "--prompts", tmp_path / "q.jsonl")
     assert 0 <= log[1]["reward_answer"] <= 1
+
+
+def test_held_out_questions_about_photos(talker, tmp_path, monkeypatch):
+    """--eval-prompts holds questions; one is shared only where its picture is, too."""
+    monkeypatch.setitem(model_py.PRESETS, "photos", config(talker, preset="photos"))
+    for i in range(3):
+        Image.fromarray(tiny.pictures((40, 56), seed=i)[0].permute(1, 2, 0).numpy()).save(
+            tmp_path / f"{i}.png")
+    for name, images in dict(train=[0, 1], held=[2], both=[2, 1]).items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(dict(
+            question="Is it?", answer="yes", image=f"{i}.png")) + "\n" for i in images))
+    flags = ["--task", "vqa", "--steps", 1, "--limit", 4, "--preset", "photos", "--init",
+             talker / "dit", "--prompts", tmp_path / "train.jsonl"]
+    asked = calls(monkeypatch, "show_answers")
+    log = tiny.play(talker, tmp_path / "a", *flags)
+    assert not any("score" in r for r in log) and len(asked[0][0][0]) == 2
+    log = tiny.play(talker, tmp_path / "b", *flags, "--eval-prompts", tmp_path / "held.jsonl")
+    assert all(r["score"] in (0, 1) for r in log) and len(asked[-1][0][0]) == 1
+    assert "as 1 of its 2 prompts are" in complaint(
+        tiny.play, talker, tmp_path / "c", *flags, "--eval-prompts", tmp_path / "both.jsonl")
 
 
 # --- a run ---

@@ -114,7 +114,7 @@ def test_groups_and_shared_advantage(talker, tmp_path, monkeypatch):
     steps, tokens = calls(monkeypatch, "surrogate"), calls(monkeypatch, "token_surrogate")
     play(talker, tmp_path / "run", "--steps", 1)
     (_, prompts, images, *_), words = next(c for c in said if c[0][-1] == G)
-    (last, looks, _, _), _ = scored[0]
+    (last, looks, *_), _ = scored[0]
     assert len(prompts) == len(images) == 4 and len(words.texts) == len(looks) == 16
     # A group is of one prompt and one first image, by turns a wrong and a right one.
     assert [m["prompt"] for m in looks] == [p for p in prompts for _ in range(G)]
@@ -317,7 +317,7 @@ def test_rounds(talker, monkeypatch):
         alone.float(), other.float())
 
 
-def test_pictures_that_people_have(talker, tmp_path, monkeypatch):
+def test_pictures_that_people_have(talker, tmp_path, monkeypatch, capsys):
     """A folder of files, of which a row may have one; another world has no benchmark."""
     rows, rng = [], random.Random(0)
     for i in range(3):
@@ -336,9 +336,36 @@ def test_pictures_that_people_have(talker, tmp_path, monkeypatch):
     monkeypatch.setitem(model_py.PRESETS, "photos", config(talker, preset="photos"))
     log = play(talker, tmp_path / "run", "--preset", "photos", "--init", talker / "dit", "--reward",
                "blue,clip_image", "--steps", 1, "--data", tmp_path)
-    assert all(0 <= r["accuracy"] <= 1 and "corrected" not in r for r in log)
     assert -1 <= log[1]["reward_clip_image"] <= 1
     assert not (tmp_path / "run" / "results.json").exists()
+    # What is trained is no measure: pictures to look at, and no score.
+    assert not any({"accuracy", "score", "corrected"} & r.keys() for r in log)
+    assert "no held-out pictures" in capsys.readouterr().out
+    assert (tmp_path / "run/samples/step_00001.png").exists()
+
+    # Of a folder of its own, whose pictures and prompts are looked at and scored.
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("right2.png", "wrong2.png"):
+        (other / file).write_bytes((tmp_path / file).read_bytes())
+    row = dict(rows[2], prompt="a photo of a pink star", flat=True)
+    (other / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--preset", "photos", "--init", talker / "dit", "--reward", "blue", "--data", tmp_path,
+             "--steps", 1, "--eval-data", other]
+    scored = calls(monkeypatch, "score")
+    log = play(talker, tmp_path / "held", *flags)
+    looks = [inputs[1] for inputs, _ in scored if inputs[2] == 1]
+    assert len(looks) == 2 and {m["prompt"] for m in looks[0]} == {row["prompt"]}
+    assert {m["folder"] for m in looks[0]} == {other} and len(looks[0]) == 10
+    assert all(r["score"] == pytest.approx(1 / 3) and 0 <= r["accuracy"] <= 1 for r in log)
+    assert "no held-out" not in capsys.readouterr().out
+
+    (other / "metadata.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    before = files(tmp_path)
+    assert "line 1: its prompt is in" in complaint(play, talker, tmp_path / "both", *flags)
+    assert "--eval-data is for photos" in complaint(
+        play, talker, tmp_path / "both", "--eval-data", other)
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("flags, words", [

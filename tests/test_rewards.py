@@ -1,11 +1,13 @@
 """Rewards that are models, through their real classes at tiny random size, against computations
 written separately; judges that answer here, and at an endpoint in a thread."""
 
+import argparse
 import base64
 import io
 import json
 import math
 import random
+import re
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from ablations import NoisyJudge
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -55,6 +58,7 @@ from eval import (
     JUDGE,
     MODELS,
     REWARDS,
+    agrees,
     ask,
     ask_all,
     choice,
@@ -483,16 +487,125 @@ def test_a_failed_comparison_leaves_its_pair_out(stub):
     assert R.isnan().tolist() == [False] * 3 + [True] and R[:3].tolist() == [0.5] * 3
 
 
-def test_answers_are_read():
-    for said, first in [("first", 1), ("The second.", 0), ("Image 1", 1), ("image 2!", 0), ("2", 0),
-                        ("tie", 0.5), ("", 0.5), ("neither", 0.5), ("10", 0.5),
-                        ("Image 1 is fine, image 2 is blurred, so: Image 1", 1),
-                        ("the first or the second: tie", 0.5)]:
-        assert choice(said) == first, said
-    for said, value in [("yes", 1), ("No, the image shows a dog", 0), ("4", 0.8), ("4.5/5", 0.9),
-                        ("Rating: 1", 0.2), ("knot", math.nan), (None, math.nan), ("", math.nan),
-                        ("45", math.nan), ("0", math.nan)]:
-        assert rating(said) == pytest.approx(value, nan_ok=True), said
+NONE = math.nan     # says nothing usable
+CHOICES = {
+    # nothing but a choice
+    "first": 1, "Second.": 0, "The second.": 0, "1": 1, "2": 0, "Image 1": 1, "image 2!": 0,
+    "**Image 1**": 1, '"first"': 1, "the first image": 1, "tie": 0.5, "Tie.": 0.5,
+    "It is a tie.": 0.5, "Neither": 0.5, "": NONE, "10": NONE, "1.5": NONE, "first?": NONE,
+    "first or second": NONE, "who knows": NONE, None: NONE,
+    # in a tag, of which the last decides
+    "<answer>first</answer>": 1, "I like both. <answer>Image 2</answer>": 0,
+    "Not <answer>first</answer> but <answer>second</answer>": 0, "It is <answer>second": 0,
+    "<answer>Image 1 is better.</answer>": 1, "The first is better. <answer>hm</answer>": NONE,
+    "<think>The first image is better.</think> second": 0, "<think>The first is better": NONE,
+    "The first is better.</think>\n<answer>Second.</answer>": 0,
+    # a preference
+    "The first image is better than the second.": 1,
+    "Image 2 is clearly better than Image 1.": 0, "The second image is the better one.": 0,
+    "The second fits the prompt better, because it shows a cat.": 0,
+    "The first image fits the prompt better and looks better.": 1,
+    "I prefer the second image over the first.": 0, "I’d go with the second.": 0,
+    "The better image is the first one.": 1, "My choice: second": 0, "The winner is image 1": 1,
+    "Compared to the first image, the second is better.": 0,
+    "The second image is blurry and does not show a cat. The first image is better.": 1,
+    "Image 1 is fine, image 2 is blurred, so: Image 1": 1,
+    # none, or none that is clear: never the opposite of what is meant
+    "The second image is worse than the first.": NONE, "the first or the second: tie": NONE,
+    "The first image is not better than the second.": NONE, "Neither image is better.": NONE,
+    "The first image is no better than the second": NONE,
+    "I don’t think the first image is better.": NONE, "I cannot choose the first image": NONE,
+    "The first image would be better if it showed a cat.": NONE,
+    "While the first image is better, the second fits the prompt.": NONE,
+    "The first image is better lit, but the second one fits the prompt.": NONE,
+    "The first image is better. However, the second matches the prompt.": NONE,
+    "The first image is better in colour. The second": NONE,
+    "The first image fits the prompt better. The second looks better.": NONE,
+    "The colour of the first image is better.": NONE,
+    "The first image is worse than the second, which is better.": NONE,
+    "The first image is better? No, the second.": NONE,
+    "Is the first image better than the second? No.": NONE,
+    "Answer: First, let me compare the images": NONE,
+    "The better image is not the first.": NONE,
+    "The first image shows a red circle. The second shows a blue one.": NONE}
+RATINGS = {
+    "yes": 1, "No.": 0, "No visible faults": NONE, "No, I cannot rate this.": NONE,
+    "4": 0.8, "4.": 0.8, "4.5/5": 0.9, "4 out of 5": 0.8, "1": 0.2, "5": 1, "3 stars": 0.6,
+    "45": NONE, "0": NONE, "7": NONE, "5.9": NONE, "-3": NONE, ".5": NONE, "4/10": NONE,
+    "knot": NONE, None: NONE, "": NONE,
+    "<answer>4</answer>": 0.8, "<answer>4</answer>, no, <answer>2</answer>": 0.4,
+    "Score: 5. <answer>7</answer>": NONE, "<answer>Score: 4/5</answer>": 0.8,
+    "<think>Score: 5": NONE, "Score (1-5): 4": 0.8,
+    "Rating: 1": 0.2, "Score: 4/5": 0.8, "Rating: 4 out of 5": 0.8, "**Final Score:** 3": 0.6,
+    "Alignment: 5. Quality: 2. Final Score: 3": 0.6, "Final score: 3. Style score: 5": 0.6,
+    "Score: 2. Score: 5": 1, "I would rate this image a 4.": 0.8, "Yes, it fits. Score: 4": 0.8,
+    "Score: 7": NONE, "Score: 5.9": NONE, "Score: 4/10": NONE, "Score: 1-5": NONE,
+    "The score ranges from 1 to 5": NONE, "A score of 5 would need a cat.": NONE,
+    "I would not rate it 5.": NONE, "It shows 4 circles": NONE, "4 out of 5 circles are red": NONE}
+
+
+AGREES = {                                     # what the classroom's VLM says
+    "yes": 1, "no, the image shows a dog": 0, "yes three stars": 1, "No.": 0, "the star": NONE}
+
+
+@pytest.mark.parametrize("read, answers", [(choice, CHOICES), (rating, RATINGS), (agrees, AGREES)])
+def test_answers_are_read(read, answers):
+    wrong = {a: read(a) for a, right in answers.items()
+             if read(a) != pytest.approx(right, nan_ok=True)}
+    assert not wrong
+
+
+def test_the_ablations_judge_is_read_as_ever():
+    """All that the judge of tests/ablations.py can say: its figures stand."""
+    judge = NoisyJudge("data/shapes/prompts/train.jsonl", 0)
+    prompt = next(iter(judge.metas))
+    x = pictures(2, 64, 64).permute(0, 2, 3, 1).numpy()
+    pair, one = ([(list(x[:n]), text.format(prompt))] * 200
+                 for n, text in ((2, judges.BETTER), (1, judges.RATE)))
+    assert {*judge(pair)} == {"first", "second"} and {*judge(one)} == {*"12345"}
+    assert [choice("first"), choice("second")] == [1, 0]
+    assert [rating(n) for n in "12345"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_a_judge_is_asked_for_a_tag():
+    for text in (judges.BETTER, judges.RATE, judges.DONE, judges.KEPT):
+        read = choice if text == judges.BETTER else rating
+        examples = re.findall("<answer>.*?</answer>", text.format("x"))
+        assert examples and not any(math.isnan(read(x)) for x in examples)
+
+
+def test_a_judge_who_speaks_in_sentences(stub):
+    """It was inverted, in both orders alike, so that nothing showed it."""
+    images, metas = grey(10, 50, 30, 90), [dict(prompt="a")] * 4
+
+    def brighter(pair, text):
+        better, worse = ("first", "second") if pair[0].mean() > pair[1].mean() else (
+            "second", "first")
+        return f"The {better} image is better than the {worse}."
+    stub.answer = brighter
+    assert preference(images, metas, 4).tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1])
+    stub.answer = lambda images, text: "Alignment: 5. Sharpness: 4. Final Score: 2"
+    assert REWARDS["judge"](images, metas, 4).tolist() == pytest.approx([0.4] * 4)
+
+
+def test_answers_that_say_nothing_are_counted(stub):
+    """Of all that was asked; failures of the endpoint are none of them."""
+    args = argparse.Namespace(max_failed=0.7)
+    images, metas = grey(1, 2, 3, 4), [dict(prompt="a")] * 4
+    replies = iter(["first", "no idea", None, "The second is worse."] * 3)
+    stub.answer = lambda images, text: next(replies) if len(images) == 2 else "hm"
+    said = {}
+    R, W, names = score(images, metas, 4, {"*": dict(preference=1.0)}, said)
+    assert names == ["preference"] and len(said["preference"]) == 12
+    assert judges.check_scored(R, W, names, said, args, 0, "x")["unparsed_preference"] == 0.5
+    R, W, names = score(images, metas, 4, {"*": dict(judge=1.0, clip_image=0.0)}, said := {})
+    assert R[:, 0].isnan().all()
+    with pytest.raises(SystemExit, match="'judge': 100%.* update 3 say nothing.* instance, 'hm'"):
+        judges.check_scored(R, W, names, said, args, 2, "x")
+    args.max_failed = 1.0
+    assert judges.check_scored(R, W, names, said, args, 2, "x") == dict(
+        failed_judge=1.0, unparsed_judge=1.0)
+    assert score(images, metas, 4, {"*": dict(judge=1.0)})[0].isnan().all()      # none is kept
 
 
 def test_pointwise(stub):
@@ -734,6 +847,30 @@ def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(JUDGE, "error", "HTTP Error 401")
     with pytest.raises(SystemExit, match="'jpeg_compressibility' failed for 75%.*update 1.*401"):
         tiny.play(parts, tmp_path / "b", *weights)
+
+
+def test_infinite_rewards_are_failures(parts, tmp_path, monkeypatch):
+    """They move nothing, where they would make every weight NaN."""
+    def some(images, metas, group):
+        R = images.float().mean((1, 2, 3))
+        R[[0, 5]] = torch.tensor([math.inf, -math.inf])
+        return R
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", some)
+    row = tiny.play(parts, tmp_path / "a", "--reward", "jpeg_compressibility", "--steps", 1)[-1]
+    assert row["failed_jpeg_compressibility"] == 2 / 16 and 0 < row["reward_jpeg_compressibility"]
+    assert all(math.isfinite(x) for x in row.values()) and row["grad_norm"] > 0
+
+
+def test_a_judge_that_babbles(parts, vlm, tmp_path):
+    """A random VLM: what it says is counted over all ranks, and ends the run unless told not to."""
+    flags = ["--reward", "blue,preference:0.1,judge:0.1", "--judge", vlm, "--steps", 1]
+    with pytest.raises(SystemExit, match="100% of the judge's answers of update 1 say nothing"):
+        tiny.play(parts, tmp_path / "a", *flags)
+    one = tiny.play(parts, tmp_path / "b", *flags, "--max-failed", 1)[-1]
+    two = tiny.two_ranks(parts, tmp_path / "c", *flags, "--max-failed", 1)[-1]
+    for row in one, two:
+        assert row["unparsed_preference"] == row["unparsed_judge"] == row["failed_judge"] == 1
+        assert row["reward_preference"] == 0.5 and "failed_preference" not in row
 
 
 def test_judge_flags_reach_the_judge(parts, tmp_path, endpoint, monkeypatch):
