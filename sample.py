@@ -86,6 +86,8 @@ def main():
     p.add_argument("--out", default="sample.png", help="file to write; a .gif with --trajectory")
     p.add_argument("--n", type=int, default=4, help="images per prompt")
     p.add_argument("--steps", type=int, default=20, help="ODE steps, one DiT forward each")
+    p.add_argument("--solver", default="", help="of the ODE: euler, or dpm, of second order, which "
+                   "wants fewer steps; empty: the preset's")
     p.add_argument("--guidance", type=float, default=1.0, help="1 = none; else two forwards a step")
     p.add_argument("--seed", type=int, default=0, help="image i has seed + i")
     p.add_argument("--trajectory", action="store_true", help="write the denoising path as a GIF")
