@@ -34,10 +34,10 @@ from tqdm import tqdm
 from data.shapes.prepare import render
 from eval import (JUDGE, ask_all, bench_edit, bench_shapes, check_scored, grid, held_out_score,
                   must_score, parse_weights, score, show_table, spread)
-from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail, flag,
-                   given_parts, key, keyed, log, open_run, parse, plot, preset, read_image, rollout,
-                   sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads, swapped,
-                   write)
+from model import (GRIDS, UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
+                   flag, given_parts, key, keyed, log, open_run, parse, plot, preset, read_image,
+                   rollout, sde_step, setup, shown, sigmas, start_model, stop_flag, sum_grads,
+                   swapped, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -70,6 +70,7 @@ class Args:
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
+    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's")
     window: int = flag(3, "consecutive steps that are random, and trained")
     window_start: int = flag(0, "first step, from 0, at which a window may start")
     window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
@@ -141,6 +142,7 @@ def checked(args, world):
     for name, value, valid in (("train", args.train, ("dit", "bridge", "both")),
                                ("reverse", args.reverse, ("auto", "yes", "no")),
                                ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
+                               ("grid", args.grid or "uniform", GRIDS),
                                ("norm", args.norm, ("group", "joint", "global")),
                                ("kind", args.kind, KERNELS)):
         if value not in valid:
@@ -222,20 +224,21 @@ def group_advantage(R, W, G, norm="group"):
             that none outweighs another by its spread; `main` then z-scores their weighted sum over
             the batch. Departs from its code, which cuts that off at +-5
     joint   plain GRPO: the weighted sum of the rewards is z-scored within its group
-    global  Flow-GRPO: its distance from the group's mean by the std of the whole batch, at most +-5
-    A group that agrees gets exactly 0."""
+    global  Flow-GRPO: its distance from the group's mean by the std of the whole batch
+    joint, global: at most +-5, as UniRL-Zero, Flow-GRPO. A group that agrees gets exactly 0."""
     if norm != "group":
         R, W = torch.where(W == 0, 0, R * W).sum(1, keepdim=True), torch.ones(len(R), 1)
     # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
     r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
     mean = r.nanmean(1, keepdim=True)
+    # Departs from the code of UniRL-Zero and DeepGen, whose std divides by G - 1.
     std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
     if norm == "global":
         squares, total = all_mean([r.square().nanmean(), r.nanmean()])           # over the ranks
         std = max(0, squares - total**2) ** 0.5
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
     A = (z * W).sum(1).float()
-    return A.clamp(-5, 5) if norm == "global" else A
+    return A if norm == "group" else A.clamp(-5, 5)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
@@ -261,7 +264,7 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
         _, logp, mean, std = sde_step(v, x[i], t[i], s[i], args.eta, args.kind, x_next=x_next[i])
         ratio = (logp - old[i]).exp()                                            # 1 at first
         gain = torch.min(ratio * A[i], ratio.clamp(1 - args.clip, 1 + args.clip) * A[i])
-        loss = -gain.sum() / denominator
+        loss = -gain.sum() / denominator   # Departs from Flow-GRPO, which divides by what is kept
         kl = torch.zeros_like(ratio)
         if args.beta:
             ref, guided_ref = anchor
@@ -335,7 +338,7 @@ def main():
         print("no held-out edits: the pictures shown are of training edits, and there is no score; "
               "--eval-data FILE names some")
 
-    ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
+    ts = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()   # 1 ... 0
     D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
     faces = held or rows
     faces = [faces[i] for i in spread(faces, -(-10 // len({row["tag"] for row in faces})))][:10]

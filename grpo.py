@@ -39,10 +39,10 @@ from tqdm import tqdm
 from eval import (JUDGE, answer_of, bench_reason, bench_shapes, bench_vqa, check_scored,
                   geneval_prompts, grid, held_out_score, parse_weights, read_prompts, score, see,
                   show_answers, show_table)
-from model import (UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks, fail,
-                   flag, given_parts, key, keyed, log, odds, open_run, pairs, parse, plot, preset,
-                   read_image, rollout, sde_step, setup, sigmas, slices, span, spans, start_model,
-                   stop_flag, sum_grads, swapped, table, write)
+from model import (GRIDS, UNREADABLE, Ema, Finite, Unified, adapter, all_mean, answers, check_ranks,
+                   fail, flag, given_parts, key, keyed, log, odds, open_run, pairs, parse, plot,
+                   preset, read_image, rollout, sde_step, setup, sigmas, slices, span, spans,
+                   start_model, stop_flag, sum_grads, swapped, table, write)
 
 
 KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
@@ -53,7 +53,7 @@ TASKS = {                                                     # what differs fro
     "text": dict(prompts="data/shapes/prompts/textqa_train.jsonl", limit=32, steps=120,
                  train="lm", out="out/text", format=0.2, lm_beta=0.05),
     "vqa": dict(prompts="data/shapes/prompts/vqa_train.jsonl", B=128, G=16, limit=32, steps=1500,
-                mix="caption:0.05,color:0.5,*:1", train="lm", out="out/vqa", lm_lr=5e-4,
+                mix="caption:0.15,color:1.5,*:1", train="lm", out="out/vqa", lm_lr=5e-4,
                 lm_beta=0.1, micro=512),      # sure of its yes: of 16 some differ, of 4 rarely any
 }
 LOOK = {                                                      # a quick score -> held-out metrics
@@ -91,6 +91,7 @@ class Args:
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
+    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's")
     window: int = flag(3, "consecutive steps that are random, and trained")
     window_start: int = flag(0, "first step, from 0, at which a window may start")
     window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
@@ -194,6 +195,7 @@ def check(args, world):
         fail(f"--sft {args.sft} is a share in [0,1), --sft-batch a multiple of the {world} ranks")
     for name, value, valid in (("train", args.train, tuple(TRAIN[args.task])),
                                ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
+                               ("grid", args.grid or "uniform", GRIDS),
                                ("norm", args.norm, ("group", "joint", "global")),
                                ("kind", args.kind, KERNELS)):
         if value not in valid:
@@ -298,20 +300,21 @@ def group_advantage(R, W, G, norm="group"):
             that none outweighs another by its spread; `main` then z-scores their weighted sum over
             the batch. Departs from its code, which cuts that off at +-5
     joint   plain GRPO: the weighted sum of the rewards is z-scored within its group
-    global  Flow-GRPO: its distance from the group's mean by the std of the whole batch, at most +-5
-    A group that agrees gets exactly 0."""
+    global  Flow-GRPO: its distance from the group's mean by the std of the whole batch
+    joint, global: at most +-5, as UniRL-Zero, Flow-GRPO. A group that agrees gets exactly 0."""
     if norm != "group":
         R, W = torch.where(W == 0, 0, R * W).sum(1, keepdim=True), torch.ones(len(R), 1)
     # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
     r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
     mean = r.nanmean(1, keepdim=True)
+    # Departs from the code of UniRL-Zero and DeepGen, whose std divides by G - 1.
     std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
     if norm == "global":
         squares, total = all_mean([r.square().nanmean(), r.nanmean()])           # over the ranks
         std = max(0, squares - total**2) ** 0.5
     z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
     A = (z * W).sum(1).float()
-    return A.clamp(-5, 5) if norm == "global" else A
+    return A if norm == "group" else A.clamp(-5, 5)
 
 
 def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
@@ -337,7 +340,7 @@ def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, 
         _, logp, mean, std = sde_step(v, x[i], t[i], s[i], args.eta, args.kind, x_next=x_next[i])
         ratio = (logp - old[i]).exp()                                            # 1 at first
         gain = torch.min(ratio * A[i], ratio.clamp(1 - args.clip, 1 + args.clip) * A[i])
-        loss = -gain.sum() / denominator
+        loss = -gain.sum() / denominator   # Departs from Flow-GRPO, which divides by what is kept
         kl = torch.zeros_like(ratio)
         if args.beta:
             ref, guided_ref = anchor
@@ -443,6 +446,7 @@ def main():
     experts = {lr: [p for k, p in params.items() if k.startswith("vlm.") == (lr == "lm_lr")]
                for lr in ("lr", "lm_lr")}
     experts = {lr: some for lr, some in experts.items() if some}
+    # Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate.
     opt = torch.optim.AdamW([dict(params=some) for some in experts.values()], lr=args.lr,
                             betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
@@ -458,7 +462,7 @@ def main():
         print("no held-out prompts: the pictures shown are of training prompts, and there is no "
               "score; --eval-prompts FILE names some")
 
-    ts = sigmas(args.T, model.cfg.sample_shift).tolist()                         # 1 ... 0
+    ts = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()   # 1 ... 0
     D, rates = math.prod(model.noise([0]).shape), odds(metas, mix)
     each, group = (M, G * M) if speaks else (G, G)   # images of one condition, images compared
     stop, finite, jury = stop_flag(), Finite(), ThreadPoolExecutor(1)

@@ -524,14 +524,28 @@ class SanaDiT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# From noise to image: when to step, and how to step at random
+# From noise to image: when to step, and how: straight, ahead of the curve, or at random
 
 
-def sigmas(steps, shift=1.0):
-    """(steps+1,) times 1 ... 0, shifted once towards the noise (SD3 eq. 23); the end is exact.
-    diffusers' scheduler shifts its endpoint twice and so stops at .0089 for shift 3, 50 steps."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)   # so that rounding keeps 1 at 1
-    return (shift * t / (1 + (shift - 1) * t)).float()
+GRIDS, SOLVERS = ("uniform", "diffusers"), ("euler", "dpm")
+
+
+def sigmas(steps, shift=1.0, grid="uniform"):
+    """(steps+1,) times 1 ... 0, shifted towards the noise (SD3 eq. 23); both ends are exact.
+
+    uniform    equal steps before the shift
+    diffusers  what SD3.5 and most peers step on, FlowMatchEulerDiscreteScheduler's: steps - 1 such
+               steps from 1 to .001, an end that is shifted twice (shift 3: .0089), and from there
+               to 0. 10 steps, shift 3: it ends .4649 .2780 .0089 0, uniform .5625 .4286 .25 0"""
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+    if grid == "uniform":
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)   # so that rounding keeps 1 at 1
+    elif grid == "diffusers":
+        t = F.pad(torch.linspace(1, shifted(0.001), steps, dtype=torch.float64), (0, 1))
+    else:
+        raise ValueError(f"grid is uniform or diffusers, not {grid!r}")
+    return shifted(t).float()
 
 
 def train_times(n, cfg, rng):
@@ -541,6 +555,23 @@ def train_times(n, cfg, rng):
     else:
         t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean)
     return cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+
+
+def dpm_step(v, x, t, s, before=None):
+    """One step t -> s < t of the ODE by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in the form
+    of k-diffusion and diffusers. v, x (B,C,H,W); t, s floats; before: the second thing that the
+    step before returned, at first None. -> x at s (B,C,H,W), (t, x0).
+
+    Euler's step leads towards x0 = x - t v, what v believes the image is, and that belief changes
+    on the way. Here half its change over the step is added, as the step before foretells it on the
+    scale of lambda = log((1-t)/t), half the log-SNR. Where lambda is infinite, at t = 1 and s = 0,
+    it is Euler's step. The error falls as d^2 log(1/d), d = t - s, where Euler's falls as d."""
+    x0 = x - t * v
+    towards = x0
+    if before and before[0] < 1 and s > 0:
+        last, now, then = (math.log((1 - a) / a) for a in (before[0], t, s))
+        towards = x0 + (then - now) / (now - last) / 2 * (x0 - before[1])
+    return torch.lerp(towards, x, s / t), (t, x0)
 
 
 def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
@@ -553,7 +584,8 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     dimension, so a tempered density. Steps with std 0 (eta = 0, or t_next = 0) have logp 0.
 
     flow   Flow-GRPO eq. 9: the SDE with g = eta sqrt(t/(1-t))
-    unirl  UniRL-Zero eq. 15: the same SDE for t < 1, written with D = d eta^2 / 2
+    unirl  UniRL-Zero eq. 15: the same SDE for t < 1, written with D = d eta^2 / 2; its code has
+           it, unused: the trainer steps by flow
     dance  DanceGRPO: the SDE with g = eta
     cps    DeepGen eq. 6 (Flow-CPS): replaces part of the noise that x holds by fresh noise
     cps-simple   the same step; logp = -mean((x_next - mean)^2), as DeepGen's code has it
@@ -586,7 +618,8 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
         std = s * math.sin(eta * math.pi / 2)                  # cos^2 + sin^2 = 1: level stays s
     else:
         raise ValueError(f"kind is flow, unirl, dance, cps or cps-simple, not {kind!r}")
-    # The last step adds no noise: it is the plain ODE step, and nothing to learn from.
+    # The last step adds no noise: it is the plain ODE step, and nothing to learn from. Departs from
+    # the code of Flow-GRPO and UniRL-Zero, which adds a little: std .006 on their grid, .0089 -> 0.
     mean = torch.where(s > 0, mean, x - v * d)
     std = torch.where(s > 0, std, 0)
     if x_next is None:
@@ -653,6 +686,8 @@ class Config:
     t_mean: float = 0.0               # > 0 favours noisy times
     train_shift: float = 1.0          # time shift while training the flow
     sample_shift: float = 1.0
+    grid: str = "uniform"             # times to step on: uniform | diffusers, see sigmas
+    solver: str = "euler"             # of the ODE: euler | dpm, see dpm_step; RL steps by Euler
     mmdit: dict = field(default_factory=dict)   # the DiT's own arguments: MMDiT's
     sana: dict = field(default_factory=dict)    # or SanaDiT's
     # the paper's values for the flags of pretrain.py, sft.py and RL (there its recipe's name, and
@@ -670,7 +705,7 @@ PARTS = ("vlm", "dit", "vae")             # what the flags of these names replac
 
 # Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
 SD35M = dict(
-    size=512, vae_factor=8, sample_shift=3.0,
+    size=512, vae_factor=8, sample_shift=3.0, grid="diffusers",
     mmdit=dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
                attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536,
                joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384,
@@ -697,17 +732,17 @@ INTERNVL_2B = dict(
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"), suffix="<img>", null="turn",
     null_prompt="Generate an image.", null_edit="Keep the image as it is.",
     c_dim=1536, c_ff=8960, c_layers=6, c_heads=24, vae_factor=32, t_dist="uniform",
-    sample_shift=3.0, vae="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
+    sample_shift=3.0, solver="dpm", vae="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers",
 )  # fmt: skip
 BLURRY = ("blurry, low quality, low resolution, distorted, deformed, broken content, missing parts,"
           " damaged details, artifacts, glitch, noise, pixelated, grainy, compression artifacts, "
           "bad composition, wrong proportion, incomplete editing, unfinished, unedited areas.")
 # AdamW (.9, .95), cosine, clipped at norm 1, no average of the weights.
 FLOW = dict(wd=0.05, ema=0.0, eval_every=1000)
-# RL: what a paper does, whichever its model, as flags of grpo.py (--recipe). Flow-GRPO trains each
-# of 10 steps but the last, which adds no noise.
-RL = dict(T=10, window=9, window_stop=0, kind="flow", eta=0.7, shared_noise=False, clip=1e-4,
-          ema=0.0)  # fmt: skip
+# RL: what a paper does, whichever its model, as flags of grpo.py (--recipe). Flow-GRPO trains the
+# first 9 of 10 steps, 1 to .0089; the tiny one that is left also adds noise there, see sde_step.
+RL = dict(T=10, grid="diffusers", window=9, window_stop=0, kind="flow", eta=0.7,
+          shared_noise=False, clip=1e-4, ema=0.0)  # fmt: skip
 RECIPES = {
     # What is soonest at a held-out gain in the classroom: grpo.py's own defaults.
     "fast": {},
@@ -717,15 +752,17 @@ RECIPES = {
                            beta=0.04, kl="flow-grpo", lora_rank=32, lora_alpha=64, ema=0.987,
                            eval_T=40),
     # DeepGen 1.0, tables 10 and 11: all steps but the last are random; 30 of the 50, anew in each
-    # iteration, are trained. Its SFT data, too, has three times more text: that is the folder's.
-    "mr-grpo": dict(steps=1500, B=32, G=8, T=50, window=49, window_stop=0, trained=30,
-                    kind="cps-simple", eta=1.0, shared_noise=True, norm="group", lr=2e-6, clip=1e-4,
-                    beta=5e-7, kl="velocity", sft=1e-4, sft_batch=256, ema=0.0, eval_T=50,
-                    mix="text:3,*:1", reward=json.dumps({"text": "preference:0.2,clip:0.1,ocr:0.7",
-                                                         "*": "preference:0.7,clip:0.3"})),
-    # UniRL-Zero's public code. Departs from it: the last step, without noise, is not trained.
-    "unirl-zero": RL | dict(B=8, G=8, kind="unirl", guidance=3.5, norm="joint", train="both",
-                            lr=1e-5, beta=4e-3, kl="mean"),
+    # iteration, are trained. In its SFT data, too, text weighs three times: that is the folder's.
+    "mr-grpo": dict(steps=1500, B=32, G=8, T=50, grid="diffusers", window=49, window_stop=0,
+                    trained=30, kind="cps-simple", eta=1.0, shared_noise=True, norm="group",
+                    lr=2e-6, clip=1e-4, beta=5e-7, kl="velocity", sft=1e-4, sft_batch=256, ema=0.0,
+                    eval_T=50, mix="text:3,*:1",
+                    reward=json.dumps({"text": "preference:0.2,clip:0.1,ocr:0.7",
+                                       "*": "preference:0.7,clip:0.3"})),
+    # UniRL-Zero's public code. Departs from it: there the last step is trained as well, with the
+    # little noise that it adds.
+    "unirl-zero": RL | dict(B=8, G=8, guidance=3.5, norm="joint", train="both", lr=1e-5, beta=4e-3,
+                            kl="mean"),
     # UniPic 2.0, section 4.1, after Flow-GRPO; its guidance is not told.
     "unipic2": RL | dict(B=16, G=16, guidance=3.5, norm="joint", lr=3e-4, beta=0.04, kl="flow-grpo",
                          lora_rank=32, lora_alpha=64),
@@ -764,24 +801,26 @@ PRESETS = {c.preset: c for c in (
         dit="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/transformer", ref_noise=0.2,
         vae="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers/vae",
         system="You are a helpful assistant.", vit_scale=672 / 1024, pos="arange", null="zeros",
+        # Departs from its RL code, which words both requests a little otherwise than pretraining.
         t2i_text="Please generate image based on the following caption: {}",
         edit_text="{images}\nPlease edit the given image based on the folllowing instruction: {}.",
         c_style="rms", c_dim=2048, c_ff=4096, c_layers=12, c_heads=8,
-        size=1024, vae_factor=32, sample_shift=3.0, sana=SANA | dict(ref="add"),
+        size=1024, vae_factor=32, sample_shift=3.0, grid="diffusers", sana=SANA | dict(ref="add"),
         stage1=None,
         stage2=FLOW | dict(init="", steps=240_000, batch=128, lr=1e-4, warmup=720, wd=0.0),
         stage3=dict(recipe="unirl-zero", init="out/sft"),
     ),
-    # DeepGen 1.0, table 9 (warm-up: the table's 1%, not the text's 20,000 steps).
+    # DeepGen 1.0, table 9 (warm-up: the table's 1%, not the text's 20,000 steps); of edits its code
+    # withholds nothing.
     Config(
         preset="deepgen", **QWEN_3B, **SD35M, bridge="scb", layers=tuple(range(35, 0, -6)),
         keep="all", n_query=128, vit_scale=28 / 32, null_edit=BLURRY,
         dit="Skywork/UniPic2-SD3.5M-Kontext-2B/transformer",
         vae="Skywork/UniPic2-SD3.5M-Kontext-2B/vae",
         c_dim=2048, c_ff=11946, c_layers=6, c_heads=32, t_dist="uniform", train_shift=3.0,
-        stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000),
-        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000, vlm_lora_rank=64,
-                           vlm_lora_alpha=128, vlm_lora_dropout=0.05),
+        stage1=FLOW | dict(steps=200_000, batch=512, lr=1e-4, warmup=2000, edit_drop=0.0),
+        stage2=FLOW | dict(steps=400_000, batch=768, lr=5e-5, warmup=4000, edit_drop=0.0,
+                           vlm_lora_rank=64, vlm_lora_alpha=128, vlm_lora_dropout=0.05),
         stage3=dict(recipe="mr-grpo", init="out/sft"),
     ),
     # Flow-GRPO: RL only, on SD3.5-M as it is.
@@ -971,7 +1010,8 @@ class ConnectorLayer(nn.Module):
 class Bridge(nn.Module):
     """Learnable queries enter the VLM's own sequence; the connector turns hidden states to context.
 
-    last  the last hidden state (MetaQuery, OpenUni, UniPic2, UniRL-Zero)
+    last  the last hidden state (OpenUni, UniPic2, UniRL-Zero; MetaQuery, but that its connector, 24
+          layers of Qwen2 with RoPE and RMSNorm, does not exist here)
     scb   chosen layers stacked on channels (DeepGen eq. 1; its "two-layer MLP" is one Linear in the
           released code and so here)
     lim   each layer through one shared connector and LayerNorm, then the mean (ParaUni eq. 4, 5)
@@ -985,6 +1025,8 @@ class Bridge(nn.Module):
             return
         d, D = cfg.vlm_dim * (len(cfg.layers) if cfg.bridge == "scb" else 1), cfg.c_dim
         ctx_dim = cfg.mmdit["joint_attention_dim"] if cfg.mmdit else cfg.sana["caption_channels"]
+        # Departs from the peers' first weights: connectors xavier or lecun with biases 0, here as
+        # torch does it; UniRL-Zero's queries have std 1.
         for name in ("meta_queries", "edit_queries") if cfg.edit_queries else ("meta_queries",):
             queries = torch.randn(cfg.n_query, cfg.vlm_dim) * cfg.vlm_dim**-0.5
             self.register_parameter(name, nn.Parameter(queries))
@@ -1020,6 +1062,7 @@ class Bridge(nn.Module):
             h = h.gather(1, at.to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
             lengths = [cfg.n_query] * len(lengths)
         mask = None
+        # Departs from DeepGen, whose connector and DiT attend to the pads (its guidance always so).
         if min(lengths) < max(lengths):                    # decided on the host: no GPU sync
             mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]   # (B,L)
             mask = mask.to(h.device)
@@ -1320,6 +1363,8 @@ class Unified(nn.Module):
             fail(f"{init} is a checkpoint of preset {about['preset']!r}, not {name!r}")
         had = {k: about[k] for k in (*PARTS, "refs") if k in about}
         cfg = replace(preset(name), **(had | changes))
+        if cfg.solver not in SOLVERS:
+            fail(f"unknown --solver {cfg.solver!r}; there are: {', '.join(SOLVERS)}")
         text = cfg.bridge == "text"
         for part in ("dit", "vae") + (("text_encoder",) if text else ("vlm",)):
             if cfg.preset.startswith("shapes") and not Path(getattr(cfg, part)).is_dir():
@@ -1654,7 +1699,8 @@ class Unified(nn.Module):
         if not images:
             return []
         processor, scale = self.image_processor, self.cfg.vit_scale
-        if scale:                                          # to whole tokens, as DeepGen resizes
+        # To whole tokens, as DeepGen. Departs from UniPic2 and UniRL-Zero: bicubic, antialiased.
+        if scale:
             unit = processor.patch_size * processor.merge_size
             images = [F.interpolate(i[None].float(), mode="bilinear", size=[
                 max(1, round(side * scale / unit)) * unit for side in i.shape[1:]])[0]
@@ -1772,13 +1818,24 @@ class Unified(nn.Module):
         return torch.stack([torch.randn(shape, generator=keyed(k)) for k in keys]).to(self.device)
 
     @torch.no_grad()
-    def sample(self, branches, steps, size=None, noise=None, trajectory=False, keep=None):
-        """Euler along the ODE from `noise`. -> latents (B,C,H,W), or all of them (T+1,B,C,H,W).
-        keep: latents (B,C,H,W), and where (B,1,H,W) they are put back at each step's noise."""
+    def sample(self, branches, steps, size=None, noise=None, trajectory=False, keep=None,
+               solver=""):
+        """Along the ODE from `noise`. -> latents (B,C,H,W), or all of them (T+1,B,C,H,W).
+        keep: latents (B,C,H,W), and where (B,1,H,W) they are put back at each step's noise.
+        solver: euler or dpm, see dpm_step; empty: the preset's."""
         x = self.noise(range(len(branches[0][1].ctx)), size) if noise is None else noise
-        xs, ts = [x], sigmas(steps, self.cfg.sample_shift).tolist()
+        cfg, solver, before = self.cfg, solver or self.cfg.solver, None
+        assert solver in SOLVERS, f"solver is euler or dpm, not {solver!r}"
+        # DPM-Solver++ would look ahead too far over the long step to .0089. Departs from diffusers'
+        # own table for it, the uniform one x .999, which the DiT is told cut to thousandths.
+        grid = cfg.grid if solver == "euler" else "uniform"
+        xs, ts = [x], sigmas(steps, cfg.sample_shift, grid).tolist()
         for t, s in zip(ts, ts[1:]):
-            x = xs[-1] - (t - s) * self.velocity(xs[-1], t, branches)
+            v = self.velocity(xs[-1], t, branches)
+            if solver == "dpm":
+                x, before = dpm_step(v, xs[-1], t, s, before)
+            else:
+                x = xs[-1] - (t - s) * v
             if keep is not None:
                 x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
             xs.append(x)
@@ -1860,7 +1917,8 @@ class Unified(nn.Module):
             x = few.to(self.device).float() / 127.5 - 1
             with self.autocast():
                 z += self.vae.encode(x.to(memory_format=torch.channels_last), return_dict=False)
-        z = torch.cat([a if torch.is_tensor(a) else a.mode() for a in z])   # AutoencoderDC | KL
+        # AutoencoderDC | KL. Departs from DeepGen, and UniPic2's edits, which sample the posterior.
+        z = torch.cat([a if torch.is_tensor(a) else a.mode() for a in z])
         return (z.float() - self.vae_shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -2139,12 +2197,11 @@ def span(text):
 
 
 def odds(rows, mix):
-    """How often to draw each prompt so that categories (a row's `category` or `tag`; "*" is every
-    other) come as `mix` says, e.g. {"text": 3, "*": 1}. -> (rows,)"""
+    """The weight of each prompt in the draw, by its category (a row's `category` or `tag`; "*" is
+    every other). {"text": 3, "*": 1}: each text prompt comes three times as often as any other
+    (DeepGen's proportional sampling), whatever share of the prompts they are. -> (rows,)"""
     kinds = [row.get("category", row.get("tag")) for row in rows]
-    kinds = [k if k in mix else "*" for k in kinds]
-    many = Counter(kinds)
-    return torch.tensor([mix.get(k, 0.0) / many[k] for k in kinds])
+    return torch.tensor([float(mix.get(k, mix.get("*", 0))) for k in kinds])
 
 
 def memory_plan(model, args, rows, reads, copies, device):
@@ -2204,8 +2261,8 @@ def start_model(args, what, rows, reads, rank, device, copies=()):
 
 
 def given_parts(args):
-    """--vlm, --dit, --vae, --refs, where given: in place of the preset's."""
-    return {k: getattr(args, k) for k in (*PARTS, "refs") if getattr(args, k, "")}
+    """--vlm, --dit, --vae, --refs, --solver, where given: in place of the preset's."""
+    return {k: getattr(args, k) for k in (*PARTS, "refs", "solver") if getattr(args, k, "")}
 
 
 def open_run(out, args, resume, start, rank):

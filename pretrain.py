@@ -105,7 +105,8 @@ def main():
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
 
-        # 4  one step, warm-up then cosine down to a 25th; the average follows
+        # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
+        #    and OpenUni, whose rate ends at 0
         sum_grads(list(params.values()), [loss])
         norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
         ramp = min(1, (step + 1) / args.warmup)

@@ -84,6 +84,8 @@ def main():
     most.add_argument("--n", type=int, default=4, help="images per prompt [%(default)s]")
     most.add_argument("--steps", type=int, default=20,
                       help="ODE steps, one DiT forward each [%(default)s]")
+    most.add_argument("--solver", default="", help="of the ODE: euler, or dpm, of second order, "
+                      "which wants fewer steps; empty: the preset's")
     most.add_argument("--guidance", type=float, default=1.0, help="weight of the prompt; 1: no "
                       "guidance, else two forwards a step [%(default)s]")
     most.add_argument("--seed", type=int, default=0,

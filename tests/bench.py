@@ -114,7 +114,8 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
     model.dit.requires_grad_(True)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
-    ema, ts = Ema(params, args.ema), sigmas(args.T, model.cfg.sample_shift).tolist()
+    ema = Ema(params, args.ema)
+    ts = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()
     metas, weights = read_prompts(args.prompts), parse_weights(args.reward)
     forwards, curve, rows, N = Forwards(), [], [], args.B * args.G
 

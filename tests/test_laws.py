@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler,
+                       SD3Transformer2DModel)
 
-from model import MMDiT, sde_step, sigmas
+from model import MMDiT, dpm_step, sde_step, sigmas
 
 CONFIG = dict(sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
               num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=32,
@@ -136,6 +137,60 @@ def test_sigmas_are_diffusers_shifted_once(steps, shift):
     torch.testing.assert_close(ours, scheduler.sigmas, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 10, 28, 40, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_grid_of_diffusers(steps, shift):
+    """Its scheduler's own table, as pipelines and peers step on it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    ours = sigmas(steps, shift, "diffusers")
+    assert ours.dtype == torch.float32 and ours[0] == 1 and ours[-1] == 0
+    torch.testing.assert_close(ours, scheduler.sigmas, atol=1e-6, rtol=0)
+
+
+def test_both_grids_in_figures():
+    want = dict(uniform=[0.5625, 0.4286, 0.25, 0], diffusers=[0.4649, 0.2780, 0.0089, 0])
+    for grid, end in want.items():
+        torch.testing.assert_close(sigmas(10, 3.0, grid)[-4:], torch.tensor(end), atol=5e-5, rtol=0)
+    t = torch.linspace(1, 0, 11, dtype=torch.float64)
+    assert torch.equal(sigmas(10, 3.0), (3 * t / (1 + 2 * t)).float())      # to the last bit
+    with pytest.raises(ValueError, match="grid is uniform or diffusers, not 'karras'"):
+        sigmas(10, 3.0, "karras")
+
+
+# --- the second-order step ---
+
+
+def dpm(velocity, x, ts):
+    before = None
+    for t, s in zip(ts, ts[1:]):
+        x, before = dpm_step(velocity(x, t), x, t, s, before)
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # its own call
+@pytest.mark.parametrize("steps", [1, 2, 10, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_dpm_is_diffusers(steps, shift):
+    """On the scheduler's own times, .999 of the uniform ones before the shift."""
+    def velocity(x, t):
+        return (2 * x + 3 * t).sin() + t * x
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift,
+        algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.set_timesteps(steps)
+    ts, (start, _, _) = scheduler.sigmas.tolist(), draw()
+    t = 0.999 * torch.linspace(1, 0, steps + 1)
+    torch.testing.assert_close(torch.tensor(ts), shift * t / (1 + (shift - 1) * t))
+    x = start
+    for at, t in zip(scheduler.timesteps, ts):
+        x = scheduler.step(velocity(x, t), at, x).prev_sample
+    ours = dpm(velocity, start, ts)
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)
+    one = start - ts[0] * velocity(start, ts[0])                      # one step is Euler's
+    assert torch.allclose(ours, one, atol=1e-5) == (steps == 1)
+
+
 # --- the random step ---
 
 
@@ -144,13 +199,32 @@ def draw(B=6, seed=3):
     return tuple(torch.randn(B, 4, 6, 5, generator=g) for _ in range(3))
 
 
-def test_figures_at_pure_noise():
-    """10 steps, eta .7: the coefficient of x at t = 1 is .755 and std .70."""
+@pytest.mark.parametrize("grid", ["uniform", "diffusers"])
+def test_figures_at_pure_noise(grid):
+    """10 steps, eta .7: the coefficient of x at t = 1 is .755 and std .70, on either grid."""
     _, x, _ = draw()
+    t, s = sigmas(10, 3.0, grid)[:2].tolist()
     for kind in ("flow", "unirl"):
-        _, _, mean, std = sde_step(torch.zeros_like(x), x, 1.0, 0.9, 0.7, kind)
+        _, _, mean, std = sde_step(torch.zeros_like(x), x, t, s, 0.7, kind)
         torch.testing.assert_close(mean, 0.755 * x, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(std, torch.full_like(std, 0.7), atol=1e-5, rtol=0)
+
+
+def test_the_grid_of_diffusers_by_steps():
+    """Its last but one step, .2780 -> .0089, is random and can be trained. The tiny last one is
+    not, where the formula of Flow-GRPO and UniRL-Zero would still add noise of std .006."""
+    v, x, noise = draw()
+    ts = sigmas(10, 3.0, "diffusers").tolist()
+    for t, s in zip(ts, ts[1:]):
+        y, logp, _, std = sde_step(v, x, t, s, 0.7, noise=noise)
+        assert y.isfinite().all() and y.abs().max() < 10
+        room = 1 - (t if t < 1 else s)
+        theirs = 0.7 * (t / room) ** 0.5 * (t - s) ** 0.5
+        if s:
+            assert std[0].item() == pytest.approx(theirs, rel=1e-4) and logp.all()
+        else:
+            assert theirs == pytest.approx(0.0063, abs=1e-4) and not std.any() and not logp.any()
+            torch.testing.assert_close(y, x - t * v)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,6 +306,43 @@ def exact_velocity(x, t):
     off = x[:, None] - (1 - t) * MU                                               # (n,3)
     post = (W.log() - var.log() / 2 - off**2 / (2 * var)).softmax(1)
     return (post * ((t - (1 - t) * SIG**2) / var * off - MU)).sum(1)
+
+
+def euler(velocity, x, ts):
+    for t, s in zip(ts, ts[1:]):
+        x = x - (t - s) * velocity(x, t)
+    return x
+
+
+def runge_kutta(velocity, x, ts):
+    """The classical one, of fourth order: with many steps, the truth."""
+    for t, s in zip(ts, ts[1:]):
+        d, k = s - t, [velocity(x, t)]
+        for part in (0.5, 0.5, 1):
+            k.append(velocity(x + part * d * k[-1], t + part * d))
+        x = x + d / 6 * (k[0] + 2 * k[1] + 2 * k[2] + k[3])
+    return x
+
+
+def misses(solver, ends, steps):
+    """Mean distance to the ODE's own end of 2,000 particles, for each number of steps."""
+    x = QUANTILE[:: n // 2000].double()
+    many, *tries = [torch.linspace(*ends, k + 1, dtype=torch.float64).tolist()
+                    for k in (300, *steps)]
+    truth = runge_kutta(exact_velocity, x, many)
+    return [(solver(exact_velocity, x, ts) - truth).abs().mean().item() for ts in tries]
+
+
+def test_dpm_is_of_second_order():
+    """From noise to data, where both ends cost it log(1/d), and without the ends."""
+    steps = (10, 20, 40, 80, 160)
+    first, second = (misses(f, (1, 0), steps) for f in (euler, dpm))
+    assert all(b < a / 2 for a, b in zip(first, second)), (first, second)
+    d2log = [np.log(k) / k**2 for k in steps]
+    assert 0.8 < (first[0] / first[-1]) / 16 < 1.2, first
+    assert 0.7 < (second[0] / second[-1]) / (d2log[0] / d2log[-1]) < 1.5, second
+    within = misses(dpm, (0.9, 0.1), (80, 160, 320))
+    assert all(3.5 < a / b < 4.5 for a, b in zip(within, within[1:])), within
 
 
 def distance(x, t):

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
+from diffusers import (FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel,
+                       SD3Transformer2DModel)
 from test_bridges import intern, qwen, sd3  # noqa: F401
 from test_cli import folder_of, photo
 from test_lora import SANA
@@ -15,8 +16,9 @@ from test_lora import SANA
 import grpo
 import model
 import pretrain
+import sample
 import sft
-from model import PRESETS, RECIPES, Unified
+from model import PRESETS, RECIPES, Unified, dpm_step, sigmas
 
 PAPERS = [name for name in PRESETS if not name.startswith("shapes")]
 # Smaller numbers of the same things; what is left is the preset's own.
@@ -107,3 +109,68 @@ def test_a_paper_thinks_before_it_draws(parts, intern, sd3, tmp_path, monkeypatc
     moved = {k.split(".")[0] for k, p in before.items() if not torch.equal(p, after[k])}
     assert moved == {"vlm", "bridge", "dit"}
     assert list((tmp_path / "cot" / "samples").glob("*.png"))
+
+
+# --- how a preset samples: as its paper does ---
+
+
+def test_grids_and_solvers():
+    own = dict.fromkeys(("deepgen", "flow-grpo", "unipic2", "unipic2-kontext", "unirl-zero"),
+                        ("diffusers", "euler"))
+    own |= dict.fromkeys(("openuni", "parauni"), ("uniform", "dpm"))
+    assert {name: (c.grid, c.solver) for name, c in PRESETS.items()} == own | dict.fromkeys(
+        ("shapes", "shapes-sana"), ("uniform", "euler"))
+
+
+@pytest.mark.parametrize("grid", ["uniform", "diffusers"])
+@pytest.mark.parametrize("solver", ["euler", "dpm"])
+def test_a_preset_samples_by_its_own(parts, grid, solver):
+    """Euler is a pipeline's loop over its scheduler; DPM-Solver++ is on uniform times whatever the
+    grid. Both have trajectories, and put back what is kept."""
+    cfg = replace(model.Config(**json.loads((parts / "config.json").read_text())), grid=grid,
+                  solver=solver, sample_shift=3.0)
+    m = tiny.build(cfg, init=parts / "sft")
+    noise, steps = m.noise(range(2)), 6
+    branches = m.guided(m.encode(["a red star", "two rings"]), 3.0)
+    ts = sigmas(steps, 3.0, grid if solver == "euler" else "uniform").tolist()
+    x, before = noise, None
+    with torch.no_grad():
+        if solver == "euler":
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            scheduler.set_timesteps(**dict(num_inference_steps=steps) if grid == "diffusers" else
+                                    dict(sigmas=[1 - k / steps for k in range(steps)]))
+            for t in scheduler.timesteps:
+                x = scheduler.step(m.velocity(x, t / 1000, branches), t, x).prev_sample
+        else:
+            for t, s in zip(ts, ts[1:]):
+                x, before = dpm_step(m.velocity(x, t, branches), x, t, s, before)
+    path = m.sample(branches, steps, noise=noise, trajectory=True)
+    tiny.same(path[-1], x)
+    assert torch.equal(m.sample(branches, steps, noise=noise), path[-1])
+    other = "dpm" if solver == "euler" else "euler"
+    assert tiny.apart(m.sample(branches, steps, noise=noise, solver=other), path[-1])
+    kept = torch.zeros(2, 1, *noise.shape[2:], dtype=torch.bool)
+    kept[:, :, 2:9] = True
+    z = torch.linspace(-1, 1, noise.numel()).view(noise.shape)
+    held = m.sample(branches, steps, noise=noise, trajectory=True, keep=(z, kept))
+    for x, t in zip(held, ts):
+        tiny.same(x[:, :, 2:9], ((1 - t) * z + t * noise)[:, :, 2:9])
+    assert held.isfinite().all() and tiny.apart(held[-1][:, :, 9:], path[-1][:, :, 9:])
+
+
+def test_solver_by_flag(parts, tmp_path, monkeypatch):
+    """sample.py's, in place of the preset's; a typo dies before anything is loaded or written."""
+    seen = []
+    monkeypatch.setitem(PRESETS, "shapes", model.Config(
+        **json.loads((parts / "config.json").read_text())))
+    monkeypatch.setattr(model, "dpm_step", lambda *inputs: [seen.append(1), dpm_step(*inputs)][1])
+    for flags in ([], ["--solver", "dpm"], ["--solver", "heun"]):
+        out = tmp_path / f"{len(flags)}{flags[-1:]}.png"
+        monkeypatch.setattr(sys, "argv", ["x.py", "a star", "--init", str(parts / "sft"), "--steps",
+                                          "3", "--n", "1", "--out", str(out), *flags])
+        if "heun" in flags:
+            with pytest.raises(SystemExit, match="unknown --solver 'heun'; there are: euler, dpm"):
+                sample.main()
+        else:
+            sample.main()
+        assert out.exists() == ("heun" not in flags) and len(seen) == (3 if flags else 0)

@@ -16,11 +16,14 @@ import torch
 from PIL import Image
 from test_grpo import PROMPTS, G, case, close, config, learned, saved
 
+import cycle_edit
 import eval as judges
 import grpo
 import model as ours
+import reflect
+from data.shapes.prepare import PICTURE_KINDS, make_questions
 from grpo import Args, Ldam, group_advantage, surrogate
-from model import PRESETS, RECIPES, MMDiT, SanaDiT, odds, parse, sde_step
+from model import PRESETS, RECIPES, MMDiT, SanaDiT, odds, parse, sde_step, sigmas, table
 
 PAPERS = [name for name in RECIPES if name != "fast"]
 
@@ -126,10 +129,28 @@ def test_what_the_papers_say():
     assert weights == {"text": dict(preference=0.2, clip=0.1, ocr=0.7),           # table 11
                        "*": dict(preference=0.7, clip=0.3)}
     assert mix == {"text": 3, "*": 1}
-    assert (u.B, u.G, u.kind, u.guidance, u.beta, u.kl) == (8, 8, "unirl", 3.5, 4e-3, "mean")
+    assert (u.B, u.G, u.guidance, u.beta, u.kl) == (8, 8, 3.5, 4e-3, "mean")
+    assert (u.T, u.kind, u.eta, u.norm, u.lr) == (10, "flow", 0.7, "joint", 1e-5)   # its trainer's
     assert (p.T, p.G, p.eta, p.beta, p.lora_rank, p.B * p.G) == (10, 16, 0.7, 0.04, 32, 256)
-    for a in (f, u, p):
+    for a in (f, m, u, p):
+        assert a.grid == "diffusers"
         assert list(range(a.window_stop, a.window_stop + a.window)) == list(range(a.T - 1))
+
+
+@pytest.mark.parametrize("script, recipe, grid", [
+    (grpo, "fast", "uniform"), (grpo, "flow-grpo", "diffusers"),
+    (cycle_edit, "unirl-zero", "diffusers"), (reflect, "unipic2", "diffusers")])
+def test_a_recipe_rolls_out_on_its_grid(parts, tmp_path, monkeypatch, script, recipe, grid):
+    """Also with a preset on another one, which goes on to serve evaluation."""
+    rolls, looks = [], []
+    for module, seen in ((script, rolls), (ours, looks)):
+        monkeypatch.setattr(module, "sigmas", lambda *inputs, seen=seen: [
+            seen.append(inputs), sigmas(*inputs)][1])
+    with tiny.killed_at(script, "group_advantage", 0):
+        tiny.play(parts, tmp_path / "run", "--recipe", recipe, "--G", 2, "--T", 11,
+                  "--window-stop", 0, main=script.main)
+    assert rolls == [(11, 1.0, grid)] and set(looks) <= {(2, 1.0, "uniform")}
+    assert looks or script is reflect                    # which draws nothing if nobody says no
 
 
 # --- in every recipe: ratio 1 at first, gradients that depend on nothing else ---
@@ -240,7 +261,8 @@ def test_norms():
     assert all(torch.corrcoef(torch.stack([x, y]))[0, 1] > 0.99 for x, y in zip(a, b))  # outweighed
     wild = torch.zeros(400, 1)
     wild[0] = 1.0
-    assert group_advantage(wild, torch.ones_like(wild), 40, "global").max() == 5
+    for norm in ("joint", "global"):                          # UniRL-Zero's code, and Flow-GRPO's
+        assert group_advantage(wild, torch.ones_like(wild), 40, norm).max() == 5
 
     # What failed is left out, what was not asked for is not missed, and flat is exactly 0.
     R[1, 0], W[4:8, 0], R[4:8, 0] = math.nan, 0, math.nan
@@ -257,9 +279,25 @@ def test_norms():
 
 def test_odds():
     rows = [dict(category="text")] * 2 + [dict(tag="position")] * 5 + [{}] * 3
-    p = odds(rows, {"text": 3.0, "*": 1.0})
-    assert p[:2].sum() == 3 and p[2:].sum() == pytest.approx(1) and p[2:].unique().numel() == 1
-    assert odds(rows, {"position": 1.0})[[0, 9]].sum() == 0
+    assert odds(rows, {"text": 3.0, "*": 1.0}).tolist() == [3] * 2 + [1] * 8
+    assert odds(rows, {"position": 1.0}).tolist() == [0] * 2 + [1] * 5 + [0] * 3
+
+
+def test_odds_of_questions():
+    """--task vqa: of 1.55 a caption has .05, a colour .5, the other three kinds one together."""
+    rows = make_questions(130)["vqa_train"]
+    kinds = [row["tag"] for row in rows]
+    p = odds(rows, table(grpo.TASKS["vqa"]["mix"], float))
+    share = {k: p[[x == k for x in kinds]].sum().item() / p.sum().item() for k in PICTURE_KINDS}
+    third = pytest.approx(1 / 3 / 1.55)
+    assert share == dict(caption=pytest.approx(0.05 / 1.55), color=pytest.approx(0.5 / 1.55),
+                         exists=third, count=third, relation=third)
+    each = dict(caption=0.05, color=0.5).get
+    before = torch.tensor([each(k, 1 / 3) / kinds.count(k) for k in kinds])     # of the figures
+    for seed in range(20):
+        a, b = (w.multinomial(128, generator=torch.Generator().manual_seed(seed))
+                for w in (p, before))
+        assert torch.equal(a, b)
 
 
 def test_categories_of_main(parts, tmp_path, monkeypatch):
@@ -289,6 +327,7 @@ def test_refusals(parts, photos, tmp_path, monkeypatch):
     for line, words in [
             ("--reward {", "Expecting"), ("--reward none.json", "No such file"),
             ("--mix text:x", "could not convert"), ("--norm z", "there are: group, joint, global"),
+            ("--grid z", "unknown --grid 'z'; there are: uniform, diffusers"),
             ("--updates 3", "--updates 3"), ("--trained 4", "--trained 4 of a window of 3"),
             ("--sft 1", "is a share in [0,1)"), ("--ldam blue:1-2", "bridge lim"),
             ("--sft .1 --sft-data none", "neither metadata.jsonl nor"),
