@@ -1041,82 +1041,50 @@ def phrasing(images, ours, theirs):
     return theirs if JUDGE.model or JUDGE.url or not classroom(images) else ours.replace(IMAGE, "")
 
 
-# A judge who does not keep to the tag may still state what it means, in these words. Mere mention
-# prefers nothing ("worse than the first image"). Names in capitals stand for parts.
-def wording(pattern, **names):
-    names = dict(
-        OTHER="(?: (?:than|over|to) (?:the other(?: THING)?|Y))?", **names,
-        THING="(?:image|picture|one|option|choice|match|fit)",
-        ITSELF="".join(f"(?<!{word} )" for word in "the in of on from with than to or nor".split()),
-        SURE="(?:clearly |definitely |much |(?:by )?far |slightly |overall |the |a )*",
-        NUMBER=r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(\d+))?(?: stars| points)?",
-        END=r"(?= *(?:[;!)\n]|\.(?!\d)|$)|,? *(?:because|since)\b)")
-    for name, part in names.items():
-        pattern = pattern.replace(name, part)
-    return re.compile(pattern)
-
-
-FIRST, SECOND = (f"(?:the )?(?:(?:{one})(?: THING)?|(?:(?:image|picture|option) )?{n})"
-                 for one, n in (("first|1st", 1), ("second|2nd", 2)))
-CHOICES = {1.0: wording(FIRST), 0.0: wording(SECOND),
-           0.5: wording("(?:it's |it is )?(?:a )?(?:tie|draw)|tied|equal|both|neither")}
-PREFERS = {value: wording(         # "X is better than Y", "I prefer X to Y", "the better one is X"
-    r"ITSELF\bX (?:wins|looks better|is SURE(?:better|best|superior|preferred|winner)(?: THING)?"
-    r"|(?:fits|matches|follows) (?:the )?prompt SURE(?:better|best)(?: and looks better)?)"
-    r"OTHER(?:END|(?=,))"
-    r"|\b(?:prefer|choose|pick|select|go with) XOTHEREND"
-    r"|\b(?:better|best|preferred|winner|answer|choice|preference|verdict|so|therefore|overall)"
-    r"(?: THING)?(?:,|:| is)+ XEND", X=x, Y=y)
-    for value, x, y in ((1.0, FIRST, SECOND), (0.0, SECOND, FIRST))}
-NUMBER = wording("NUMBER")
-SCORE = wording(                   # "Final score: 3", "Rating (1-5): 4/5", "I rate it 4 out of 5"
-    r"\b(?:(final|overall|total) )?(?:score|rating|(?:rate|give) (?:it|this|the)(?: image| edit)?)"
-    r"(?: ?\([^)]*\))?(?:\s*(?:is|of|as|an?|:|=))*\s*NUMBER(?:END|(?=,))")
-DENIED = re.compile(              # by what comes before in the sentence
-    r"\b(?:not|no|never|neither|nor|none|cannot|if|unless|whether|may|might|could|hardly|would be"
-    r"|wrong|false|unable|refuse|although|though|while|whereas|even)\b|n't\b")
-TAKEN_BACK = re.compile(          # by what comes after, to the end
-    r"\b(?:but|however|although|though|yet|except|unless|if|instead|actually|wait|no)\b|\?")
+# A judge that does not keep to the tag may still state its answer: the last sentence then says
+# nothing else. Mere mention is no preference: "the second is worse than the first".
+FIRST, SECOND = (f"(?:the )?(?:{one}|(?:image |picture |option )?{n})(?: image| picture| one)?"
+                 for one, n in (("first", 1), ("second", 2)))
+PREFERENCE = "|".join((
+    "X",
+    "(?:my |the )?(?:answer|choice|winner|(?:better|best)(?: image| picture| one)?)(?:: | is )X",
+    "X (?:is|looks|fits the prompt|matches the prompt)(?: clearly| much| slightly)? better"
+    "(?: than (?:the other(?: one)?|Y))?",
+    "i (?:prefer|choose|pick) X(?: (?:over|to) Y)?"))
+NUMBER = r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(\d+))?"
+SCORE = rf"\b(?:score|rating)(?: \(.*?\))?(?:: ?| is ){NUMBER}(?![\w-])"
 
 
 def in_the_end(answer):
-    """-> what a judge's answer comes to, in lower case without emphasis and quotes: what its last
-    <answer> tag holds, which may lack its end, else all but its thoughts."""
-    text = re.sub(r"(?s)^.*</think>|<think>.*|[*_`#\"“”]", "", (answer or "").lower())
-    tagged = re.findall(r"(?s)<answer>(.*?)(?:</answer>|$)", text)
-    text = re.sub(r"[^\S\n]+", " ", (tagged or [text])[-1].replace("’", "'"))
-    return text.lstrip(" \n([").rstrip(" \n.,:;!)]")
-
-
-def stated(words, text):
-    """-> where the text says so and does not deny it in the same sentence: matches, in order"""
-    return [m for m in words.finditer(text)
-            if not DENIED.search(re.split(r"[.!?;\n]", text[: m.start()])[-1])]
+    """-> in lower case, without emphasis and quotes, what a judge's last <answer> tag holds; where
+    there is none, all that stands behind its thoughts."""
+    text = re.sub(r"(?s)^.*</think>|<think>.*|[*_`\"]", "", (answer or "").lower())
+    return (re.findall(r"(?s)<answer>(.*?)(?:</answer>|$)", text) or [text])[-1].strip()
 
 
 def choice(answer):
     """-> 1 if the first image is called better, 0 the second, 1/2 for a tie; NaN where the answer
-    neither is a choice nor states one preference, or takes it back."""
-    text = in_the_end(answer)
-    for value, names in CHOICES.items():
-        if names.fullmatch(text):
+    does not end by stating one of these."""
+    text = re.split(r"(?<=[.!?\n])\s+", in_the_end(answer))[-1].rstrip(".! ")
+    if re.fullmatch("(?:it is )?(?:a )?tie", text):
+        return 0.5
+    for value, x, y in ((1.0, FIRST, SECOND), (0.0, SECOND, FIRST)):
+        preferred = PREFERENCE.replace("X", x).replace("Y", y)
+        if re.fullmatch(f"(?:{preferred})(?:,? because .*)?", text):
             return value
-    said = [(m.end(), value) for value, words in PREFERS.items() for m in stated(words, text)]
-    if len({value for _, value in said}) != 1 or TAKEN_BACK.search(text, max(said)[0]):
-        return math.nan
-    return said[0][1]
+    return math.nan
 
 
 def rating(answer):
-    """A number of 1 to 5, yes or no -> [0,1]: the whole answer, or the last score it states, and
-    that the last final one if any is called so. NaN for a number off that scale, and for none."""
-    text = in_the_end(answer)
+    """A number of 1 to 5, yes or no -> [0,1]: the whole answer, or the last score that it states.
+    NaN where that is off the scale, and where there is none."""
+    text = in_the_end(answer).rstrip(".! ")
     if text in ("yes", "no"):
         return float(text == "yes")
-    scores = stated(SCORE, text)
-    said = NUMBER.fullmatch(text) or next(reversed([m for m in scores if m[1]] or scores), None)
-    score, scale = said.groups()[-2:] if said else (0, None)
-    return float(score) / 5 if 1 <= float(score) <= 5 and scale in (None, "5") else math.nan
+    found = re.fullmatch(NUMBER, text) or [None, *re.finditer(SCORE, text)][-1]
+    if not found or found[2] not in (None, "5") or not 1 <= float(found[1]) <= 5:
+        return math.nan
+    return float(found[1]) / 5
 
 
 def agrees(answer):
