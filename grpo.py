@@ -101,7 +101,7 @@ class Args:
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions")
     guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: no guidance, and "
                            "half the forwards")
-    mix: str = flag("", "odds of the prompts' categories, such as text:3,*:1; empty: as found")
+    mix: str = flag("", "weight of each prompt by its category, as text:3,*:1; empty: all alike")
 
     train: str = flag("dit", "t2i: dit, bridge (with its queries) or both; cot: lm, dit or both "
                       "(and the bridge between); text, vqa: lm", group="What learns")

@@ -130,13 +130,13 @@ def test_rule_against_a_second_writing():
 def detector(tmp_path_factory):
     """A folder like the Hub's: written before transformers 5, with index tables and without the
     backbone's last norm."""
-    torch.manual_seed(0)
     swin = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
                       out_features=[f"stage{i}" for i in range(1, 5)])
     net = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
         encoder_feedforward_dim=32, dim_feedforward=32, num_attention_heads=2, encoder_layers=1,
         decoder_layers=2, num_queries=60, num_labels=80))
+    torch.manual_seed(1)          # whatever the library drew, in whatever order, to build it
     for name, p in net.named_parameters():
         if p.ndim > 1 and "sampling_offsets" not in name:
             p.data.normal_(0, p[0].numel() ** -0.5)
