@@ -1042,11 +1042,11 @@ def phrasing(images, ours, theirs):
 
 
 # A judge that does not keep to the tag may still state its answer: the last sentence then says
-# nothing else. Mere mention is no preference: "the second is worse than the first".
+# nothing else. Mere mention is no preference: "the second is worse than the first"; nor is the
+# last word of an answer that was cut off: "The first is better in color. The second".
 FIRST, SECOND = (f"(?:the )?(?:{one}|(?:image |picture |option )?{n})(?: image| picture| one)?"
                  for one, n in (("first", 1), ("second", 2)))
 PREFERENCE = "|".join((
-    "X",
     "(?:my |the )?(?:answer|choice|winner|(?:better|best)(?: image| picture| one)?)(?:: | is )X",
     "X (?:is|looks|fits the prompt|matches the prompt)(?: clearly| much| slightly)? better"
     "(?: than (?:the other(?: one)?|Y))?",
@@ -1065,12 +1065,13 @@ def in_the_end(answer):
 def choice(answer):
     """-> 1 if the first image is called better, 0 the second, 1/2 for a tie; NaN where the answer
     does not end by stating one of these."""
-    text = re.split(r"(?<=[.!?\n])\s+", in_the_end(answer))[-1].rstrip(".! ")
-    if re.fullmatch("(?:it is )?(?:a )?tie", text):
+    text = in_the_end(answer).rstrip(".! ")
+    last = re.split(r"(?<=[.!?\n])\s+", text)[-1]
+    if re.fullmatch("(?:it is )?(?:a )?tie", last):
         return 0.5
     for value, x, y in ((1.0, FIRST, SECOND), (0.0, SECOND, FIRST)):
-        preferred = PREFERENCE.replace("X", x).replace("Y", y)
-        if re.fullmatch(f"(?:{preferred})(?:,? because .*)?", text):
+        preferred, why = PREFERENCE.replace("X", x).replace("Y", y), "(?:,? because .*)?"
+        if re.fullmatch(x + why, text) or re.fullmatch(f"(?:{preferred}){why}", last):
             return value
     return math.nan
 

@@ -515,6 +515,7 @@ CHOICES = {
     "While the first image is better, the second fits the prompt.": NONE,
     "The first image is better lit, but the second one fits the prompt.": NONE,
     "The first image is better. However, the second matches the prompt.": NONE,
+    "The first image is better in colour. The second": NONE, "Both are fine. Image 1": NONE,
     "The colour of the first image is better.": NONE,
     "The first image is worse than the second, which is better.": NONE,
     "The first image is better? No, the second.": NONE,
