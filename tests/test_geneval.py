@@ -136,7 +136,7 @@ def detector(tmp_path_factory):
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
         encoder_feedforward_dim=32, dim_feedforward=32, num_attention_heads=2, encoder_layers=1,
         decoder_layers=2, num_queries=60, num_labels=80))
-    torch.manual_seed(1)          # whatever the library drew, in whatever order, to build it
+    torch.manual_seed(38)         # a net on which the cases below occur, however it was built
     for name, p in net.named_parameters():
         if p.ndim > 1 and "sampling_offsets" not in name:
             p.data.normal_(0, p[0].numel() ** -0.5)
