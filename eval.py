@@ -1270,7 +1270,9 @@ def read_scored(path):
 
 def spearman(a, b):
     """Rank correlation in [-1,1]; equal values share their mean rank, 0 where all are equal."""
-    return float(np.nan_to_num(stats.spearmanr(a, b).statistic))
+    if not (np.ptp(a) and np.ptp(b)):
+        return 0.0
+    return float(stats.spearmanr(a, b).statistic)
 
 
 REWARDS = {f.__name__: f for f in (

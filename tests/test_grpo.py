@@ -136,7 +136,9 @@ def test_two_ranks_give_the_curve_of_one(parts, tmp_path):
     assert len(one) == len(two) == 6 and len({r["grad_norm"] for r in one[1:]}) == 5
     for a, b in zip(one, two):
         for name in a.keys() - {k for k in a if k == "at" or k.startswith("s_")}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+            # One value of a pixel, rounded the other way, is some bytes of a JPEG.
+            tol = 2e-3 if name == "kB" else 1e-4
+            assert b[name] == pytest.approx(a[name], rel=tol, abs=1e-6), name
     a, b = (load_file(tmp_path / run / "ckpt/model.safetensors") for run in ("one", "two"))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
