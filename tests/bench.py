@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grpo  # noqa: E402
 from eval import bench_shapes, parse_weights, read_prompts, score  # noqa: E402
-from model import RECIPES, Ema, MMDiT, Unified, key, sde_step, setup, sigmas  # noqa: E402
+from model import RECIPES, Ema, MMDiT, Unified, key, keyed, sde_step, setup, sigmas  # noqa: E402
 
 PARTS = ("rollout", "decode", "reward", "update")
 GAINS = (0.10, 0.20)
@@ -134,7 +134,7 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
     if look:
         evaluate(0.0)
     for it in range(its):
-        g = torch.Generator().manual_seed(key(a.seed, it, 0))
+        g = keyed(key(a.seed, it, 0))
         chosen = torch.randperm(len(metas), generator=g)[: args.B].tolist()
         batch = [metas[i] for i in chosen for _ in range(args.G)]
         clock = [time.time()]

@@ -896,7 +896,7 @@ def train_dit(preset="shapes", steps=12000, batch=128, images=60000):
     """A DiT on the text tower's states (bridge `text`), as SD3.5 was on CLIP and T5, SANA on Gemma.
 
     torchrun --nproc-per-node 2 shares the batch; captions err, a tenth is withheld for guidance."""
-    from model import PRESETS, Cond, MMDiT, SanaDiT, Unified, key, setup  # not for those who render
+    from model import PRESETS, Cond, MMDiT, SanaDiT, Unified, key, keyed, setup  # lazy: see fit
 
     rank, world, device = setup()
     torch.manual_seed(0)
@@ -916,7 +916,7 @@ def train_dit(preset="shapes", steps=12000, batch=128, images=60000):
     latents, n = torch.cat(latents), batch // world
 
     def loss(step):
-        g = torch.Generator().manual_seed(key(0, step, rank))
+        g = keyed(key(0, step, rank))
         i = torch.randint(len(latents), (n,), generator=g)
         x0, eps = latents[i].float(), torch.randn(n, *latents.shape[1:], generator=g).to(device)
         gone = torch.rand(n, generator=g) < 0.1
