@@ -14,14 +14,22 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from eval import bench_edit, bench_shapes, grid
-from model import (Ema, Finite, all_mean, check_ranks, fail, flag, key, log, mixture, open_run,
-                   pairs, parse, plot, setup, shown, start_model, stop_flag, sum_grads, train_times)
+from common.show import grid
+from data.shapes.bench import bench_edit, bench_shapes
+from common.checkpoint import Ema
+from common.flags import flag, parse
+from common.flow import condition, train_times
+from common.presets import reference_ways
+from common.read import mixture, pairs
+from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot, setup,
+                        stop_flag, sum_grads)
+from common.weights import start_model
+from model import Unified
 
 
 @dataclass
 class Args:
-    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)",
+    preset: str = flag("shapes", "which model, by its name in common/presets.py",
                        group="What matters most")
     init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
                      "empty: the preset's own weights")
@@ -61,17 +69,14 @@ def main():
     n = args.batch // world
     if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
         fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
-    model = start_model(args, dict(bridge=None), n, n, rank, device)
+    model = start_model(Unified, args, dict(bridge=None), n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = torch.optim.AdamW(
-        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
-         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
-        lr=args.lr, betas=(0.9, 0.95))
+    opt = adamw(params, args)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits:
-        shown(cfg)
+        reference_ways(cfg, model.dit)
     data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
@@ -91,6 +96,7 @@ def main():
         prompts = [None if g else p for g, p in zip(gone, prompts)]
         if refs is not None:
             refs = [[] if g else r for g, r in zip((u >= d) & (u < 3 * d), refs)]
+            refs = model.look(refs, "edit" if words is None else "critique")    # once, not twice
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
@@ -100,7 +106,7 @@ def main():
 
         # 3  the velocity that leads from one to the other
         keys = [key(args.seed, step, rank * n + i) for i in range(n)]
-        cond = model.condition(prompts, refs, words, keys)
+        cond = condition(model, prompts, refs, words, keys)
         v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()

@@ -1,104 +1,146 @@
-"""Stage 3 for second looks: judge a picture, say what is wrong with it, draw it again.
+"""Stage 3 where the language model acts, and then perhaps the DiT (UniRL-Zero's scenarios 1, 2, 5
+and 6):
 
-Reflection RL (UniRL-Zero, scenario 6, of which its code has nothing) is cycle_edit.py with words:
-a sample is a critique and, where that says no, the picture drawn because of it. One advantage is
-credited to all tokens and all denoising steps, and both experts learn:
-
-    torchrun reflect.py                             # the classroom: see README for time and score
+    torchrun reflect.py                     # judge a picture, say what is wrong with it, draw again
+    python reflect.py --task cot            # think, then draw
+    python reflect.py --task text           # answer questions; --task vqa: about pictures
     python reflect.py --train lm --out out/lm       # the paper's ablation: lm, dit or both
     python reflect.py --shuffle --out out/control   # the same rewards, dealt out at random
-    python reflect.py --data my_pictures/ --preset unirl-zero --reward judge
 
-One iteration (DiT forwards per sample that says no: at most T + 3 x window, as in cycle_edit.py):
+One data flow for all of them. A sample is what the language model says and, for some samples, the
+picture drawn because of it; one advantage is credited to all its tokens and denoising steps:
 
-    1  draw B prompts, each with a first image of the pool: half of them right, half wrong
-    2  the VLM looks at it G times: "yes", or "no", and why
-    3  who says no draws it again, from prompt, first image and critique; else the first one stays
-       (of --redraw first images: a verdict costs little beside a drawing, most are judged alone)
-    4  R = verdict is right + form is kept + score of the final picture; a group shares prompt and
-       first image, a sample's words and denoising steps share one advantage
+    1  draw B rows: prompts, questions, or prompts with a first picture, half right and half wrong
+    2  the language model answers each G times, every token an action
+    3  some samples draw from their words: none (text, vqa), all (cot), or those that say no
+       (reflect; of --redraw first pictures: a verdict costs little beside a drawing)
+    4  score words and pictures; a sample is compared with the G of its own row
     5  climb both clipped surrogates, of tokens and of steps; groups that all agree cost nothing
-    6  log; now and then look at pictures and judge held-out ones
+    6  log; now and then look at pictures and words and score held-out ones
 
-The first image is no action, whoever drew it: nothing learns from it (the paper leaves that open).
+A first picture is no action, whoever drew it: nothing learns from it (the paper leaves that open).
+The paper's code has scenarios 1, 2 and 5; of 6 it has nothing.
 """
 
-import copy
 import json
 import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from data.shapes.prepare import render
-from eval import (JUDGE, bench_reflect, bench_shapes, check_scored, grid, held_out_score,
-                  must_score, parse_weights, read_prompts, score, show_table)
-from model import (GRIDS, UNREADABLE, Ema, Finite, Unified, adapter, all_mean, check_ranks, fail,
-                   flag, given_parts, key, keyed, log, open_run, parse, plot, preset, read_image,
-                   rollout, sde_step, setup, shown, sigmas, slices, start_model, stop_flag,
-                   sum_grads, swapped, verdict, write)
+from common.flags import flag, parse
+from common.presets import preset, reference_ways
+from common.read import UNREADABLE, read_image
+from common.rl import (Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
+                       noise_keys, ratio_stats, set_up, varying, wants_final_bench)
+from common.run import (fail, key, keyed, setup, slices,
+                        table)
+from common.show import grid, show_answers
+from common.words import answer_of, answers, spans, verdict
+from data.shapes.bench import (bench_answer, bench_reflect, bench_shapes, bench_think, scene_image,
+                               source_picture)
+from eval import (Scores, before_and_after, check_scored, held_out_score, read_held_out,
+                  read_prompts, read_rows, read_weights, score, weights_of)
+from grpo import Anchor, batch_score, group_advantage, surrogate
+from model import Branches, Unified, rollout, sigmas, swapped
+from rewards.judge import Judge
+from rewards.shared import must_score
 
-
-KERNELS = ("flow", "unirl", "dance", "cps", "cps-simple")     # see model.sde_step
+PROMPTS = "data/shapes/prompts/"
+TASKS = {                                 # what differs from Args by task
+    "reflect": {},
+    "cot": dict(init="out/sft-cot", data=PROMPTS + "reason_train.jsonl", out="out/cot", steps=40,
+                B=16, limit=64, format=0.2, lm_lr=3e-4, lm_beta=0.05),
+    "text": dict(init="data/shapes/sft", data=PROMPTS + "textqa_train.jsonl", out="out/text",
+                 steps=120, B=16, train="lm", format=0.2, lm_lr=3e-4, lm_beta=0.05),
+    "vqa": dict(init="data/shapes/sft", data=PROMPTS + "vqa_train.jsonl", out="out/vqa", B=128,
+                G=16, steps=1500, mix="caption:0.15,color:1.5,*:1", train="lm", format=0.0,
+                lm_lr=5e-4, lm_beta=0.1, micro=512),        # of 16 answers some differ, of 4 rarely
+}
+ASKS = dict(reflect="critique", cot="think", text="answer", vqa="answer")    # tasks of the VLM
+LOOK = {                                  # a quick score -> held-out metrics
+    "reflect": dict(accuracy="accuracy", corrected="corrected", damaged="damaged"),
+    "cot": dict(score="score", raw="raw", answer="answer", format="format", length="words"),
+    "text": dict(score="accuracy", length="words"), "vqa": dict(score="accuracy", length="words"),
+}
+CURVES = [["accuracy", "corrected", "damaged", "score", "raw"], ["words"]]   # beside the rewards
+# Of recipes, what these tasks go without: only grpo.py has it.
+GRPO_ALONE = dict.fromkeys(("cot", "text", "vqa"), ("trained", "sft", "sft_batch", "ldam"))
+TRAIN = {                                 # --train -> parts that learn
+    **dict.fromkeys(("reflect", "cot"), dict(lm=["vlm"], dit=["dit"],
+                                             both=["dit", "bridge", "vlm"])),
+    **dict.fromkeys(("text", "vqa"), dict(lm=["vlm"])),
+}
 
 
 @dataclass
 class Args:
-    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)",
-                       group="What matters most")
-    recipe: str = flag("fast", "which settings, by their name in RECIPES (model.py); a flag wins")
-    init: str = flag("out/sft-reflect", "a checkpoint that redraws, or as grpo.py's --init")
-    reward: str = flag("geneval", "of the final picture, as grpo.py's: a reward, a mix, or a .json")
+    task: str = flag("reflect", "reflect (judge, criticise, draw again), cot (think, then draw), "
+                     "text or vqa (answer; flags about drawing then count for nothing)",
+                     group="What matters most")
+    preset: str = flag("shapes", "which model, by its name in common/presets.py")
+    recipe: str = flag("fast", "which settings, by their name in common/presets.py, or a .json of "
+                       "them; a flag wins")
+    init: str = flag("out/sft-reflect", "a checkpoint that heeds words, or as grpo.py's --init")
+    reward: str = flag("geneval", "of the picture, as grpo.py's --reward; text and vqa have "
+                       "their own")
     data: str = flag("data/shapes/prompts/reflect_train.jsonl",
-                     "jsonl of prompts and first images, or a folder with metadata.jsonl")
+                     "jsonl, or a folder with metadata.jsonl: of prompts and first pictures, "
+                     "prompts, or questions")
     train: str = flag("both", "what learns: lm (by its tokens), dit (by its steps), or both and "
                       "the bridge between")
     out: str = flag("out/reflect", "folder of the run")
     steps: int = flag(200, "updates")
-    B: int = flag(128, "first images per update, over all ranks")
-    redraw: int = flag(8, "of so many of them each critique that says no leads to a second "
-                       "drawing; the others are judged alone")
-    G: int = flag(8, "critiques per first image, 2 or more: the group")
+    B: int = flag(128, "rows per update, over all ranks")
+    G: int = flag(8, "samples per row, 2 or more: the group")
     lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
     lm_lr: float = flag(7e-4, "as --lr, of the language model")
     seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
     resume: bool = flag(False, "continue the run in --out")
 
-    limit: int = flag(32, "most tokens that a critique may have", group="Words")
-    temperature: float = flag(1.0, "of drawing words, above 0; evaluation takes the likeliest ones")
+    limit: int = flag(32, "most tokens that a sample may have", group="Words")
+    temperature: float = flag(1.0, "of drawing words, above 0; reflections are evaluated by the "
+                              "likeliest ones")
     top_p: float = flag(1.0, "words are drawn from the likeliest of this mass, up to 1: all")
 
-    verdict: float = flag(1.0, "weight of the reward for a right verdict, 0 or 1", group="Rewards")
-    format: float = flag(1.0, "weight of the reward for the critique's form, 0 or 1")
-    judge: str = flag("", "VLM of the rewards preference and judge; empty: see MODELS (eval.py)")
+    redraw: int = flag(8, "reflect: of so many first pictures each critique that says no leads to "
+                       "a second drawing; the others are judged alone")
+    images_per_thought: int = flag(1, "cot: images of one thought, which learns by their mean")
+    answer_only: bool = flag(False, "cot: the DiT is told the answer, not prompt and thought")
+    mix: str = flag("", "weight of each row by its category, as text:3,*:1; empty: all alike",
+                    paper=True)
+
+    verdict: float = flag(1.0, "reflect: weight of the reward for a right verdict, 0 or 1",
+                          group="Rewards")
+    format: float = flag(1.0, "weight of the reward for the form of words: yes, or no and why; "
+                         "<think> and <answer> tags")
+    judge: str = flag("", "VLM of the rewards preference and judge; empty: see rewards/shared.py")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
     max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
                              "answers that say nothing, ends the run")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
-    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's")
+    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's",
+                     paper=True)
     window: int = flag(3, "consecutive steps that are random, and trained")
-    window_start: int = flag(0, "first step, from 0, at which a window may start")
+    window_start: int = flag(0, "first step, from 0, at which a window may start", paper=True)
     window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
     kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
     eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
-    shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions")
+    shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
+                              paper=True)
     guidance: float = flag(1.0, "weight of prompt and critique in rollout and update; 1: none")
     refs: str = flag("", "what redraws from the picture: vlm, dit or both; empty: the preset's")
 
     lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
                           group="What learns")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", paper=True)
     vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA")
     vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
-    wd: float = flag(0.0, "weight decay of AdamW")
+    wd: float = flag(0.0, "weight decay of AdamW", paper=True)
     ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
 
     norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
@@ -111,7 +153,7 @@ class Args:
     beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy of it")
     lm_beta: float = flag(0.1, "as --beta, of tokens")
     kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
-                   "(without the step size) or velocity (between velocities)")
+                   "(without the step size) or velocity (between velocities)", paper=True)
 
     vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
                     group="Weights in place of the preset's")
@@ -126,155 +168,21 @@ class Args:
 
     eval_every: int = flag(20, "updates between quick scores on held-out pictures",
                            group="Evaluation")
-    eval_data: str = flag("", "held-out photos, as --data; empty: none, and no score")
+    eval_data: str = flag("", "held-out rows of photos, as --data; empty: none, and no score")
     eval_T: int = flag(10, "ODE steps of a drawing")
-    rounds: int = flag(1, "most looks at a picture; a yes ends them")
+    rounds: int = flag(1, "reflect: most looks at a picture; a yes ends them")
+    final_bench: bool | None = flag(None, "at the end the whole benchmark, before and after [on, "
+                                    "unless --steps is below --eval-every]")
 
 
-def check_flags(args, world):
-    """Every error a user can make, before anything is loaded or written. -> the picture's rewards
-    and weights"""
-    if args.data == Args.data and not args.preset.startswith("shapes"):
-        fail(f"preset {args.preset!r} draws photos and needs --data of its own: a folder with "
-             "metadata.jsonl, rows of prompt, right and wrong")
-    if args.eval_data and args.preset.startswith("shapes"):
-        fail("--eval-data is for photos: the classroom has held-out pictures of its own")
-    if preset(args.preset).bridge == "text":
-        fail(f"preset {args.preset!r} has no language model that could judge a picture")
-    if args.G < 2:
-        fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
-    if args.B % world:
-        fail(f"--B {args.B} first images cannot be shared by {world} ranks: choose a multiple")
-    if not (args.window > 0 <= args.window_start <= args.window_stop < args.T - args.window):
-        fail(f"a window of {args.window} steps starting at {args.window_start} to "
-             f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
-             "noise")
-    if min(args.redraw, args.B) < min(2 * world, args.B):
-        fail(f"--redraw {args.redraw}: at least a pair of first images for each of {world} ranks")
-    if args.updates < 1 or args.B * args.G % args.updates:
-        fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(args.limit, args.rounds) < 1:
-        fail("--temperature is above 0 (or all critiques of a group are one), --top-p in (0,1], "
-             "--limit and --rounds at least 1")
-    if args.lora_rank and args.train == "lm" or args.vlm_lora_rank and args.train == "dit":
-        fail(f"a LoRA on what --train {args.train} leaves as it is")
-    for name, value, valid in (("train", args.train, ("lm", "dit", "both")),
-                               ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
-                               ("grid", args.grid or "uniform", GRIDS),
-                               ("norm", args.norm, ("group", "joint", "global")),
-                               ("kind", args.kind, KERNELS)):
-        if value not in valid:
-            fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
-    try:                                                 # a mix of rewards, or {category: mix}
-        text = Path(args.reward).read_text() if args.reward.endswith(".json") else args.reward
-        mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}
-        return {kind: parse_weights(str(m))["*"] for kind, m in mixes.items()}
-    except (OSError, ValueError) as e:
-        fail(e)
+# ---------------------------------------------------------------------------------------------
+# The algorithm: what grpo.py has not
 
 
-def read_pool(path):
-    """jsonl, or a folder with metadata.jsonl -> first images: rows of the wrong ones, of the right.
-
-    A line has `prompt` (and GenEval's metadata for rewards that read it), and `right` or `wrong` or
-    both: a picture's file beside the jsonl, or a scene."""
-    file = Path(path) / "metadata.jsonl" if Path(path).is_dir() else Path(path)
-    pools = [], []
-    for i, row in enumerate(read_prompts(file), 1):
-        for pool, side in zip(pools, ("wrong", "right")):
-            if side in row:
-                pool.append(row | dict(source=row[side], right=side == "right",
-                                       where=f"{file}, line {i}", folder=file.parent))
-    for pool, side in zip(pools, ("wrong", "right")):
-        if not pool:
-            raise ValueError(f"{file}: no row has a first image that is {side}, `{side}`")
-    return pools
-
-
-def picture(row, folder, size):
-    """A row's source, uint8 (3,size,size). As in grpo.py all pictures are square: others lose what
-    stands out."""
-    source = row["source"]
-    try:
-        image = (Image.fromarray(render(source)) if isinstance(source, list) else
-                 read_image(folder / source))
-    except (*UNREADABLE, LookupError, TypeError) as e:   # the last two: no scene of the classroom
-        fail(f"{row['where']}: its source cannot be read ({e!r})")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def group_advantage(R, W, G, norm="group"):
-    """Rewards R (N,K), NaN = not scored, with weights W (N,K) -> advantages (N,).
-
-    group   DeepGen's reward-wise normalisation: each reward is z-scored within its group of G, so
-            that none outweighs another by its spread; `main` then z-scores their weighted sum over
-            the batch. Departs from its code, which cuts that off at +-5
-    joint   plain GRPO: the weighted sum of the rewards is z-scored within its group
-    global  Flow-GRPO: its distance from the group's mean by the std of the whole batch
-    joint, global: at most +-5, as UniRL-Zero, Flow-GRPO. A group that agrees gets exactly 0."""
-    if norm != "group":
-        R, W = torch.where(W == 0, 0, R * W).sum(1, keepdim=True), torch.ones(len(R), 1)
-    # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
-    r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
-    mean = r.nanmean(1, keepdim=True)
-    # Departs from the code of UniRL-Zero and DeepGen, whose std divides by G - 1.
-    std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
-    if norm == "global":
-        squares, total = all_mean([r.square().nanmean(), r.nanmean()])           # over the ranks
-        std = max(0, squares - total**2) ** 0.5
-    z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
-    A = (z * W).sum(1).float()
-    return A if norm == "group" else A.clamp(-5, 5)
-
-
-def surrogate(model, guided, prompt, xs, old, A, ts, window, denominator, args, anchor=None,
-              trained=None):
-    """The clipped objective (Flow-GRPO eq. 5); calls backward, once per micro-batch.
-
-    guided: branches of conditions of distinct prompts; prompt (n,) says whose image b is; path xs
-    (w+1,n,C,H,W), old log-probs (w,n), advantages A (n,). The sum over rows is divided by the fixed
-    global denominator: neither micro-batches, ranks nor dropped groups change the gradient.
-    anchor: for --beta, the reference's (DiT, bridge) and its own branches of conditions.
-    trained: which steps of the window, default all. -> (rows,2): each row's ratio and KL."""
-    w, n = old.shape
-    seen, size = [], args.micro or w * n
-    # Fold the window into the batch: row (k, b) is step window[k] of image b.
-    t = torch.tensor(ts, device=A.device)[list(window)].repeat_interleave(n)     # (w n,)
-    s = torch.tensor(ts, device=A.device)[[k + 1 for k in window]].repeat_interleave(n)
-    x, x_next = xs[:-1].flatten(0, 1), xs[1:].flatten(0, 1)                      # (w n,C,H,W)
-    prompt, A, old = prompt.repeat(w), A.repeat(w), old.flatten()
-    some = torch.arange(w * n, device=A.device).view(w, n)[trained or slice(None)].flatten()
-    for i in some.split(size):
-        rows = [(weight, c.rows(prompt[i])) for weight, c in guided]
-        v = model.velocity(x[i], t[i], rows)
-        _, logp, mean, std = sde_step(v, x[i], t[i], s[i], args.eta, args.kind, x_next=x_next[i])
-        ratio = (logp - old[i]).exp()                                            # 1 at first
-        gain = torch.min(ratio * A[i], ratio.clamp(1 - args.clip, 1 + args.clip) * A[i])
-        loss = -gain.sum() / denominator   # Departs from Flow-GRPO, which divides by what is kept
-        kl = torch.zeros_like(ratio)
-        if args.beta:
-            ref, guided_ref = anchor
-            with torch.no_grad(), swapped(model, ref):
-                rows_ref = [(weight, c.rows(prompt[i])) for weight, c in guided_ref]
-                v_ref = model.velocity(x[i], t[i], rows_ref)
-                mean_ref = sde_step(v_ref, x[i], t[i], s[i], args.eta, args.kind, x_next[i])[2]
-            if args.kl == "velocity":     # DeepGen eq. 4; its code divides by 2 std^2
-                kl = (v - v_ref).square().mean((1, 2, 3))
-            else:                         # closed form between Gaussians of one std, mean over D
-                kl = ((mean - mean_ref).square() / (2 * std**2)).mean((1, 2, 3))
-            if args.kl == "flow-grpo":    # in its code that std lacks the step size
-                kl = kl * (t[i] - s[i])
-            loss = loss + args.beta * kl.sum() / denominator
-        loss.backward()
-        seen.append(torch.stack([ratio, kl], 1).detach())
-    return torch.cat(seen)
-
-
-def token_surrogate(logp, old, mask, A, weight, args, ref=None):
-    """The clipped objective over words (UniRL-Zero eq. 2). logp, old, for --lm-beta the reference's
-    ref: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,); weight (n,) of each token.
+def token_surrogate(logp, old, mask, A, weight, args, reference=None):
+    """The clipped objective over words (UniRL-Zero eq. 2). logp, old, for --lm-beta the
+    reference's: (n,L) log-probs; mask (n,L) True = chosen by the policy; A (n,); weight (n,) of
+    each token.
 
     Departs from eq. 2, which means over the tokens of one sample: here over those of its group. So
     a yes or no, which decides, weighs the same before few words and many (with a mean per sample
@@ -286,273 +194,433 @@ def token_surrogate(logp, old, mask, A, weight, args, ref=None):
     gain = torch.min(ratio * A, ratio.clamp(1 - args.lm_clip, 1 + args.lm_clip) * A)
     kl = torch.zeros_like(ratio)
     if args.lm_beta:
-        off = (ref - logp)[mask]
+        off = (reference - logp)[mask]
         kl = off.exp() - 1 - off
     loss = (weight * (args.lm_beta * kl - gain)).sum()
     return loss, torch.stack([ratio, kl], 1).detach()
 
 
-def main():
-    args = parse(Args, __doc__, "stage3")
-    rank, world, device = setup()
-    weights = check_flags(args, world)
-    JUDGE.model, JUDGE.url = args.judge, args.judge_url
+def words_again(model, args, rows, looks, words, refs, n, draw):
+    """One pass of the VLM over prompts, pictures and words of samples n, with gradient where that
+    is on, and over the queries if they draw. -> Branches of conditions to draw from, log-probs
+    (n,L) of the words"""
+    prompts, said = [rows[i]["prompt"] for i in n], words.rows(n)
+    shows, ask = looks and [looks[i] for i in n], ASKS[args.task]
+    if not draw or args.answer_only:
+        logp = model.text_logp(prompts, shows, said, ask, args.temperature)
+        cond = model.encode(answers(prompts, said)) if draw else None
+    else:
+        cond, logp = model.encode_words(prompts, shows, said, ask, args.temperature)
+    if not draw:
+        return Branches(), logp
+    cond.refs = [refs[i] for i in n] if refs else None
+    return model.guided(cond, args.guidance, shows, "edit" if shows else "t2i"), logp
+
+
+# ---------------------------------------------------------------------------------------------
+# What the loop calls in one line
+
+
+def check(args, world):
+    """Every error a user can make, before anything is loaded or written. -> rewards of pictures and
+    their weights by category, weights of categories in the draw"""
+    photos = not args.preset.startswith("shapes")
+    if photos and args.data in (Args.data, TASKS[args.task].get("data")):
+        fail(f"preset {args.preset!r} draws photos and needs --data of its own: a folder with "
+             "metadata.jsonl, rows of prompt, right and wrong; prompts, or questions")
+    if args.eval_data and not photos:
+        fail("--eval-data is for photos: the classroom has held-out rows of its own")
+    if preset(args.preset).bridge == "text":
+        fail(f"preset {args.preset!r} has no language model that could answer")
+    check_flags(args, world, tuple(TRAIN[args.task]), "rows")
+    for name, task in (("redraw", "reflect"), ("verdict", "reflect"), ("rounds", "reflect"),
+                       ("images_per_thought", "cot"), ("answer_only", "cot")):
+        if getattr(args, name) != getattr(Args, name) and args.task != task:
+            fail(f"--{name.replace('_', '-')} is for --task {task}")
+    if args.task == "reflect" and min(args.redraw, args.B) < min(2 * world, args.B):
+        fail(f"--redraw {args.redraw}: at least a pair of first pictures for each of {world} ranks")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(
+            args.limit, args.rounds, args.images_per_thought) < 1:
+        fail("--temperature is above 0 (else a group agrees), --top-p in (0,1], --limit, --rounds "
+             "and --images-per-thought at least 1")
+    learns = TRAIN[args.task][args.train]
+    if args.lora_rank and "dit" not in learns or args.vlm_lora_rank and "vlm" not in learns:
+        fail(f"--lora-rank adapts the DiT, --vlm-lora-rank the language model; of --task "
+             f"{args.task}, --train {args.train} learns: {', '.join(learns)}")
     try:
-        pools, held = read_pool(args.data), read_pool(args.eval_data) if args.eval_data else ()
-        for row in sum((*pools, *held), []):
-            kind = row.get("category", row.get("tag"))
-            if kind not in weights and "*" not in weights:
-                fail(f"{args.reward} has no mix for prompts of category {kind!r}, and no '*'")
-            must_score(weights.get(kind, weights.get("*")), [row])
-    except FileNotFoundError as e:
-        fail(f"{e}; the classroom's: python -m data.shapes.prepare data")
+        return read_weights(args.reward), table(args.mix, float)
     except (OSError, ValueError) as e:
         fail(e)
-    trained = {row["prompt"] for row in pools[0] + pools[1]}
+
+
+def read_pool(path):
+    """jsonl, or a folder with metadata.jsonl -> first images: rows of the wrong ones, of the right.
+
+    A line has `prompt` (and GenEval's metadata for rewards that read it), and `right` or `wrong` or
+    both: a picture's file beside the jsonl, or a scene."""
+    file, pools = jsonl_of(path), ([], [])
+    for i, row in enumerate(read_prompts(file), 1):
+        for pool, side in zip(pools, ("wrong", "right")):
+            if side in row:
+                pool.append(row | dict(source=row[side], right=side == "right",
+                                       where=f"{file}, line {i}", folder=file.parent))
+    for pool, side in zip(pools, ("wrong", "right")):
+        if not pool:
+            raise ValueError(f"{file}: no row has a first image that is {side}, `{side}`")
+    return pools
+
+
+def read_questions(path):
+    """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
+    -> rows with `prompt`, the question; all can be looked at, or nothing starts."""
+    path, rows = jsonl_of(path), []
+    for i, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row |= dict(prompt=row["question"], answer=answer_of(row["answer"]))
+            if "image" in row:
+                row["image"] = (path.parent / row["image"]).resolve()
+            asked_about(row)
+        except (*UNREADABLE, TypeError, LookupError, AttributeError) as e:
+            raise ValueError(f"{path}, line {i}: not a JSON object with `question`, `answer` and "
+                             f"maybe a `scene` or `image` that can be read ({e!r})")
+        rows.append(row)
+    return rows
+
+
+def asked_about(row):
+    """-> the picture that a question is about, uint8 (3,H,W), or None"""
+    if "scene" in row:
+        return scene_image(row["scene"])
+    return torch.from_numpy(np.array(read_image(row["image"]))).permute(2, 0, 1) if (
+        "image" in row) else None
+
+
+def read_task(path, args, weights):
+    """--data or --eval-data -> rows, of reflect two lists, of wrong and of right first pictures;
+    every error in them, in one line."""
+    photos = not args.preset.startswith("shapes")
+    if args.task == "cot":
+        return read_rows(jsonl_of(path), weights, args.reward, photos)
+    try:
+        if args.task == "reflect":
+            rows = read_pool(path)
+            for row in sum(rows, []):
+                must_score(weights_of(row, weights), [row])
+                source_picture(row, preset(args.preset).size)    # or nothing starts
+            return rows
+        rows = read_questions(path)
+    except FileNotFoundError as e:
+        fail(f"{e}" if photos else f"{e}; the classroom's: python -m data.shapes.prepare data")
+    except (OSError, ValueError) as e:
+        category = "no reward weights" in str(e) and str(e).split("category ")[1].split(",")[0]
+        fail(f"{args.reward} has no mix for prompts of category {category}, and no '*'"
+             if category else e)
+    if not rows:
+        fail(f"{path} holds no prompts")
+    if args.task == "vqa" and not all(row.keys() & {"scene", "image"} for row in rows):
+        fail(f"{path}: --task vqa is about pictures; a line without one is --task text's")
+    return rows
+
+
+def read_held(args, weights, rows):
+    """-> held-out rows of photos to look at and to score, none of them trained on; [] without"""
+    if not args.eval_data:
+        return []
+    held = read_task(args.eval_data, args, weights)
+    if args.task != "reflect":
+        about = ("scene", "image") if args.task == "vqa" else ()     # a question is of its picture
+        return read_held_out(args.eval_data, rows, args.data, lambda path: held, lambda row: (
+            row["prompt"], *(str(row[k]) for k in about if k in row)))
+    trained = {row["prompt"] for row in sum(rows, [])}
     if both := [row for row in sum(held, []) if row["prompt"] in trained]:
         fail(f"{both[0]['where']}: its prompt is in {args.data}, as those of {len(both)} in "
              f"{len(sum(held, []))} pictures are: what is trained is not held out")
+    return some_of_each(held)
 
-    def see(row):
-        return picture(row, row["folder"], preset(args.preset).size)
-    [see(row) for row in sum((*pools, *held), [])]       # all can be read, or nothing starts
-    classroom = args.preset.startswith("shapes")         # whose held-out pictures are its benchmark
-    lm, dit = args.train != "dit", args.train != "lm"    # who learns; the bridge if both do
-    learns = dict(bridge=None) if lm and dit else {}
-    if dit:
-        learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
-    if lm:
-        learns["vlm"] = adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha)
-    # The reference of the KL is the initial policy: frozen copies of what learns, but for LoRAs.
-    anchored = dit and args.beta or lm and args.lm_beta
-    copies = [k for k, lora in learns.items() if anchored and not lora]
-    B, G = args.B // world, args.G                       # B from here on: first images of this rank
-    rows = dit and (args.micro or args.window * B * G)
-    model = start_model(args, learns, rows, lm and (args.micro or B * G), rank, device, copies)
-    ways = shown(model.cfg)                              # it can redraw, or nothing starts
-    model.dit.checkpoint = args.checkpoint
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    ref = [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
-           (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
-    if args.compile:                     # one graph for all lengths of context and sizes of batch
-        model.dit.compile(dynamic=True)
-    split = [[p for k, p in params.items() if k.startswith("vlm.") == words]
-             for words in (False, True)]
-    opt = torch.optim.AdamW([dict(params=some) for some in split], lr=args.lr, betas=(0.9, 0.99),
-                            weight_decay=args.wd)
-    ema = Ema(params, args.ema)
-    start = ema.resume(args.out, opt) if args.resume else 0
-    out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
-    if rank == 0 and not (classroom or held):
-        print("no held-out pictures: those shown are of the training pool, and there is no score; "
-              "--eval-data FILE names some")
 
-    ts = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()   # 1 ... 0
-    D, stop, finite = math.prod(model.noise([0]).shape), stop_flag(), Finite()
-    faces = [pool[i * len(pool) // 5] for i in range(5) for pool in held or pools]   # half right
+def some_of_each(pools):
+    """Five first pictures that are wrong and five that are right, evenly spaced, by turns."""
+    return [pool[i * len(pool) // 5] for i in range(5) for pool in pools]
 
-    def again(prompts, images, seeds, model=model):
-        """As trained, but that words are the likeliest ones. -> last images, critiques of each"""
-        return model.reflect(prompts, images, seeds, args.rounds, args.eval_T, args.guidance,
-                             args.limit)
 
-    def look(step):
-        """Fixed pictures at fixed noise: first and last side by side, what was said below; and a
-        quick score on held-out ones, if there are any. -> metrics"""
-        png = out / "samples" / f"step_{step:05d}.png"
-        prompts, firsts = [row["prompt"] for row in faces], torch.stack([see(row) for row in faces])
-        with ema.applied():
-            last, said = again(prompts, firsts, range(len(faces)))
-            bench = bench_reflect(again, 1, 96) if classroom else {}
-        texts = [t for p, row in zip(prompts, said) for t in (p, " / ".join(row))]
-        grid(torch.stack([firsts, last.cpu()], 1).flatten(0, 1), texts, png,
+def draw_batch(rows, args, rng, mix):
+    """args.B rows; of first pictures by turns a wrong and a right one."""
+    if args.task != "reflect":
+        return draw_rows(rows, args.B, rng, mix)
+    orders = [torch.randperm(len(pool), generator=rng).tolist() for pool in rows]
+    return [rows[i % 2][orders[i % 2][i // 2 % len(rows[i % 2])]] for i in range(args.B)]
+
+
+def with_picture(row, args, size):
+    """-> row, and as `source_image` the picture that the language model looks at, or None"""
+    if args.task == "reflect":
+        return row | dict(source_image=source_picture(row, size))
+    return row | dict(source_image=asked_about(row) if args.task == "vqa" else None)
+
+
+def may_draw(args, mine):
+    """Of this rank's rows, by their numbers among all, which may draw (see step 3): none, all, or
+    --redraw of them, pairs of a wrong and a right one, evenly among the B. Of B 8 with --redraw 4
+    rows 0, 1, 4 and 5 may."""
+    if args.task == "reflect":
+        return [((i // 2) * args.redraw) % args.B < args.redraw for i in mine]
+    return [args.task == "cot"] * len(mine)
+
+
+def score_samples(args, rows, words, says, able, images, weights, judge):
+    """Rewards of words and, where a sample was able to draw, of the picture in the end -> Scores of
+    all images, a sample's (one or --images-per-thought of cot) in a row"""
+    if args.task in ("text", "vqa"):
+        right = torch.tensor([[answer_of(t) == row["answer"]] for t, row in zip(words.texts, rows)])
+        scores = Scores(right.float(), torch.ones(len(rows), 1), ["answer"])
+    elif args.task == "cot":
+        scores = score(images, [row for row in rows for _ in range(args.images_per_thought)],
+                       weights, judge)
+    if args.task != "reflect":
+        if args.format:
+            formed = torch.tensor([spans(t)["ok"] and end for t, end in zip(
+                words.texts, words.closed.tolist())]).float()
+            scores.add("format", formed.repeat_interleave(args.images_per_thought), args.format)
+        return scores
+    at = torch.tensor(able).nonzero()[:, 0]
+    drawn = score(images[at], [rows[i] for i in at.tolist()], weights, judge)
+    said = torch.tensor([[yes == row["right"], form and closed] for (yes, form), closed, row in
+                         zip(says, words.closed.tolist(), rows)]).float()        # (N,2)
+    values = torch.full((len(rows), len(drawn.names)), math.nan).index_copy(0, at, drawn.values)
+    mixed = torch.zeros_like(values).index_copy(0, at, drawn.weights)
+    own = torch.tensor([[args.verdict, args.format]]).expand(len(rows), 2)
+    return Scores(torch.cat([said, values], 1), torch.cat([own, mixed], 1),
+                  ["verdict", "format", *drawn.names], drawn.answers, drawn.error)
+
+
+def benched(model, args):
+    """The task's benchmark of held-out rows, with the settings of training: f(n, limit, png)."""
+    draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
+    if args.task == "reflect":
+        return partial(bench_reflect, again(model, args))
+    if args.task == "cot":
+        return partial(bench_think, draw, thinking(model, args))
+
+    def say(questions, images, seeds):
+        return model.generate(questions, images, "answer", args.limit, args.temperature,
+                              keys=seeds).texts
+    return partial(bench_answer, say, dict(text="textqa", vqa="vqa")[args.task])
+
+
+def again(model, args):
+    """As trained, but that words are the likeliest ones: f(prompts, images, seeds) -> last
+    pictures, critiques of each"""
+    return lambda prompts, images, seeds: model.reflect(
+        prompts, images, seeds, args.rounds, args.eval_T, args.guidance, args.limit)
+
+
+def thinking(model, args):
+    return partial(model.think, steps=args.eval_T, guidance=args.guidance, limit=args.limit,
+                   temperature=args.temperature, answer_only=args.answer_only)
+
+
+def preview(model, args, faces, held, weights, judge, png):
+    """Fixed rows at fixed noise: pictures and words to look at; where they are held out, a quick
+    score. -> metrics"""
+    classroom, prompts = args.preset.startswith("shapes"), [row["prompt"] for row in faces]
+    seeds, metrics = range(len(faces)), {}
+    if classroom and args.task != "reflect":
+        metrics = benched(model, args)(1, 96, png)
+    elif args.task == "reflect":
+        firsts = torch.stack([source_picture(row, model.cfg.size) for row in faces])
+        last, said = again(model, args)(prompts, firsts, seeds)
+        grid(torch.stack([firsts, last.cpu()], 1).flatten(0, 1),
+             [t for p, row in zip(prompts, said) for t in (p, " / ".join(row))], png,
              [f for row in faces for f in (row["right"], None)])
         if classroom:
-            return {name: bench[name] for name in ("accuracy", "corrected", "damaged")}
-        if not held:
-            return {}
-        faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
-        right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
-        return held_out_score(*score(last.cpu(), faced, 1, weights)[:2]) | dict(
-            accuracy=sum(right) / len(right))
+            metrics = benched(model, args)(1, 96)
+        elif held:
+            faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
+            right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
+            return held_out_score(score(last.cpu(), faced, weights, judge)) | dict(
+                accuracy=sum(right) / len(right))
+    elif args.task == "cot":
+        images, words = thinking(model, args)(prompts, seeds)
+        grid(images.cpu(), [f"{p}: {t}" for p, t in zip(prompts, words.texts)], png)
+        return held_out_score(score(images.cpu(), faces, weights, judge)) if held else {}
+    else:
+        pictures = [[asked_about(row)] for row in faces] if args.task == "vqa" else None
+        said = model.generate(prompts, pictures, "answer", args.limit, args.temperature,
+                              keys=seeds).texts
+        right = [answer_of(t) == row["answer"] for t, row in zip(said, faces)]
+        show_answers(prompts, said, right, png)
+        return dict(score=sum(right) / len(right)) if held else {}
+    return {name: metrics[k] for name, k in LOOK[args.task].items()} if metrics else {}
 
-    def conditions(n):
-        """One pass of the VLM over prompt, first image and critique of samples n, and the queries
-        if they are redrawn (then all are) -> branches of conditions to redraw from, log-probs (n,L)
-        of the critique."""
-        its, said = [[x[i] for i in n] for x in (prompts, firsts)], words.rows(n)
-        if n[0] not in redrawn:
-            return [], model.text_logp(*its, said, "judge", args.temperature)
-        cond, logp = model.encode_words(*its, said, "judge", args.temperature)
-        cond.refs = [refs[i] for i in n] if "dit" in ways else None
-        return model.guided(cond, args.guidance, its[1], "edit"), logp
 
-    stopped, latest = False, look(0) if rank == 0 and not args.resume else {}
-    if not args.resume:
-        log(out, rank, dict(step=0, at=0.0, **latest))
-    bar = tqdm(range(start, args.steps), "reflect", initial=start, total=args.steps,
-               disable=rank > 0)
-    for step in bar:
-        # 1  draw B prompts, each with a first image of the pool: by turns a wrong and a right one
-        g = keyed(key(args.seed, step, 0))
-        orders = [torch.randperm(len(pool), generator=g).tolist() for pool in pools]
-        first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=g))
-        window = range(first, first + args.window)
-        mine = range(rank * B, rank * B + B)             # whole groups stay on one rank
-        batch = [pools[i % 2][orders[i % 2][i // 2 % len(pools[i % 2])]] for i in mine]
-        batch = [row | dict(source_image=see(row)) for row in batch]
-        index = [i * G + j for i in mine for j in range(G)]      # global: ranks change no noise
-        clock, looks = [time.time()], [row for row in batch for _ in range(G)]   # N = B G
-        keys = [(key(args.seed, step, (n // G * G if args.shared_noise else n) * 100),
-                 key(args.seed, step, n * 100 + 1)) for n in index]
-        prompts, firsts = [row["prompt"] for row in looks], [[row["source_image"]] for row in looks]
+def whole_bench(model, args, png):
+    """The task's benchmark and, of reflect, drawings, since one model does both. -> metrics"""
+    results = benched(model, args)(1 if args.task == "reflect" else 4, None, png)
+    if args.task == "reflect":
+        t2i = bench_shapes(partial(model.draw, steps=args.eval_T), 1)
+        results |= dict(t2i=t2i["score"], t2i_se=t2i["score_se"])
+    return results
 
-        # 2  the VLM looks at it G times
-        words = model.generate(prompts[::G], firsts[::G], "judge", args.limit, args.temperature,
-                               args.top_p, [key(args.seed, step, n * 100 + 99) for n in index], G)
-        says, formed = zip(*map(verdict, words.texts))
-        clock.append(time.time())
 
-        # 3  who says no draws it again: each for reasons of its own, a group from one initial
-        #    noise; of --redraw first images, pairs of a wrong and a right one, evenly among the B.
-        #    The log-probs kept are not those the words were drawn with but of the update's own pass
-        #    over them, which conditions the DiT: so the ratio starts at 1
-        drawn = [i // 2 * args.redraw % args.B < args.redraw for i in mine for _ in range(G)]
-        redrawn = [n for n, yes in enumerate(says) if yes is False and drawn[n]]
-        redrawn = {n: k for k, n in enumerate(redrawn)}          # sample: its row among the redrawn
-        last = torch.cat([image[0][None] for image in firsts])                   # (N,3,H,W) uint8
-        old_logp, refs, branches = torch.zeros_like(words.logp), {}, []
-        if redrawn:
+def main():
+    args = parse(Args, __doc__, "stage3", TASKS, GRPO_ALONE)
+    rank, world, device = setup()
+    weights, mix = check(args, world)
+    judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
+    rows = read_task(args.data, args, weights)
+    held = read_held(args, weights, rows)
+
+    # The model, what trains it, and where the run is kept
+    learns, B, G = TRAIN[args.task][args.train], args.B // world, args.G     # B: of this rank
+    lm, dit, M = "vlm" in learns, "dit" in learns, args.images_per_thought
+    anchored = dit and args.beta or lm and args.lm_beta
+    model, initial, optimiser = set_up(
+        Unified, args, learns, dit and (args.micro or args.window * B * G * M),
+        lm and (args.micro or B * G), anchored, rank, device)
+    ways = reference_ways(model.cfg, model.dit) if args.task == "reflect" else ()
+    if rank == 0 and photos and not held:
+        print("no held-out rows: what is shown is of training rows, and there is no score; "
+              "--eval-data FILE names some")
+    faces = held or (some_of_each(rows) if args.task == "reflect" else rows[:16])
+    recorder = Recorder(args, model, optimiser, rank, partial(
+        preview, model, args, faces, bool(held), weights, judge),   # after all that can fail
+        "accuracy" if args.task == "reflect" else "score")
+
+    times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
+    mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
+    samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
+    able = [may for may in may_draw(args, mine) for _ in range(G)]
+    for step in recorder.steps("reflect"):
+        clock, rng = Clock(), keyed(key(args.seed, step, 0))     # every rank draws alike
+
+        # 1  draw B rows; a group is the G samples of one row
+        batch = draw_batch(rows, args, rng, mix)[mine.start : mine.stop]
+        window = draw_window(args, rng)
+        batch = [with_picture(row, args, model.cfg.size) | dict(group=i)
+                 for i, row in enumerate(batch)]
+        asked = [row for row in batch for _ in range(G)]                         # N = B G samples
+        looks = None
+        if batch[0]["source_image"] is not None:         # each picture is looked at once
+            looks = model.look([[row["source_image"]] for row in batch])
+            looks = [look for look in looks for _ in range(G)]
+
+        # 2  the language model answers each row G times
+        words = model.generate([row["prompt"] for row in batch], looks and looks[::G],
+                               ASKS[args.task], args.limit, args.temperature, args.top_p,
+                               [key(args.seed, step, n * M * 100 + 99) for n in samples], G)
+        says = [verdict(text) for text in words.texts]           # reflect: yes or no, well formed?
+        clock.lap("words")
+
+        # 3  some draw, each from words of its own, a group from one initial noise. The log-probs
+        #    kept are not those the words were drawn with but of the update's own pass over them,
+        #    which conditions the DiT: so the ratio starts at 1
+        drawing = [n for n, may in enumerate(able)
+                   if may and (args.task == "cot" or says[n][0] is False)]
+        place = {n: k for k, n in enumerate(drawing)}            # sample -> its row among these
+        keys = noise_keys(args, step, [n * M + m for n in samples for m in range(M)], G * M)
+        images = torch.stack([row["source_image"] for row in asked]) if (
+            args.task == "reflect") else None                                    # (N,3,H,W) uint8
+        old_logp, refs, branches = torch.zeros_like(words.logp), {}, Branches()
+        if drawing:
             if "dit" in ways:                            # a group shares the noise of its reference
-                of = dict.fromkeys(n // G * G for n in redrawn)
-                of = dict(zip(of, model.ref_latents([firsts[n] for n in of],
+                of = list(dict.fromkeys(n // G * G for n in drawing))
+                of = dict(zip(of, model.ref_latents([looks[n] for n in of],
                                                     [keys[n][0] for n in of])))
-                refs = {n: of[n // G * G] for n in redrawn}
+                refs = {n: of[n // G * G] for n in drawing}
             with torch.no_grad():
-                branches, old_logp[[*redrawn]] = conditions([*redrawn])
-            x0, xs, old = rollout(model, branches, ts, window, replace(args, G=1),
-                                  [keys[n] for n in redrawn])
-            last[[*redrawn]] = model.to_images(x0).cpu()
-        clock.append(time.time())
+                branches, old_logp[drawing] = words_again(model, args, asked, looks, words, refs,
+                                                          drawing, True)
+            path = rollout(model, branches, times, window,
+                           [keys[n * M + m] for n in drawing for m in range(M)], args.eta,
+                           args.kind, args.shared_noise)
+            new = model.to_images(path.x0).cpu()
+            images = new if args.task == "cot" else images.index_copy(
+                0, torch.tensor(drawing), new)
+        clock.lap("redraw")
 
-        # 4  R = verdict + form + final picture; one advantage for words and denoising steps
-        at = torch.tensor(drawn).nonzero()[:, 0]
-        said = {}
-        scores, odds, names = score(last[at], [looks[n] for n in at], G, weights, said)
-        R = torch.full((len(looks), len(names)), math.nan).index_copy(0, at, scores)     # (N,K)
-        W = torch.zeros_like(R).index_copy(0, at, odds)
-        told = torch.tensor([[yes == row["right"], form and closed] for yes, form, closed, row in
-                             zip(says, formed, words.closed.tolist(), looks)])
-        R, names = torch.cat([told.float(), R], 1), ["verdict", "format", *names]
-        W = torch.cat([torch.tensor([[args.verdict, args.format]]).expand(len(W), 2), W], 1)
-        failures = check_scored(R, W, names, said, args, step, args.data)
-        if args.shuffle:
-            for some in (at, (~torch.tensor(drawn)).nonzero()[:, 0]):       # who has as many
-                R[some] = R[some[torch.randperm(len(some), generator=g)]]
-        A = group_advantage(R, W, G, args.norm)                                  # (N,), mean 0
-        if args.norm == "group":                                                 # batch z-score
-            A = A / (all_mean([A.square().mean().item()])[0] ** 0.5 + 1e-4)
-        keep = (A.view(B, G).abs().amax(1) > 0).repeat_interleave(G).nonzero()[:, 0]
-        rest = [n for n in keep.tolist() if lm and n not in redrawn]
+        # 4  score words and pictures; compare a sample with the G of its row
+        scores = score_samples(args, asked, words, says, able, images, weights, judge)  # (N M,K)
+        failures = check_scored(scores, args.max_failed, step, args.data)
+        if args.shuffle:                                 # among those that have as many rewards
+            may = torch.tensor(able).repeat_interleave(M)
+            for some in (may.nonzero()[:, 0], (~may).nonzero()[:, 0]):
+                order = torch.randperm(len(some), generator=rng)
+                scores.values[some] = scores.values[some[order]]
+        advantage = group_advantage(scores.values, scores.weights, G * M, args.norm)
+        if args.norm == "group":
+            advantage = batch_score(advantage)
+        credit = advantage.view(-1, M)                                           # (N,M)
+        kept = disagreeing(credit.abs().amax(1), G)
+        rest = [n for n in kept.tolist() if lm and n not in place]
         with torch.no_grad():
-            old_logp[rest] = conditions(rest)[1] if rest else 0.0
-        clock.append(time.time())
+            old_logp[rest] = words_again(model, args, asked, looks, words, refs, rest,
+                                         False)[1] if rest else 0.0
+        clock.lap("reward")
 
-        # 5  climb both clipped surrogates; groups that all agree cost no forward. An update takes
-        #    its share of the samples, drawn over all ranks; in the first every ratio is 1
-        share = torch.randperm(args.B * G, generator=g)[index] % args.updates    # (N,)
-        weight = args.updates / args.B / (                       # of a token: all groups are equal
+        # 5  climb both clipped surrogates. An update takes its share of the samples, drawn over all
+        #    ranks; in the first every ratio is 1
+        share = torch.randperm(args.B * G, generator=rng)[samples] % args.updates      # (N,)
+        weight = args.updates / args.B / (               # of a token: all groups are equal
             words.mask.view(B, -1).sum(1).repeat_interleave(G))                  # (N,)
-        # What stays as it was moves nothing, but counts.
-        moves = min(args.redraw, args.B) * G * args.window / args.updates
-        seen, spoken = [[] for _ in range(args.updates)], [[] for _ in range(args.updates)]
-        for u in range(args.updates):
-            now = keep[share[keep] == u].tolist()
-            for both in ([n for n in now if n in redrawn],
-                         [n for n in now if lm and n not in redrawn]):
-                for n in (both[some] for some in slices(len(both), args.micro) if both):
-                    k = [redrawn[i] for i in n if i in redrawn]                  # all, or none
-                    credit, encoded = A[n].to(device), [(w, c.rows(k)) for w, c in branches if k]
-                    if lm:                               # read again with gradient, once
-                        encoded, logp = conditions(n)
-                    guided = [(w, c.map(lambda a: a.detach().requires_grad_(a.requires_grad)))
-                              for w, c in encoded]       # leaves, see grpo.py
-                    anchor = logp_ref = None
-                    if anchored:
-                        with torch.no_grad(), swapped(model, ref):
-                            *anchor, logp_ref = ref, *conditions(n)
-                    if k and dit:
-                        seen[u].append(surrogate(
-                            model, guided, torch.arange(len(k), device=device), xs[:, k],
-                            old[:, k], credit, ts, window, moves, args, anchor))
-                    if lm:
-                        loss, of = token_surrogate(logp, old_logp[n], words.mask[n], credit,
-                                                   weight[n], args, logp_ref)
-                        spoken[u].append(of)
-                        ends = [(a, b.grad) for (_, e), (_, c) in zip(encoded, guided) if dit
-                                for a, b in ((e.ctx, c.ctx), (e.pooled, c.pooled)) if a is not None]
-                        torch.autograd.backward(*zip((loss, None), *ends))
-            sum_grads(list(params.values()), seen[u] + spoken[u])
-            norms = [torch.nn.utils.clip_grad_norm_(some, 1.0).item() for some in split]
-            for group, lr in zip(opt.param_groups, (args.lr, args.lm_lr)):
-                group["lr"] = lr * min(1, (step + 1) / 5) * (1 - 0.9 * step / args.steps)
-            if finite(step, norms, prompts[::G]):
-                opt.step()
-            opt.zero_grad(set_to_none=True)
-        ema.update(step)
-        clock.append(time.time())
+        # A sample that might draw and does not gives no gradient, but counts.
+        most = args.B if args.task == "cot" else min(args.redraw, args.B)
+        total = most * G * M * args.window / args.updates
+        seen, spoken = ([[] for _ in range(args.updates)] for _ in range(2))
+        for update in range(args.updates):
+            chosen = kept[share[kept] == update].tolist()
+            drew = [n for n in chosen if n in place]
+            only_said = [n for n in chosen if lm and n not in place]
+            parts = [(drew[i], True) for i in slices(len(drew), args.micro)] if drew else []
+            if only_said:
+                parts += [(only_said[i], False) for i in slices(len(only_said), args.micro)]
+            for n, draw in parts:                        # samples of a micro-batch draw, or do not
+                at = [place[i] for i in n] if draw else []
+                if lm:                                   # read again with gradient, once
+                    now, logp = words_again(model, args, asked, looks, words, refs, n, draw)
+                else:
+                    now = branches.rows(at)
+                leaf, anchor, logp_initial = now.leaf(), None, None
+                if anchored:
+                    with torch.no_grad(), swapped(model, initial):
+                        before, logp_initial = words_again(model, args, asked, looks, words, refs,
+                                                           n, draw)
+                    anchor = Anchor(initial, before, args.beta, args.kl) if args.beta else None
+                if draw and dit:
+                    k = [i * M + m for i in at for m in range(M)]                # their images
+                    owner = torch.arange(len(k), device=device) // M
+                    seen[update].append(surrogate(
+                        model, leaf, owner, path.rows(k), credit[n].flatten().to(device), times,
+                        total, args, anchor))
+                if lm:
+                    loss, ratios = token_surrogate(
+                        logp, old_logp[n], words.mask[n], credit[n].mean(1).to(device), weight[n],
+                        args, logp_initial)
+                    spoken[update].append(ratios)
+                    now.pull(leaf, loss)                 # on into bridge and language model
+            norms = optimiser.update(step, seen[update] + spoken[update],
+                                     [row["prompt"] for row in batch])
+        optimiser.ema.update(step)
+        clock.lap("update")
 
-        # 6  one row per step; held-out pictures and a place to restart, now and then
-        none, scored = torch.tensor([[1.0, 0.0]], device=device), ~R.isnan()
-        sums = all_mean([*R.double().nansum(0), *scored.sum(0)])
-        rewards = {f"reward_{n}": a / b for n, a, b in zip(names, sums, sums[len(names):]) if b}
-        stats = dict(kept=len(keep) / len(A), redrawn=len(redrawn) / len(A),
-                     words=words.mask.sum(1).float().mean(), stop=bool(stop))
-        for who, got, clip, nats in (("", seen, args.clip, D), ("lm_", spoken, args.lm_clip, 1)):
-            ratio, kl = torch.cat(sum(got, [] if any(got) else [none])).T
-            stats |= {who + name: x for name, x in dict(
-                ratio_off=(torch.cat([none, *got[0]])[:, 0] - 1).abs().max(),
-                ratio_low=ratio.quantile(0.05), ratio_high=ratio.quantile(0.95), kl=kl.mean(),
-                clipped=((ratio - 1).abs() > clip).float().mean(),
-                # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
-                kl_old=(nats * ratio.log()).square().mean() / 2).items()}
-        stats = dict(zip(stats, all_mean([*stats.values()])))
-        stopped = stats.pop("stop") > 0                          # any rank: all stop together
-        row = dict(step=step + 1, at=round(time.time() - begin, 1), **rewards, **stats,
-                   **failures, clip_nats=args.clip * D, grad_norm=norms[0], lm_grad_norm=norms[1],
-                   **finite.column(), **{f"s_{name}": round(b - a, 3) for name, a, b in zip(
-                       ("words", "redraw", "reward", "update"), clock, clock[1:])})
-        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps or stopped
-        if due:
-            check_ranks(params, f"after update {step + 1}")
-        if rank == 0 and due:
-            latest = look(step + 1)
-            row |= latest
-            ema.save(out, model, step + 1, opt)
-        log(out, rank, row)
-        if rank == 0 and due:
-            plot(out, [f"reward_{n}" for n in names],
-                 *[["accuracy", "corrected", "damaged", "score"]] * bool(latest), ["words"],
-                 ["grad_norm", "lm_grad_norm"])
-        bar.set_postfix({"verdict": f"{rewards['reward_verdict']:.3g}",
-                         **{"held out": f"{x:.3f}" for k, x in latest.items() if k == "accuracy"},
-                         "norm": f"{norms[0]:.3f}"}, refresh=False)
-        if stopped:
+        # 6  one row per step; held-out rows and a place to restart, now and then
+        stats = dict(kept=len(kept) / len(asked), words=words.mask.sum(1).float().mean(),
+                     closed=words.closed.float().mean())
+        if args.task == "reflect":
+            stats |= dict(redrawn=len(drawing) / len(asked))
+        if dit:
+            stats |= varying(ratio_stats(seen, args.clip, recorder.D), args.beta, args.updates)
+        if lm:
+            stats |= varying(ratio_stats(spoken, args.lm_clip, 1, "lm_"), args.lm_beta,
+                             args.updates)
+        recorder.record(
+            step, scores, stats, failures | norms | optimiser.finite.column() | clock.row(),
+            CURVES + [[*norms]])
+        if recorder.stopped:
             break
 
-    # 7  held-out pictures and, since one model does both, drawings, before and after, on one noise
-    if rank == 0 and classroom and not stopped:
-        results = {}
-        base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
-        base.to(device)
-        with ema.applied():
-            for name, m in (("before", base), ("after", model)):
-                results[name] = bench_reflect(partial(again, model=m),
-                                              png=out / "samples" / f"{name}.png")
-                t2i = bench_shapes(partial(m.draw, steps=args.eval_T), 1)
-                results[name] |= dict(t2i=t2i["score"], t2i_se=t2i["score_se"])
-        show_table(results)
-        write(out / "results.json", json.dumps(results, indent=1))
+    if wants_final_bench(args, recorder):
+        before_and_after(model, args, optimiser.ema, recorder.out, device, whole_bench)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ to image; questions -> answers.
     python sample.py --image in.png --edit "add a red star" --guidance 3
     python sample.py --init out/sft-cot --think "a photo of as many stars as a square has sides"
     python sample.py --init out/sft-reflect --reflect --rounds 3 "a photo of a star and a ring"
-    python sample.py --image in.png --chat "Describe the image."
+    python sample.py --image in.png --answer "Describe the image."
     python sample.py --init out/grpo --export out/parts      # for diffusers, transformers and peft
 """
 
@@ -19,9 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval import grid
-from model import (PARTS, UNREADABLE, Unified, check_seed, command_line, fail, fetch, given_parts,
-                   read_image, setup, shown, to_bucket)
+from common.show import grid
+from common.flags import check_seed, command_line, given_parts
+from common.presets import PARTS, reference_ways
+from common.read import UNREADABLE, read_image, to_bucket
+from common.run import fail, setup
+from common.weights import fetch
+from model import Unified
 
 
 def export(model, folder, init):
@@ -29,7 +33,8 @@ def export(model, folder, init):
     that is not a share of other changes also stands alone, in lora/ (vlm_lora/) for peft."""
     dit = model.dit
     (folder / "transformer").mkdir(parents=True)
-    name = dict(MMDiT="SD3Transformer2DModel", SanaDiT="SanaTransformer2DModel")[type(dit).__name__]
+    names = dict(MMDiT="SD3Transformer2DModel", SanaDiT="SanaTransformer2DModel")
+    name = names.get(type(dit).__name__, type(dit).__mro__[1].__name__)      # a fork's: its base
     if dit.config.get("ref") == "add":
         print("transformer/ has no references: diffusers' SANA knows none")
     config = {k: v for k, v in dit.config.items() if k != "ref"}
@@ -77,7 +82,7 @@ def main():
                       help="reason first, then draw from the prompt and those words")
     most.add_argument("--reflect", action="store_true", help="judge what was drawn, or --image, "
                       "and draw again what is judged wrong")
-    most.add_argument("--chat", action="append", default=[],
+    most.add_argument("--answer", action="append", default=[],
                       help="a question in quotes, about --image if given")
     most.add_argument("--out", default="sample.png",
                       help="file to write, .png, or with --trajectory .gif [%(default)s]")
@@ -112,17 +117,17 @@ def main():
                            "Hub; empty: the checkpoint's, or its preset's")
     parts.add_argument("-h", "--help", action="help", help="print this text")
     args = p.parse_args()
-    if not args.prompts and not args.export and not args.edit and not args.chat:
+    if not args.prompts and not args.export and not args.edit and not args.answer:
         fail("the following arguments are required: prompts")
     if args.edit and (args.prompts or not args.image) or (
-            args.image and not (args.edit or args.chat or args.reflect)):
+            args.image and not (args.edit or args.answer or args.reflect)):
         fail("an edit is an --image and an --edit; prompts are drawn without")
-    talks = bool(args.chat) + args.think + args.reflect
+    talks = bool(args.answer) + args.think + args.reflect
     if talks + bool(args.edit) > 1 or talks and args.trajectory:
-        fail("--edit, --chat, --think and --reflect are one at a time; the last three have no "
+        fail("--edit, --answer, --think and --reflect are one at a time; the last three have no "
              "--trajectory")
-    if args.chat and args.prompts or args.reflect and len(args.image) > 1:
-        fail("--chat answers without drawing, and --reflect looks at one --image")
+    if args.answer and args.prompts or args.reflect and len(args.image) > 1:
+        fail("--answer answers without drawing, and --reflect looks at one --image")
     if (args.think or args.reflect) and not args.prompts:
         fail("the following arguments are required: prompts")
     if args.temperature < 0 or min(args.limit, args.rounds) < 1:
@@ -142,27 +147,27 @@ def main():
     if args.export and Path(args.export).exists():
         fail(f"--export {args.export} exists: choose another folder")
     wanted = ".gif" if args.trajectory else ".png"
-    if not args.chat and Path(args.out).suffix != wanted:
+    if not args.answer and Path(args.out).suffix != wanted:
         fail(f"--out {args.out}: this writes a {wanted} file")
     _, _, device = setup()
     model = Unified.load(args.init, args.preset, **given_parts(args))
     if args.export:
         export(model, Path(args.export), args.init)
-        if not args.prompts and not args.edit and not args.chat:
+        if not args.prompts and not args.edit and not args.answer:
             return
     if args.edit or args.reflect:
-        shown(model.cfg)
-    if model.vlm is None and (args.chat or args.think or args.reflect):
+        reference_ways(model.cfg, model.dit)
+    if model.vlm is None and (args.answer or args.think or args.reflect):
         fail(f"preset {model.cfg.preset!r} has no language model: it cannot answer, think or judge")
     model.slim(device).to(device)
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
     seeds = [(args.seed + i) % 2**63 for i in range(args.n)] * (len(prompts) // args.n)
-    if args.chat:
+    if args.answer:
         seen = [[torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]]
-        said = model.generate(args.chat, seen * len(args.chat) if images else None, "ask",
+        said = model.generate(args.answer, seen * len(args.answer) if images else None, "answer",
                               args.limit, args.temperature, keys=range(args.seed, args.seed + len(
-                                  args.chat)))
-        for question, answer in zip(args.chat, said.texts):
+                                  args.answer)))
+        for question, answer in zip(args.answer, said.texts):
             print(f"{question}\n{answer}\n")
         return
     if args.edit:      # the first image decides the size of what is drawn, as a target would

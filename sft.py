@@ -23,11 +23,19 @@ from peft import inject_adapter_in_model
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eval import (EditReward, bench_edit, bench_reason, bench_reflect, bench_shapes, grid,
-                  read_scored, scored_edit, spearman)
-from model import (Ema, Finite, adapter, all_mean, check_ranks, fail, flag, key, log, mixture,
-                   open_run, pairs, parse, plot, preset, same_start, setup, shown, start_model,
-                   stop_flag, sum_grads, train_times)
+from common.show import grid
+from data.shapes.bench import bench_edit, bench_think, bench_reflect, bench_shapes
+from data.shapes.judge import scored_edit
+from rewards.edit import EditReward, read_scored, spearman
+from common.checkpoint import Ema
+from common.flags import flag, parse
+from common.flow import condition, lm_loss, train_times
+from common.presets import preset, reference_ways
+from common.read import mixture, pairs
+from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot,
+                        same_start, setup, stop_flag, sum_grads)
+from common.weights import adapter, start_model
+from model import Unified
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Args:
     task: str = flag("flow", "what is taught: flow (pictures), cot or reflect (also pictures that "
                      "words go with), reward (a judge of edits, see train_reward)",
                      group="What matters most")
-    preset: str = flag("shapes", "which model, by its name in PRESETS (model.py)")
+    preset: str = flag("shapes", "which model, by its name in common/presets.py")
     init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
                      "LoRA; empty: the preset's own weights")
     data: str = flag("data/shapes/train", "folder with metadata.jsonl, or of WebDataset shards "
@@ -85,41 +93,42 @@ SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
 HELD_OUT = 400     # edits of the classroom
 
 
-def train_reward(args, rank, world, device):
-    """Skywork-EditReward (UniPic2): a VLM reads source, edited image and instruction, and learns
-    their score by regression. --data: jsonl of `source`, `edited`, `instruction`, `score`, a tenth
-    of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
-    --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
-    n, rows = args.batch // world, None
-    if args.data != Args.data:
-        try:
-            rows = read_scored(args.data)
-        except (OSError, ValueError) as e:
-            fail(e)
-        if len(rows) < 20:
-            fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
-        random.Random(0).shuffle(rows)
-        held, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-    else:
+def scored_edits(args):
+    """-> scored edits to learn from, None = the classroom's, made anew; and held-out ones"""
+    if args.data == Args.data:
         if not args.preset.startswith("shapes"):
             fail(f"preset {args.preset!r} sees photos: --task reward needs --data of its own")
         rng = random.Random("held out")
-        held = [scored_edit(rng) for _ in range(HELD_OUT)]
+        return None, [scored_edit(rng) for _ in range(HELD_OUT)]
+    try:
+        rows = read_scored(args.data)
+    except (OSError, ValueError) as e:
+        fail(e)
+    if len(rows) < 20:
+        fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
+    random.Random(0).shuffle(rows)
+    return rows[len(rows) // 10 :], rows[: len(rows) // 10]
 
-    def batch(step):
-        rng = random.Random(key(args.seed, step, rank))
-        if rows:
-            return rng.choices(rows, k=n)
-        return [(*e, score + rng.gauss(0, SCORE_NOISE))
-                for *e, score in (scored_edit(rng) for _ in range(n))]
 
-    def predict(examples):
-        olds, news, says, _ = zip(*examples)
-        images = [[x if isinstance(x, np.ndarray) else np.array(
-            ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
-            for xs in (olds, news)]
-        return model(*images, list(says))                                        # (n,)
+def draw_scored(rows, n, rng):
+    """n examples (source, edited, instruction, score)"""
+    if rows:
+        return rng.choices(rows, k=n)
+    return [(*e, score + rng.gauss(0, SCORE_NOISE))
+            for *e, score in (scored_edit(rng) for _ in range(n))]
 
+
+def predict(model, examples):
+    """-> the model's scores (n,) of examples, whose images are arrays or files"""
+    olds, news, says, _ = zip(*examples)
+    images = [[x if isinstance(x, np.ndarray) else np.array(
+        ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
+        for xs in (olds, news)]
+    return model(*images, list(says))
+
+
+def reward_model(args, device):
+    """An EditReward of which the head and the VLM, or a LoRA on it, learn."""
     model = EditReward(args.vlm or preset(args.preset).vlm).requires_grad_(False)
     model.head.requires_grad_(True)
     torch.manual_seed(args.seed)                         # all ranks start from the same adapter
@@ -128,12 +137,26 @@ def train_reward(args, rank, world, device):
                                         args.vlm_lora_dropout), model.vlm)
     else:
         model.vlm.model.requires_grad_(True)
-    same_start(model.to(device))
+    return same_start(model.to(device))
+
+
+def save_state(ema, opt, params, step, out):
+    """Beside the reward model's folder what --resume needs."""
+    state = dict(raw={k: p.detach() for k, p in params.items()}, mean=ema.mean,
+                 opt=opt.state_dict(), step=step)
+    torch.save(state, out / "ckpt/optim.tmp")
+    os.replace(out / "ckpt/optim.tmp", out / "ckpt/optim.pt")
+
+
+def train_reward(args, rank, world, device):
+    """Skywork-EditReward (UniPic2): a VLM reads source, edited image and instruction, and learns
+    their score by regression. --data: jsonl of `source`, `edited`, `instruction`, `score`, a tenth
+    of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
+    --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
+    rows, held = scored_edits(args)
+    model = reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = torch.optim.AdamW(
-        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
-         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
-        lr=args.lr, betas=(0.9, 0.95))
+    opt = adamw(params, args)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     stop, finite = stop_flag(), Finite()
@@ -142,11 +165,12 @@ def train_reward(args, rank, world, device):
                disable=rank > 0)
     for update in bar:
         # 1  scored edits, and how far the model is from their scores
-        examples = batch(update)
+        examples = draw_scored(rows, args.batch // world, random.Random(
+            key(args.seed, update, rank)))
         torch.manual_seed(key(args.seed, update, rank))
         model.train()
         score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)
-        loss = (predict(examples) - score).square().mean() / world
+        loss = (predict(model, examples) - score).square().mean() / world
         loss.backward()
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
@@ -171,13 +195,11 @@ def train_reward(args, rank, world, device):
         if due and rank == 0:
             model.eval()
             with ema.applied(), torch.no_grad():
-                said = torch.cat([predict(held[i : i + 64]).cpu() for i in range(0, len(held), 64)])
+                said = torch.cat([predict(model, held[i : i + 64]).cpu()
+                                  for i in range(0, len(held), 64)])
                 row["spearman"] = spearman(said.numpy(), [e[-1] for e in held])
                 model.save(out / "ckpt")
-            state = dict(raw={k: p.detach() for k, p in params.items()}, mean=ema.mean,
-                         opt=opt.state_dict(), step=update + 1)
-            torch.save(state, out / "ckpt/optim.tmp")
-            os.replace(out / "ckpt/optim.tmp", out / "ckpt/optim.pt")
+            save_state(ema, opt, params, update + 1, out)
             print(f"step {update + 1}: rank correlation {row['spearman']:.3f} on {len(held)} "
                   "held-out edits")
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -223,17 +245,14 @@ def main():
                                 args.vlm_lora_dropout)
     elif args.lm_loss:
         learns["vlm"] = None
-    model = start_model(args, learns, n, n, rank, device)
+    model = start_model(Unified, args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = torch.optim.AdamW(
-        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
-         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
-        lr=args.lr, betas=(0.9, 0.95))
+    opt = adamw(params, args)
     ema = Ema(params, args.ema)
     start = ema.resume(args.out, opt) if args.resume else 0
     cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits or args.task == "reflect":
-        shown(cfg)
+        reference_ways(cfg, model.dit)
     data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
     faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
@@ -256,6 +275,7 @@ def main():
         prompts = [None if g else p for g, p in zip(gone, prompts)]
         if refs is not None:
             refs = [[] if g else r for g, r in zip((u >= d) & (u < 3 * d), refs)]
+            refs = model.look(refs, "edit" if words is None else "critique")    # once, not twice
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
@@ -265,12 +285,12 @@ def main():
 
         # 3  the velocity that leads from one to the other
         keys = [key(args.seed, step, rank * n + i) for i in range(n)]
-        cond = model.condition(prompts, refs, words, keys)
+        cond = condition(model, prompts, refs, words, keys)
         v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
         loss.backward()
         if args.lm_loss and words is not None:
-            (model.lm_loss(prompts, refs, words) * (args.lm_loss / world)).backward()
+            (lm_loss(model, prompts, refs, words) * (args.lm_loss / world)).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
@@ -319,7 +339,7 @@ def main():
                     if args.edits:                       # root of success x preservation
                         scores["edit_score"] = bench_edit(model.edit, 1, 100)["both"]
                     if args.task == "cot":
-                        scores["cot_score"] = bench_reason(model.draw, model.think, 1)["score"]
+                        scores["cot_score"] = bench_think(model.draw, model.think, 1)["score"]
                     if args.task == "reflect":
                         scores["corrected"] = bench_reflect(model.reflect)["corrected"]
                     row |= scores

@@ -31,7 +31,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model  # noqa: E402
-from model import fail, preset, save_checkpoint  # noqa: E402
+from common.checkpoint import save_checkpoint  # noqa: E402
+from common.presets import preset  # noqa: E402
+from common.run import fail  # noqa: E402
 
 # Their prefix -> ours, the first row that fits; * is a layer's number, None is left out.
 NAMES = {
@@ -146,11 +148,11 @@ def rename(name, layout):
 def check(got, cfg, parts, path, layout, strange=()):
     """Names and shapes are those of the preset's `parts`, or one line says what is not."""
     with torch.device("meta"):                     # neither memory nor time
-        made = nn.ModuleDict()
+        made, dit = nn.ModuleDict(), model.build_dit(cfg)
         if "bridge" in parts:
-            made["bridge"] = model.Bridge(cfg)
+            made["bridge"] = model.Bridge(cfg, dit)
         if "dit" in parts:
-            made["dit"] = model.MMDiT(**cfg.mmdit) if cfg.mmdit else model.SanaDiT(**cfg.sana)
+            made["dit"] = dit
     want = {k: tuple(v.shape) for k, v in made.state_dict().items()}
     shapes = {k: tuple(v.shape) for k, v in got.items()}
     report({"missing": want.keys() - shapes.keys(),
@@ -201,10 +203,7 @@ def merge(folder, lora, path, out):
         saved.save_pretrained(out)
 
 
-def convert(layout, path, out, lora_from=None, vlm=None):
-    cfg, path, out = preset(PRESET[layout]), Path(path), Path(out)
-    if vlm:
-        cfg = replace(cfg, vlm=str(Path(vlm).resolve()) if Path(vlm).is_dir() else vlm)
+def refuse(layout, path, out, lora_from):
     if out.exists():
         fail(f"{out} exists: choose another OUT")
     if not path.exists():
@@ -212,6 +211,12 @@ def convert(layout, path, out, lora_from=None, vlm=None):
     if lora_from and layout != "deepgen":
         fail("--lora-from is DeepGen's: no other release has a LoRA")
 
+
+def convert(layout, path, out, lora_from=None, vlm=None):
+    cfg, path, out = preset(PRESET[layout]), Path(path), Path(out)
+    if vlm:
+        cfg = replace(cfg, vlm=str(Path(vlm).resolve()) if Path(vlm).is_dir() else vlm)
+    refuse(layout, path, out, lora_from)
     source = read(path / "conditioner" if layout == "unipic2" else path)
     names = {k: rename(k, layout) for k in source}
     tensors = {ours: source[k] for k, ours in names.items() if ours}

@@ -17,15 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bridges import command_line, difference, folder, run_all
+from bridges import command_line, difference, folder, run_all, told
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval as judges  # noqa: E402
+import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
-from eval import PROMPTS, draw_rows, mean_and_error, read_prompts, summary  # noqa: E402
+import rewards  # noqa: E402
+import rewards.judge as judge_py  # noqa: E402
+from common.show import mean_and_error  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from data.shapes.judge import check  # noqa: E402
+from eval import parse_weights, read_prompts, score  # noqa: E402
 
 # Of the base, held out: what the images' rewards are compared in. Spreads differ a thousandfold.
 THREE = "geneval,clip,jpeg_compressibility"
@@ -86,7 +91,7 @@ class NoisyJudge:
     def worth(self, image, prompt):
         at = image.tobytes(), prompt
         if at not in self.known:
-            self.known[at] = judges.judge(image, self.metas[prompt])["partial"]
+            self.known[at] = check(image, self.metas[prompt])["partial"]
         return self.known[at] + self.NOISE * self.rng.standard_normal()
 
     def __call__(self, questions):
@@ -99,10 +104,10 @@ class NoisyJudge:
         return answers
 
 
-def judge_often(images, metas, group):
+def judge_often(images, metas, judge):
     """Pointwise, asked as often as `preference` asks of each image."""
-    return torch.stack([judges.judged(images, metas, group)
-                        for _ in range(2 * (group - 1))]).mean(0)
+    G = sum(m["group"] == metas[0]["group"] for m in metas)
+    return torch.stack([judge_py.judge(images, metas, judge) for _ in range(2 * (G - 1))]).mean(0)
 
 
 def evaluate(init, out):
@@ -112,21 +117,23 @@ def evaluate(init, out):
     images = draw_rows(done.draw, rows, range(len(rows)), 4)                   # (P,4,64,64,3)
     results, right = summary(rows, images)
     flat = torch.from_numpy(images.reshape(-1, *images.shape[2:])).permute(0, 3, 1, 2)
-    R = judges.score(flat, [r for r in rows for _ in range(4)], 4, judges.parse_weights(THREE))[0]
+    R = score(flat, [r for r in rows for _ in range(4)], parse_weights(THREE)).values
     (out / "results.json").write_text(json.dumps(results, indent=1))
     np.save(out / "rewards.npy", np.concatenate([right[..., None], R.view(*right.shape, 3)], 2))
 
 
 def run_arm(arm, seed, out):
     steps, flags = ARMS[arm]
-    judges.REWARDS["judge_often"] = judge_often
+    rewards.REWARDS["judge_often"] = judge_often
     if "--judge noisy" in flags:
-        judges.ask_all = NoisyJudge(grpo.Args().prompts, seed)
+        noisy = NoisyJudge(grpo.Args().prompts, seed)
+        judge_py.Judge.ask_all = lambda self, questions: noisy(questions)
     # Evaluated once, below, and its base once for all arms.
     grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
-    grpo.show_table = lambda *_: None
-    sys.argv = ["grpo.py", "--out", str(out), "--seed", str(seed), "--steps", str(steps),
-                "--eval-every", "10000", "--lr", "1.6e-4", *flags.split()]
+    eval_py.show_table = lambda *_: None
+    flags = {name[2:].replace("-", "_"): x for name, x in zip(*[iter(flags.split())] * 2)}
+    sys.argv = ["grpo.py", *told(grpo.Args, dict(
+        out=out, seed=seed, steps=steps, eval_every=10000, lr=1.6e-4) | flags, out)]
     grpo.main()
     evaluate(out, out)
 

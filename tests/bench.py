@@ -23,14 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bridges import told
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grpo  # noqa: E402
-from eval import bench_shapes, parse_weights, read_prompts, score  # noqa: E402
-from model import RECIPES, Ema, MMDiT, Unified, key, keyed, sde_step, setup, sigmas  # noqa: E402
+from common.checkpoint import Ema  # noqa: E402
+from common.presets import RECIPES  # noqa: E402
+from common.run import key, keyed, setup  # noqa: E402
+from data.shapes.bench import bench_shapes  # noqa: E402
+from eval import parse_weights, read_prompts, score  # noqa: E402
+from model import MMDiT, Unified, sde_step, sigmas  # noqa: E402
 
 PARTS = ("rollout", "decode", "reward", "update")
 GAINS = (0.10, 0.20)
@@ -63,8 +68,7 @@ def reached(curve, gain):
 
 
 def play(flags):
-    sys.argv = ["grpo.py"] + [str(x) for k, v in flags.items()
-                              for x in ("--" + k.replace("_", "-"), v)]
+    sys.argv = ["grpo.py", *told(grpo.Args, flags, flags["out"])]
     grpo.main()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -151,7 +155,7 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
         clock.append(time.time())
         images = model.to_images(xs[-1]).cpu()
         clock.append(time.time())
-        r = score(images, batch, args.G, weights)[0][:, 0].view(args.B, args.G)
+        r = score(images, batch, weights).values[:, 0].view(args.B, args.G)
         A = ((r - r.mean(1, keepdim=True)) / (r.std() + 1e-4)).flatten().clamp(-5, 5).to(device)
         clock.append(time.time())
         keep = torch.randperm(N, generator=g)

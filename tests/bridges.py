@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,13 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common.presets as presets_py  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 import sft  # noqa: E402
-from eval import PROMPTS, draw_rows, mean_and_error, read_prompts, summary  # noqa: E402
+from common.show import mean_and_error  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from eval import read_prompts  # noqa: E402
 
 ALL = (6, 5, 4, 3, 2, 1)                      # the classroom VLM's layers, deep to shallow
 LIM = dict(bridge="lim", layers=ALL)
@@ -68,11 +71,11 @@ def run_arm(arm, seed, out, steps):
     """Train one arm and keep which of the held-out images are right: out/right.npy (P,4)."""
     changes, stage, flags = ARMS[arm]
     name = "shapes" if not changes else f"shapes-{out.name}"        # a preset of its own
-    model.PRESETS[name] = replace(model.PRESETS["shapes"], preset=name, **changes)
+    presets_py.PRESETS[name] = replace(presets_py.PRESETS["shapes"], preset=name, **changes)
     if arm == "lim, no LayerNorm":
         class Bare(model.Bridge):
-            def __init__(self, cfg):
-                super().__init__(cfg)
+            def __init__(self, cfg, dit):
+                super().__init__(cfg, dit)
                 self.agglayer_norm = nn.Identity()
         model.Bridge = Bare
     sys.argv = [f"stage {stage}", "--preset", name, "--out", str(out), "--seed", str(seed),
@@ -89,6 +92,20 @@ def run_arm(arm, seed, out, steps):
 
 def folder(arm):
     return arm.replace(",", "").replace("'", "").replace(" ", "-").lower()
+
+
+def told(Args, flags, out):
+    """{flag or setting of a recipe: value} -> a command line; settings, which are no flags, go into
+    a .json beside `out`, on top of the recipe that is named."""
+    kinds = {f.name: f.type for f in fields(Args) if f.metadata.get("paper")}
+    own = {k: kinds[k](v) for k, v in flags.items() if k in kinds}
+    flags = {k: v for k, v in flags.items() if k not in own}
+    if own:
+        own = dict(recipe=flags.get("recipe", "fast")) | own
+        flags["recipe"] = Path(f"{out}.json")
+        flags["recipe"].parent.mkdir(parents=True, exist_ok=True)
+        flags["recipe"].write_text(json.dumps(own))
+    return [str(x) for k, v in flags.items() for x in ("--" + k.replace("_", "-"), v)]
 
 
 def command_line(doc, arms, out, seeds=3, **more):

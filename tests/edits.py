@@ -21,12 +21,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cycle_edit  # noqa: E402
+import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import sft  # noqa: E402
-from data.shapes.prepare import render  # noqa: E402
-from eval import (PROMPTS, arrays, draw_rows, judge_edit, mean_and_error, read_prompts,  # noqa: E402
-                  summary)
+from data.shapes.world import render  # noqa: E402
+from common.read import arrays  # noqa: E402
+from common.show import mean_and_error  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from data.shapes.judge import check_edit  # noqa: E402
+from eval import read_prompts  # noqa: E402
 
 BASE, DRAWS = "data/shapes/sft-edit", "data/shapes/sft"
 EDITS = "--edits data/shapes/edits --edit-share"
@@ -66,7 +70,7 @@ def evaluate(init, out):
     edited = torch.cat([done.edit([row["instruction"] for row in rows[i : i + 64]],
                                   images[i : i + 64], range(i, min(i + 64, len(rows))))
                         for i in range(0, len(rows), 64)])
-    judged = [judge_edit(x, row) for x, row in zip(arrays(edited.cpu()), rows)]
+    judged = [check_edit(x, row) for x, row in zip(arrays(edited.cpu()), rows)]
     prompts = read_prompts(PROMPTS / "eval.jsonl")
     drawn = draw_rows(done.draw, prompts, range(len(prompts)), 2)
     np.save(out / "draws.npy", summary(prompts, drawn)[1])
@@ -84,7 +88,7 @@ def run_arm(arm, seed, out):
     for module in (cycle_edit, grpo):
         module.bench_shapes = lambda *_, **__: dict(
             score=0.0, score_se=0.0, extra_rate=0.0, jpeg_kb=0.0)
-        module.show_table = lambda *_: None
+    eval_py.show_table = lambda *_: None
     cycle_edit.bench_edit = lambda *_, **__: dict(both=0.0, success=0.0, preservation=0.0)
     start = out.parent / folder(start) if start in ARMS else start
     sys.argv = [script.__name__, "--init", str(start), "--out", str(out), "--seed", str(seed),
@@ -104,7 +108,7 @@ def table(out, seeds, arms):
             out / f"seed{s}" / folder(arm) for s in range(seeds)]
         edits, draws = (np.stack([np.load(home / f"{k}.npy") for home in homes], 1) for k in units)
         s, p = edits.mean((0, 1))
-        # The root's error is that of its linear part, as in eval.edit_table.
+        # The root's error is that of its linear part, as in edit_table.
         root = (p * edits[..., :1] + s * edits[..., 1:]) / (2 * (s * p) ** 0.5 or 1)
         values[arm] = dict(edits=root, draws=draws)
         each = [np.sqrt(np.prod(edits[:, i].mean(0))) for i in range(len(homes))]

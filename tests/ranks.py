@@ -12,9 +12,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+import common.run as run_py
+import common.weights as weights_py
 import cycle_edit
 import grpo
-import model
 import pretrain
 import reflect
 import sft
@@ -39,15 +40,15 @@ def play(folder, out, name, *flags):
 
 
 def main(folder, out):
-    rank, _, _ = model.setup()
+    rank, _, _ = run_py.setup()
     torch.manual_seed(rank)                        # as different as two processes may be
-    built, start = [], model.same_start
+    built, start = [], run_py.same_start
 
     def remember(m):
         built.append(m)
         return start(m)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(model, "same_start", remember)   # start_model's
+        m.setattr(weights_py, "same_start", remember)   # start_model's
         m.setattr(sft, "same_start", remember)
         for name in MAINS:
             play(folder, out / name, name)

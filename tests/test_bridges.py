@@ -41,13 +41,20 @@ from transformers import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from common.flow import train_times
+import common.checkpoint as checkpoint_py
+import common.text_encoders as text_encoders_py
 import grpo
-import model
 import pretrain
 import sft
-from model import PRESETS, Bridge, Config, MMDiT, SD3Text, Unified, mrope, parse, train_times
+from common.flags import parse
+from common.presets import PRESETS, Config
+from common.sana import SanaDiT
+from common.text_encoders import SD3Text
+from common.words import mrope
+from model import Bridge, Unified, build_dit
 
-SANA = dict(in_channels=4, caption_channels=24)          # all that the bridge asks of a SanaDiT
+SANA = dict(in_channels=4, caption_channels=24)          # all that is asked of a SanaDiT here
 COMMON = dict(vlm_dim=32, c_dim=32, c_ff=64, c_layers=2, c_heads=4, n_query=3)
 KINDS = {                                                # the five papers' bridges, and one more
     "unirl-zero": dict(bridge="last", keep="query", c_style="rms", sana=SANA, edit_queries=True,
@@ -99,9 +106,19 @@ def intern(parts):
     return vlm_of(config), tok, GotOcr2ImageProcessor(size=dict(height=32, width=32))
 
 
+def dit_of(cfg):
+    """All that the bridge asks of the preset's DiT."""
+    dit = nn.Linear(1, 1)
+    dit.context_dim, dit.pooled_dim = (
+        (cfg.mmdit["joint_attention_dim"], cfg.mmdit["pooled_projection_dim"]) if cfg.mmdit else
+        (cfg.sana["caption_channels"], 0))
+    return dit
+
+
 def unified(vlm, **config):
     """A Unified around a VLM, whose DiT and VAE are beside the point."""
-    m = Unified(Config(**COMMON | config), vlm[0], vlm[1], nn.Linear(1, 1), None, None, vlm[2])
+    cfg = Config(**COMMON | config)
+    m = Unified(cfg, vlm[0], vlm[1], dit_of(cfg), None, None, vlm[2])
     m.bf16 = False
     torch.manual_seed(1)
     tiny.randomise(m.bridge)
@@ -252,7 +269,8 @@ def test_start_is_no_prompt():
     """DeepGen's zero-initialised projectors; not where a norm, in lim or in SANA, follows."""
     for kind, zero in [("deepgen", True), ("unipic2", True), ("openuni", False), ("parauni", False),
                        ("lim on an MMDiT", False)]:
-        bridge = Bridge(Config(**COMMON | KINDS[kind]))
+        cfg = Config(**COMMON | KINDS[kind])
+        bridge = Bridge(cfg, dit_of(cfg))
         assert bool(bridge.projector_3.weight.any()) != zero
 
 
@@ -564,7 +582,7 @@ def test_text_is_diffusers_sd3(sd3, t5):
     theirs, null, pooled, null_pooled = pipe.encode_prompt(
         prompts, None, None, device="cpu", max_sequence_length=9)
     cfg = Config(bridge="text", text="sd3" if t5 else "sd3-no-t5", t5_tokens=9, mmdit=tiny.MMDIT)
-    m = Unified(cfg, None, None, nn.Linear(1, 1), None, SD3Text(folder, t5, 9, 32))
+    m = Unified(cfg, None, None, dit_of(cfg), None, SD3Text(folder, t5, 9, 32))
     m.bf16 = False
     cond = m.encode(prompts)
     assert cond.ctx.shape == (3, 12 + 9, 32) and cond.mask is None
@@ -590,7 +608,7 @@ PLAIN = ["a red circle", "", "it's 2 < 3; the end_of_text", "x" * 500]
 def test_open_clips_own_tokenizer_reads_to_the_end():
     """The names of its special tokens are letters, which it parts at each "_"; all else is as it
     was."""
-    ours, theirs = model.clip_words("ViT-B-32"), open_clip.get_tokenizer("ViT-B-32")
+    ours, theirs = text_encoders_py.clip_words("ViT-B-32"), open_clip.get_tokenizer("ViT-B-32")
     assert torch.equal(ours(PLAIN), theirs(PLAIN))
     named, spaced = "a <end_of_text> b <START_OF_TEXT>", "a < end _of_ text > b < start _of_ text >"
     ids = ours([named])[0].tolist()
@@ -624,7 +642,8 @@ def test_latents_of_a_dc_ae():
         decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()), scaling_factor=0.41407).eval().requires_grad_(False)
     tiny.randomise(vae)
-    m = Unified(Config(bridge="text", mmdit=tiny.MMDIT), None, None, nn.Linear(1, 1), vae)
+    cfg = Config(bridge="text", mmdit=tiny.MMDIT)
+    m = Unified(cfg, None, None, dit_of(cfg), vae)
     m.bf16 = False
     x = torch.stack(pictures((16, 8), (16, 8)))
     z = m.to_latents(x)
@@ -691,8 +710,8 @@ def test_presets_have_the_published_size(name):
     assert name == cfg.preset and bool(cfg.mmdit) != bool(cfg.sana)
     assert Config(**json.loads(json.dumps(asdict(cfg)))).dit_config.keys() == cfg.dit_config.keys()
     with torch.device("meta"):
-        bridge = Bridge(cfg)
-        dit = MMDiT(**cfg.mmdit) if cfg.mmdit else None
+        dit = build_dit(cfg)
+        bridge = Bridge(cfg, dit)
     if name in COUNTS:
         connector = size(bridge.connector)
         queries = sum(p.numel() for n, p in bridge.named_parameters() if "queries" in n)
@@ -701,14 +720,15 @@ def test_presets_have_the_published_size(name):
         assert queries == cfg.n_query * cfg.vlm_dim * (2 if name == "unirl-zero" else 1)
     if cfg.bridge == "text":
         assert size(bridge) == 0
-    if dit and not name.startswith("shapes"):
+    asked = dit_of(cfg)
+    assert (dit.context_dim, dit.pooled_dim) == (asked.context_dim, asked.pooled_dim)
+    if cfg.mmdit and not name.startswith("shapes"):
         assert round(size(dit) / 1e9, 3) == 2.243 and len(dit.state_dict()) == 909
 
 
 @pytest.mark.parametrize("name, keys, billions", [
     ("unirl-zero", 400, 1.6), ("openuni", 396, 1.6), ("parauni", 476, 1.6), ("shapes-sana", 0, 0)])
 def test_sana_presets_have_the_published_size(name, keys, billions):
-    from model import SanaDiT
     with torch.device("meta"):
         dit = SanaDiT(**PRESETS[name].sana)
     if keys:
@@ -739,9 +759,9 @@ def test_values_of_presets():
 
 def test_shipped_checkpoint_has_the_presets_names():
     path = tiny.ROOT / "data/shapes/sft"
-    tensors, about = model.read_init(path, None, None)[0], model.read_about(path)
+    tensors, about = checkpoint_py.read_init(path, None, None)[0], checkpoint_py.read_about(path)
     assert {k for k in tensors if k.startswith("bridge.")} == {
-        "bridge." + k for k in Bridge(PRESETS["shapes"]).state_dict()}
+        "bridge." + k for k in Bridge(PRESETS["shapes"], dit_of(PRESETS["shapes"])).state_dict()}
     assert about.keys() <= {f.name for f in fields(Config)}               # older, but still known
     assert replace(PRESETS["shapes"], **about).null == "prompt"
 
@@ -757,7 +777,7 @@ def flags(monkeypatch, stage, *argv):
     return parse(SCRIPTS[stage].Args, "", stage)
 
 
-def test_preset_gives_way_to_flags(monkeypatch):
+def test_preset_gives_way_to_flags(monkeypatch, tmp_path):
     plain = flags(monkeypatch, "stage1")
     assert plain == pretrain.Args()
     paper = flags(monkeypatch, "stage1", "--preset", "deepgen")
@@ -765,9 +785,22 @@ def test_preset_gives_way_to_flags(monkeypatch):
     assert paper.drop == plain.drop and paper.out == plain.out            # what it does not set
     mine = flags(monkeypatch, "stage1", "--lr", 2e-3, "--preset", "deepgen", "--batch", 64)
     assert mine == replace(paper, lr=2e-3, batch=64)                      # even if as the dataclass
-    rl = flags(monkeypatch, "stage3", "--preset", "deepgen", "--no-shared-noise")
+    (tmp_path / "own.json").write_text('{"recipe": "mr-grpo", "shared_noise": false}')
+    its = ["stage3", "--preset", "deepgen", "--recipe", tmp_path / "own.json"]
+    rl = flags(monkeypatch, *its)
     assert (rl.B, rl.G, rl.T, rl.eta, rl.kind, rl.shared_noise) == (32, 8, 50, 1.0, "cps-simple",
                                                                     False)
+    assert flags(monkeypatch, *its[:3]) == replace(rl, recipe="mr-grpo", shared_noise=True)
+    assert flags(monkeypatch, *its, "--eta", 0.5) == replace(rl, eta=0.5)
+
+
+def test_a_typo_is_not_taken_for_a_renamed_flag(monkeypatch):
+    """Though the flags that there are, --task and --prompts among them, are listed behind it."""
+    for stage in SCRIPTS:
+        with pytest.raises(SystemExit, match="unrecognized arguments: --no-such-thing; there are"):
+            flags(monkeypatch, stage, "--no-such-thing")
+    with pytest.raises(SystemExit, match="--task is now a flag of reflect.py"):
+        flags(monkeypatch, "stage3", "--task", "vqa")
 
 
 def test_preset_without_such_a_stage(monkeypatch):

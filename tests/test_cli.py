@@ -24,7 +24,10 @@ import pretrain
 import reflect
 import sample
 import sft
-from model import Config, pairs, parse, stop_flag
+from common.flags import parse
+from common.presets import KERNELS, Config
+from common.read import pairs
+from common.run import stop_flag
 
 FLAGGED = [pretrain, sft, grpo, cycle_edit, reflect, judges]         # scripts with Args
 
@@ -46,9 +49,13 @@ def complaint(run, *args):
     ("--preset shape", "unknown preset 'shape'; there are: shapes"),
     ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, clip"),
     ("--reward geneval:x", "not a number"),
-    ("--step 3", "unrecognized arguments: --step 3; there are: --task --preset --recipe --init "),
+    ("--step 3", "unrecognized arguments: --step 3; there are: --preset --recipe --init "),
     ("--steps three", "--steps: invalid int value: 'three'"),
-    ("--task edit", "unknown --task 'edit'"), ("--train vlm", "there are: dit, bridge, both"),
+    ("--task cot", "--task is now a flag of reflect.py, where the language model acts: python "
+     "reflect.py --task text, vqa, cot or reflect"),
+    ("--train vlm", "there are: dit, bridge, both"),
+    ("--train lm", "unknown --train 'lm'; there are: dit, bridge, both"),
+    ("--format 1", "unrecognized arguments: --format 1"),
     ("--kind ddpm", "there are: flow, unirl, dance, cps"), ("--kl k3", "mean, flow-grpo, velocity"),
     ("--G 1", "a group of one has nothing to compare with"),
     ("--B 3", "--B 3 prompts cannot be shared by 2 ranks: choose a multiple"),
@@ -166,16 +173,15 @@ def test_help_holds_each_text_and_default(script, monkeypatch, capsys):
              for k, v in rows.items()}
     assert len(flags) == len(fields(script.Args)) + 1 and "-h" in flags
     for f in fields(script.Args):
-        text = f.metadata["help"]
-        default = {True: "on", False: "off"}[f.default] if f.type is bool else f.default
-        assert text and flags[f.name.replace("_", "-")] == (
-            text if default == "" else f"{text} [{default}]")
+        text, paper = f.metadata["help"], f.metadata["paper"]       # what a .json alone sets
+        default = f.default if f.type is not bool or paper else ("off", "on")[f.default]
+        assert text and flags[f.name if paper else f.name.replace("_", "-")] == (
+            text if default in ("", None) else f"{text} [{default}]")
     for name, choices in dict(
-            kind=grpo.KERNELS, norm=["group", "joint", "global"], refs=["vlm", "dit", "both"],
+            kind=KERNELS, norm=["group", "joint", "global"], refs=["vlm", "dit", "both"],
             kl=["mean", "flow-grpo", "velocity"], reverse=["auto", "yes", "no"],
-            train=dict(grpo=["dit", "bridge", "both", "lm"], reflect=["lm", "dit", "both"]).get(
-                script.__name__, ["dit", "bridge", "both"]),
-            task=grpo.TASKS if script is grpo else ["flow", "cot", "reflect", "reward"],
+            train=["lm", "dit", "both"] if script is reflect else ["dit", "bridge", "both"],
+            task=reflect.TASKS if script is reflect else ["flow", "cot", "reflect", "reward"],
             bench=judges.BENCHMARKS).items():
         if name in flags:
             assert set(choices) <= set(re.findall(r"[\w-]+", flags[name])), (name, flags[name])
@@ -340,8 +346,8 @@ def test_captions_may_name_special_tokens(parts, tmp_path):
     lines = [json.loads(line) for line in open(parts / "prompts.jsonl")]
     (tmp_path / "prompts.jsonl").write_text("".join(
         json.dumps(r | dict(prompt=f"{named} {r['prompt']}")) + "\n" for r in lines))
-    _, row = tiny.play(parts, tmp_path / "b", "--prompts", tmp_path / "prompts.jsonl", "--steps", 1,
-                       "--task", "cot", "--limit", 6)
+    _, row = tiny.play(parts, tmp_path / "b", "--data", tmp_path / "prompts.jsonl", "--steps", 1,
+                       "--task", "cot", "--limit", 6, main=reflect.main)
     assert row["kept"] > 0 and row["words"] > 1
 
 

@@ -28,7 +28,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 import model
 from data import convert
-from model import PRESETS, Unified
+from common.presets import PRESETS
+from model import Unified
 
 SANA = dict(sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
             num_attention_heads=4, attention_head_dim=8, num_cross_attention_heads=2,

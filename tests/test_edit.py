@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import collect, complaint
 from tiny import apart, pictures, same
 
@@ -22,8 +22,12 @@ import model as ours
 import pretrain
 import sample
 import sft
-from model import (PRESETS, Config, SanaDiT, bucket, key, mixture, read_image, shown, sigmas,
-                   to_bucket)
+from common.checkpoint import save_checkpoint
+from common.presets import PRESETS, Config, reference_ways
+from common.read import bucket, mixture, read_image, to_bucket
+from common.run import key
+from common.sana import SanaDiT
+from model import build_dit, sigmas
 
 TEXTS = ["add a red circle", "remove the blue star", "move the ring above the heart"]
 SANA = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=4, sample_size=16,
@@ -115,14 +119,14 @@ def test_sana_edits(parts, cfg, tmp_path):
     plain = SanaDiT(**SANA | dict(ref="none"))
     tiny.randomise(plain)
     (tmp_path / "dit").mkdir()
-    ours.save_file(plain.state_dict(), tmp_path / "dit/diffusion_pytorch_model.safetensors")
+    save_file(plain.state_dict(), tmp_path / "dit/diffusion_pytorch_model.safetensors")
     (tmp_path / "dit/config.json").write_text(json.dumps({k: v for k, v in SANA.items()
                                                           if k != "ref"}))
     old = replace(cfg, mmdit={}, dit=str(tmp_path / "dit"), sana=SANA | dict(ref="none"),
                   bridge="lim", keep="query", layers=(1, 2), refs="dit")
     m = tiny.build(old)
-    ours.save_checkpoint(tmp_path / "old", {k: v for k, v in m.state_dict().items()
-                                            if k.startswith(("dit", "bridge"))}, old, 0)
+    save_checkpoint(tmp_path / "old", {k: v for k, v in m.state_dict().items()
+                                       if k.startswith(("dit", "bridge"))}, old, 0)
     m = tiny.build(replace(old, sana=SANA), init=tmp_path / "old")
     x, rows = m.noise(range(3)), [r[:1] for r in ROWS]
     blind = m.velocity(x, 0.5, [(1.0, m.encode(TEXTS, rows, "edit"))])
@@ -134,14 +138,16 @@ def test_sana_edits(parts, cfg, tmp_path):
 
 
 def test_presets_that_edit():
+    with torch.device("meta"):
+        dits = {n: build_dit(c) for n, c in PRESETS.items()}
     one = {"unipic2-kontext": {"dit"}, "parauni": {"vlm"}, "openuni": {"vlm"}}
-    assert {n: shown(c) for n, c in PRESETS.items() if c.refs != "none"} == {
+    assert {n: reference_ways(c, dits[n]) for n, c in PRESETS.items() if c.refs != "none"} == {
         n: one.get(n, {"vlm", "dit"}) for n in PRESETS if n != "flow-grpo"}
     for name, refs, words in (("flow-grpo", "none", "images to: dit"),
                               ("unipic2-kontext", "both", "images to: dit"),
                               ("openuni", "dit", "cannot edit with --refs dit"),
                               ("shapes", "eyes", "there are: vlm, dit, both")):
-        assert words in complaint(shown, replace(PRESETS[name], refs=refs))
+        assert words in complaint(reference_ways, replace(PRESETS[name], refs=refs), dits[name])
 
 
 def test_references_are_computed_together(model, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,36 +15,20 @@ from safetensors.torch import load_file, save_file
 from test_cli import complaint, files
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-import eval as judges
+import data.shapes.bench as bench_py
+import data.shapes.world as world_py
+import eval as eval_py
 import sft
-from data.shapes.prepare import (
-    CHAT,
-    HERE,
-    KINDS,
-    edit_scene,
-    render,
-    sample_edit,
-    scene_for,
-    to_tensor,
-    tokenizer,
-)
-from eval import (
-    JUDGE,
-    MODELS,
-    REWARDS,
-    EditReward,
-    bench_edit,
-    edit_table,
-    judge_edit,
-    main,
-    mean_and_error,
-    must_score,
-    read_scored,
-    score,
-    scored_edit,
-    show_table,
-    spearman,
-)
+from common.show import mean_and_error, show_table
+from data.shapes.bench import bench_edit, edit_table
+from data.shapes.judge import check_edit, scored_edit
+from data.shapes.prepare import CHAT, HERE, to_tensor, tokenizer
+from data.shapes.world import KINDS, edit_scene, render, sample_edit, scene_for
+from eval import main, score
+from rewards import find
+from rewards.edit import EditReward, read_scored, spearman
+from rewards.judge import Judge
+from rewards.shared import MODELS, must_score
 
 
 def edits(kind, n, seed=0):
@@ -59,7 +42,7 @@ def torch_image(scene):
 
 def verdicts(images, rows):
     """-> success and preservation (N,) each"""
-    v = [judge_edit(x, e) for x, e in zip(images, rows, strict=True)]
+    v = [check_edit(x, e) for x, e in zip(images, rows, strict=True)]
     return (np.array([x[k] for x in v]) for k in ("success", "preservation"))
 
 
@@ -96,10 +79,10 @@ C = dict(shape="ring", color="green", size=24, x=0, y=32)
 
 def row(kind, target, source=(A, B, C)):
     source, target = list(source), list(target)
-    about = judges.make_meta("scene", [{"class": t["shape"], "count": 1, "color": t["color"]}
+    about = world_py.make_meta("scene", [{"class": t["shape"], "count": 1, "color": t["color"]}
                                        for t in target], "-")
     if kind == "move":
-        about = judges.make_meta("position", [{"class": "circle", "count": 1}, {
+        about = world_py.make_meta("position", [{"class": "circle", "count": 1}, {
             "class": "star", "count": 1, "position": ["right of", 0]}], "-")
     return dict(kind=kind, source=source, target_meta=about, instruction="-")
 
@@ -142,7 +125,7 @@ BELOW, RIGHT = dict(B, x=0), dict(B, x=40, y=0)
     ("moved and recoloured", row("move", (), (A, BELOW)), (A, dict(RIGHT, color="pink")), 1, 1 / 2),
 ])  # fmt: skip
 def test_the_checker_by_hand(name, edit, shown, success, preservation):
-    v = judge_edit(render(shown), edit)
+    v = check_edit(render(shown), edit)
     assert (v["success"], v["preservation"]) == (success, pytest.approx(preservation))
 
 
@@ -151,7 +134,7 @@ def test_nothing_is_no_edit():
     for kind in KINDS:
         for e in edits(kind, 10):
             for image in (noise, np.full((64, 64, 3), 128, np.uint8)):
-                v = judge_edit(image, e)
+                v = check_edit(image, e)
                 assert v["preservation"] == 0 and v["success"] == (kind == "remove")
 
 
@@ -163,7 +146,7 @@ def test_nothing_is_no_edit():
 def held_out(tmp_path, monkeypatch):
     rows = [e for kind in KINDS for e in edits(kind, 8)]
     (tmp_path / "edit_eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in rows))
-    monkeypatch.setattr(judges, "PROMPTS", tmp_path)
+    monkeypatch.setattr(bench_py, "PROMPTS", tmp_path)
     return rows
 
 
@@ -246,7 +229,7 @@ def test_command_line(held_out, tmp_path, monkeypatch, capsys):
             asked.append((guidance, image_guidance, tuple(seeds)))
             return (edit(says, images, seeds) if guidance > 1 else
                     torch.stack([x for (x,) in images]))
-    monkeypatch.setattr(judges, "Unified", Painter)
+    monkeypatch.setattr(eval_py, "Unified", Painter)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["eval.py", "--bench", "shapes-edit", *flags])
@@ -290,14 +273,16 @@ def batch(n=4):
 
 def test_edit_and_clip_image():
     images, metas = batch(9)
-    R, W, names = score(images, metas, 1, {"*": dict(edit=1, clip_image=1)})
-    assert names == ["edit", "clip_image"] and W.all() and not R.isnan().any()
+    scores = score(images, metas, {"*": dict(edit=1, clip_image=1)})
+    R = scores.values
+    assert scores.names == ["edit", "clip_image"]
+    assert scores.weights.all() and not R.isnan().any()
     assert (R[::3, 0] == 1).all() and (R[1::3, 0] == 0).all() and R[2::3, 0].mean() < 0.5
     torch.testing.assert_close(R[1::3, 1], torch.ones(3))        # the source is like itself
     assert R[[0, 2], 1].max() < 0.999
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    again = score(images[order] / 255, [metas[i] for i in order], 1, {"*": dict(
-        edit=1, clip_image=1)})[0]
+    again = score(images[order] / 255, [metas[i] for i in order], {"*": dict(
+        edit=1, clip_image=1)}).values
     torch.testing.assert_close(again, R[order])
 
 
@@ -311,13 +296,13 @@ def test_what_cannot_be_scored():
         with pytest.raises(ValueError, match=rf"line 7: reward '{name}' needs `{field}`"):
             must_score([name, "clip_image"], [metas[0], poor])
         if name in ("edit", "clip_direction"):
-            R = REWARDS[name](images, [metas[0], poor, metas[2]], 1)
+            R = find(name)(images, [metas[0], poor, metas[2]])
             assert R.isnan().tolist() == [False, True, False]
-        assert REWARDS[name](images, [{}] * 3, 1).isnan().all()
+        judge = [Judge()] * (name == "edit_judge")
+        assert find(name)(images, [{}] * 3, *judge).isnan().all()
     with pytest.raises(ValueError, match="`source`, a scene"):
         must_score(["edit"], [dict(metas[0], source="cat.png")])
-    assert REWARDS["clip_image"](images, [{}, metas[1], {}], 1).isnan().tolist() == [True, False,
-                                                                                   True]
+    assert find("clip_image")(images, [{}, metas[1], {}]).isnan().tolist() == [True, False, True]
 
 
 def test_edit_judge(monkeypatch):
@@ -325,21 +310,20 @@ def test_edit_judge(monkeypatch):
     images, metas = batch(3)
     asked = []
 
-    def answers(questions):
+    def answers(self, questions):
         asked.extend(questions)
         return ["4", "hm", "5", "2", "3", "1"][: len(questions)]
-    monkeypatch.setattr(judges, "ask_all", answers)
-    monkeypatch.setattr(judges, "JUDGE", replace(JUDGE, model="someone's"))
-    R = REWARDS["edit_judge"](images, metas, 1)
+    monkeypatch.setattr(Judge, "ask_all", answers)
+    R = find("edit_judge")(images, metas, Judge("someone's"))
     assert R[1].isnan() and R[[0, 2]].tolist() == pytest.approx([2 / 5, 1 / 5])
     assert len(asked) == 6 and all(len(shown) == 2 for shown, _ in asked)
     (old, new), text = asked[2]
     assert (old == render(metas[2]["source"])).all() and metas[2]["instruction"] in text
     assert (new == images[2].permute(1, 2, 0).numpy()).all()
     asked.clear()
-    monkeypatch.setattr(judges, "JUDGE", replace(JUDGE, model=""))
-    monkeypatch.setattr(judges, "ask_all", lambda q: asked.extend(q) or ["yes", "no, a", "?"])
-    R = REWARDS["edit_judge"](images, metas, 1)
+    monkeypatch.setattr(Judge, "ask_all", lambda self, questions: asked.extend(questions) or [
+        "yes", "no, a", "?"])
+    R = find("edit_judge")(images, metas, Judge())
     assert R[:2].tolist() == [1, 0] and R[2].isnan()
     assert asked[0][1] == f"Does the image match the prompt: {metas[0]['target_meta']['prompt']}?"
     assert [len(shown) for shown, _ in asked] == [1] * 3
@@ -415,13 +399,12 @@ def test_train_reward(parts, eye, tmp_path, monkeypatch, rank):
     save_file(dict(weight=torch.randn(1, 32), bias=torch.ones(1)), head)
     monkeypatch.setitem(MODELS, "edit_model", str(tmp_path / "run/ckpt"))
     images, metas = batch(5)
-    R = REWARDS["edit_model"](images, metas, 1)
+    R = find("edit_model")(images, metas)
     want = EditReward(tmp_path / "run/ckpt").eval()(
         [render(m["source"]) for m in metas], list(images.permute(0, 2, 3, 1).numpy()),
         [m["instruction"] for m in metas])
     torch.testing.assert_close(R, want.detach(), atol=1e-4, rtol=1e-4)
-    alone = torch.cat([REWARDS["edit_model"](images[i : i + 1], metas[i : i + 1], 1)
-                       for i in range(5)])
+    alone = torch.cat([find("edit_model")(images[i : i + 1], metas[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(alone, R, atol=0.1, rtol=0.02)    # bf16
     assert R.dtype == torch.float32 and R.std() > 0.02
 
@@ -460,7 +443,7 @@ def test_reward_of_a_file(parts, eye, tmp_path):
 def test_no_model_of_edits(monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "edit_model", str(tmp_path))
     images, metas = batch(1)
-    assert "sft.py --task reward" in complaint(REWARDS["edit_model"], images, metas, 1)
+    assert "sft.py --task reward" in complaint(find("edit_model"), images, metas)
 
 
 def test_it_reads_all_three():

@@ -1,6 +1,5 @@
 """Judges are tested against the truth: the scene that was rendered, or boxes written by hand."""
 
-import argparse
 import json
 import math
 import random
@@ -10,32 +9,15 @@ import pytest
 import torch
 from scipy import ndimage
 
-import eval as judges
-from data.shapes.prepare import (
-    SHAPES,
-    TAGS,
-    place,
-    relation,
-    render,
-    sample_meta,
-    scene_for,
-)
-from eval import (
-    bench_shapes,
-    evaluate,
-    extra_objects,
-    grid,
-    held_out_score,
-    judge,
-    main,
-    mean_and_error,
-    parse_weights,
-    read_prompts,
-    read_sign,
-    score,
-    spread,
-    text_match,
-)
+import data.shapes.bench as bench_py
+import eval as eval_py
+from common.show import grid, mean_and_error, spread
+from data.shapes.bench import bench_shapes
+from data.shapes.judge import check, evaluate, extra_objects, read_sign, text_match
+from data.shapes.world import SHAPES, TAGS, place, relation, render, sample_meta, scene_for
+from eval import (Scores, check_scored, held_out_score, main, parse_weights, read_prompts,
+                  score)
+from rewards import REWARDS
 
 
 def thing(name, color="red", x=0, y=0, score=0.9, size=10):
@@ -152,7 +134,7 @@ def drawn(tag, n, seed=0, unseen=False):
 def test_a_right_scene_is_right(tag):
     for meta, image in zip(*drawn(tag, 60)):
         want = dict(correct=True, strict=True, partial=1, extra=0)
-        assert judge(image, meta) == want, meta
+        assert check(image, meta) == want, meta
 
 
 def test_an_extra_object():
@@ -162,7 +144,7 @@ def test_an_extra_object():
         while scene is None:                                     # until there is room for another
             scene = scene_for(meta, rng)
             scene = place([dict(scene[0], size=16)], rng, keep=scene)
-        v = judge(render(scene), meta)
+        v = check(render(scene), meta)
         assert (v["correct"], v["strict"], v["extra"]) == (correct, False, 1)
 
 
@@ -170,7 +152,7 @@ def test_swapped_objects():
     rng = random.Random(2)
     meta = sample_meta("position", rng)
     a, b = scene_for(meta, rng)
-    v = judge(render([dict(a, shape=b["shape"]), dict(b, shape=a["shape"])]), meta)
+    v = check(render([dict(a, shape=b["shape"]), dict(b, shape=a["shape"])]), meta)
     assert v == dict(correct=False, strict=False, partial=pytest.approx(2 / 3), extra=0)
 
 
@@ -180,10 +162,10 @@ def test_nothing_scores_nothing_and_a_collage_is_seen():
     for tag in [*TAGS, "text"]:
         meta = sample_meta(tag, random.Random(3))
         for image in [*noise, *blank]:
-            assert judge(image, meta) == dict(correct=False, strict=False, partial=0, extra=0)
+            assert check(image, meta) == dict(correct=False, strict=False, partial=0, extra=0)
     collage = render([dict(shape=s, color="red", size=16, x=2 + 20 * (i % 3), y=2 + 20 * (i // 3))
                       for i, s in enumerate(SHAPES)])
-    v = judge(collage, sample_meta("two_object", random.Random(4)))
+    v = check(collage, sample_meta("two_object", random.Random(4)))
     assert v["correct"] and v["strict"] and v["extra"] == 6      # only `extra` notices
 
 
@@ -215,22 +197,24 @@ MODELLED = {"clip", "clip_direction", "pickscore", "aesthetic", "hpsv2", "prefer
 def test_jpeg():
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     images = torch_images([np.full((512, 512, 3), 128, np.uint8), noise])
-    R, _, names = score(images, [{}, {}], 1, {"*": {n: 1 for n in judges.REWARDS if "jpeg" in n}})
-    assert names == ["jpeg_compressibility", "jpeg_incompressibility"]
+    scores = score(images, [{}, {}], {"*": {n: 1 for n in REWARDS if "jpeg" in n}})
+    R = scores.values
+    assert scores.names == ["jpeg_compressibility", "jpeg_incompressibility"]
     assert R[:, 0].tolist() == pytest.approx([-0.0094, -0.62], rel=0.02)
     assert R[:, 1].tolist() == pytest.approx([4.7, 310], rel=0.02)            # kB
 
 
 def test_a_reward_that_is_not_finite_has_failed(monkeypatch):
     """One place turns it into NaN, so that it moves nothing and is counted."""
-    monkeypatch.setitem(judges.REWARDS, "odd", lambda images, metas, group: torch.tensor(
+    monkeypatch.setitem(REWARDS, "odd", lambda images, metas: torch.tensor(
         [math.inf, -math.inf, math.nan, 2.0]))
-    R, W, names = score(torch_images([np.zeros((64, 64, 3), np.uint8)] * 4), [{}] * 4, 2,
-                        {"*": dict(odd=1.0)})
+    scores = score(torch_images([np.zeros((64, 64, 3), np.uint8)] * 4), [{}] * 4,
+                   {"*": dict(odd=1.0)})
+    R, W = scores.values, scores.weights
     assert R[:, 0].isnan().tolist() == [True] * 3 + [False] and R[3, 0] == 2
-    row = judges.check_scored(R, W, names, {}, argparse.Namespace(max_failed=0.8), 0, "its.jsonl")
-    assert row == dict(failed_odd=0.75)
-    assert held_out_score(R, W) == dict(score=2.0) and held_out_score(R[:3], W[:3]) == {}
+    assert check_scored(scores, 0.8, 0, "its.jsonl") == dict(failed_odd=0.75)
+    assert held_out_score(scores) == dict(score=2.0)
+    assert held_out_score(Scores(R[:3], W[:3], scores.names)) == {}
 
 
 def mixed(seed=0):
@@ -244,17 +228,18 @@ def mixed(seed=0):
 
 def test_rewards_do_not_depend_on_batch_order_or_dtype():
     images, metas = mixed()
-    weights = {"*": dict.fromkeys(judges.REWARDS.keys() - MODELLED, 1.0)}
-    R, W, names = score(images, metas, 2, weights)
+    weights = {"*": dict.fromkeys(REWARDS.keys() - MODELLED, 1.0)}
+    scores = score(images, metas, weights)
+    R, W, names = scores.values, scores.weights, scores.names
     assert R.shape == W.shape == (len(metas), 5) and R.dtype == torch.float32 and W.all()
     assert 0 < R[:, names.index("geneval")].mean() < 1           # some right, some wrong
     same = dict(rtol=0, atol=0, equal_nan=True)
-    floats = score(images / 255, metas, 2, weights)[0]
+    floats = score(images / 255, metas, weights).values
     torch.testing.assert_close(floats, R, **same)
     order = torch.randperm(len(metas), generator=torch.Generator().manual_seed(0))
-    shuffled = score(images[order], [metas[i] for i in order], 1, weights)[0]
+    shuffled = score(images[order], [metas[i] for i in order], weights).values
     torch.testing.assert_close(shuffled, R[order], **same)
-    alone = torch.cat([score(images[i : i + 1], metas[i : i + 1], 1, weights)[0]
+    alone = torch.cat([score(images[i : i + 1], metas[i : i + 1], weights).values
                        for i in range(len(metas))])
     torch.testing.assert_close(alone, R, **same)
 
@@ -263,27 +248,30 @@ def test_score_weights():
     images, metas = mixed()
     weights = {"*": {"geneval": 0.8, "ocr": 0.0}, "text": {"ocr": 0.7, "geneval": 0.3},
                "counting": {"jpeg_compressibility": 1.0}}
-    R, W, names = score(images, metas, 2, weights)
-    assert names == ["geneval", "ocr", "jpeg_compressibility"]
+    scores = score(images, metas, weights)
+    R, W = scores.values, scores.weights
+    assert scores.names == ["geneval", "ocr", "jpeg_compressibility"]
     tags = [m["tag"] for m in metas]
     for tag, expect in [("colors", [0.8, 0, 0]), ("text", [0.3, 0.7, 0]), ("counting", [0, 0, 1])]:
         i = tags.index(tag)
         assert W[i].tolist() == pytest.approx(expect)
         assert R[i].isnan().tolist() == [w == 0 for w in expect]     # run only where it counts
     metas[0] = dict(metas[0], category="text")                       # category before tag
-    assert score(images, metas, 1, weights)[1][0].tolist() == pytest.approx([0.3, 0.7, 0])
+    assert score(images, metas, weights).weights[0].tolist() == pytest.approx([0.3, 0.7, 0])
     # What cannot be judged is NaN with its weight on, not 0.
-    R, W, _ = score(images[:2], [{"prompt": "a cat"}, metas[1]], 1, {"*": {"geneval": 1, "ocr": 1}})
-    assert R.isnan().tolist() == [[True, True], [False, True]] and W.all()
+    scores = score(images[:2], [{"prompt": "a cat"}, metas[1]], {"*": {"geneval": 1, "ocr": 1}})
+    assert scores.values.isnan().tolist() == [[True, True], [False, True]]
+    assert scores.weights.all()
 
 
 def test_score_refuses():
     images, metas = mixed()
-    for weights, group, words in [({"*": {"beauty": 1}}, 1, "beauty.*geneval, geneval_strict"),
-                                  ({"text": {"ocr": 1}}, 1, "single_object"),
-                                  ({"*": {"geneval": 1}}, 4, "groups of 4")]:
+    n = len(metas)
+    for weights, rows, words in [({"*": {"beauty": 1}}, n, "beauty.*geneval, geneval_strict"),
+                                 ({"text": {"ocr": 1}}, n, "single_object"),
+                                 ({"*": {"geneval": 1}}, 4, f"{n} images, 4 prompts")]:
         with pytest.raises(ValueError, match=words):
-            score(images, metas, group, weights)
+            score(images, metas[:rows], weights)
 
 
 def test_parse_weights():
@@ -322,7 +310,7 @@ def prompts(tmp_path, monkeypatch):
             "unseen": [sample_meta(t, rng, unseen=True) for t in ("colors", "counting")]}
     for name, r in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(m) + "\n" for m in r))
-    monkeypatch.setattr(judges, "PROMPTS", tmp_path)
+    monkeypatch.setattr(bench_py, "PROMPTS", tmp_path)
     return rows
 
 
@@ -348,7 +336,7 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
         load = classmethod(lambda cls, *path, **parts: cls())
         to = slim = lambda self, device: self
         draw = staticmethod(lambda *args: draw(*args[:2]))
-    monkeypatch.setattr(judges, "Unified", Painter)
+    monkeypatch.setattr(eval_py, "Unified", Painter)
     monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])
     main()                                               # the command line finds the same
     assert "extra_rate" in capsys.readouterr().out

@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from test_cli import complaint
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-import eval as judges
+import common.presets as presets_py
+import eval as eval_py
 import grpo
 import model
-from data.shapes.prepare import COLORS, MASKS, PALETTE, RELATIONS, TAGS, article, render
-from eval import COCO, COCO_THRESHOLDS, evaluate, judge, read_prompts, score
+import rewards.geneval as geneval_py
+from data.shapes.judge import evaluate
+from data.shapes.world import COLORS, MASKS, PALETTE, RELATIONS, TAGS, article, render
+from eval import read_prompts, score
+from rewards.geneval import COCO, COCO_THRESHOLDS, check, mask2former
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,7 +112,7 @@ def official(found, meta):
 
 def test_rule_against_a_second_writing():
     rng, outcomes = random.Random(0), Counter()
-    lines = list(map(json.loads, judges.geneval_prompts()))
+    lines = list(map(json.loads, geneval_py.geneval_prompts()))
     for _ in range(6000):
         meta = rng.choice(lines)
         names = [w["class"] for w in meta["include"]] * 2 + ["zebra"]
@@ -159,14 +163,14 @@ def detector(tmp_path_factory):
 @pytest.fixture
 def real(detector, monkeypatch):
     """The real path with small parts: the tiny detector, the classroom's CLIP."""
-    monkeypatch.setattr(judges, "DETECTOR", str(detector))
-    monkeypatch.setattr(judges, "COLOR_CLIP", (f"local-dir:{tiny.ROOT}/data/shapes/clip", None))
+    monkeypatch.setattr(geneval_py, "DETECTOR", str(detector))
+    monkeypatch.setattr(geneval_py, "COLOR_CLIP", (f"local-dir:{tiny.ROOT}/data/shapes/clip", None))
 
 
 @pytest.fixture
 def small(real, monkeypatch):
     """The same at 96 pixels in place of 800, where only speed matters."""
-    see = judges.mask2former(judges.DETECTOR)[0]
+    see = mask2former(geneval_py.DETECTOR)[0]
     monkeypatch.setattr(see, "size", type(see.size)(shortest_edge=96, longest_edge=160))
 
 
@@ -210,14 +214,14 @@ def slow_detect(names, masks, seen, padded, size):
 
 def test_detector_against_slow_arithmetic(real):
     """Padding, both resizes, thresholds, the 16 best: at the real 800 and 1333 pixels."""
-    see, net = judges.mask2former(judges.DETECTOR)
+    see, net = mask2former(geneval_py.DETECTOR)
     kept, everything = [], []
     hook = net.register_forward_hook(lambda m, a, kw, out: kept.append((kw["pixel_values"], out)),
                                      with_kwargs=True)
     for (H, W), seen, padded in [((64, 90), (800, 1125), (800, 1152)),
                                  ((120, 30), (1333, 333), (1344, 352))]:
         images = np.stack([blocks(H, W, 0)])
-        (found,) = judges.detect_coco(images)
+        (found,) = geneval_py.detect_coco(images)
         x, out = kept.pop()
         assert x.shape[2:] == padded
         # The network sees the picture, resized, in ImageNet's units, and zeros to the right, below.
@@ -248,7 +252,7 @@ def test_detector_against_slow_arithmetic(real):
 def test_a_photo_is_judged_by_what_is_detected(small):
     """Counts, thresholds and places of the verdict are those of the detections."""
     image = blocks(64, 64, 1)
-    (found,) = judges.detect_coco(image[None])
+    (found,) = geneval_py.detect_coco(image[None])
     sure = Counter(f["class"] for f in found if f["score"] > 0.9)
     seen = Counter(f["class"] for f in found)
     name = next(k for k in seen if 2 <= seen[k] and 1 <= sure[k] < seen[k])
@@ -256,31 +260,31 @@ def test_a_photo_is_judged_by_what_is_detected(small):
 
     def count(n):
         return row("counting", (name, n), exclude=[{"class": name, "count": n + 1}], prompt="")
-    assert judge(image, count(n)) == dict(correct=True, strict=True, partial=1,
+    assert check(image, count(n)) == dict(correct=True, strict=True, partial=1,
                                           extra=len(found) - n)
-    assert not judge(image, count(n + 1))["correct"]               # the unsure do not count ...
-    v = judge(image, row("two_object", (name, seen[name])))
+    assert not check(image, count(n + 1))["correct"]               # the unsure do not count ...
+    v = check(image, row("two_object", (name, seen[name])))
     assert v["strict"] and v["extra"] == len(found) - seen[name]   # ... outside `counting`, they do
     absent = next(c for c in COCO if c not in seen)
-    v = judge(image, row("two_object", (name, seen[name]), (absent, 1)))
+    v = check(image, row("two_object", (name, seen[name]), (absent, 1)))
     assert not v["correct"] and v["partial"] == 0.5
 
 
 def test_rewards_of_both_worlds_in_one_batch(small):
     """A prompt's classes choose its detector; neighbours and float images change nothing."""
     photos = [blocks(64, 64, s) for s in (1, 2)]
-    found = judges.detect_coco(np.stack(photos))
+    found = geneval_py.detect_coco(np.stack(photos))
     metas = [row("two_object", (f[0]["class"], sum(g["class"] == f[0]["class"] for g in f)))
              for f in found]
     metas.insert(1, row("single_object", ("star", 1)))
     images = [photos[0], render([dict(shape="star", color="red", size=20, x=20, y=20)]), photos[1]]
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     weights = {"*": {"geneval": 1, "geneval_strict": 1}}
-    assert score(images, metas, 1, weights)[0].tolist() == [[1, 1]] * 3
-    assert score(images / 255, metas, 1, weights)[0].tolist() == [[1, 1]] * 3
-    swapped = score(images.flip(0), metas, 1, weights)[0]
+    assert score(images, metas, weights).values.tolist() == [[1, 1]] * 3
+    assert score(images / 255, metas, weights).values.tolist() == [[1, 1]] * 3
+    swapped = score(images.flip(0), metas, weights).values
     assert swapped[1].tolist() == [1, 1] and swapped[:, 1].tolist() == [0, 1, 0]
-    bare = score(images, [{"prompt": "a cat"}, *metas[1:]], 1, weights)[0]
+    bare = score(images, [{"prompt": "a cat"}, *metas[1:]], weights).values
     assert bare[0].isnan().all() and bare[1:].tolist() == [[1, 1]] * 2
 
 
@@ -292,22 +296,22 @@ def test_photos_keep_their_places(monkeypatch):
         sizes.append(len(images))
         assert all(m["k"] == x[0, 0, 0] for x, m in zip(images, metas))
         return [dict(partial=m["k"] / 100) for m in metas]
-    monkeypatch.setattr(judges, "judge_photos", judged)
+    monkeypatch.setattr(geneval_py, "check_photos", judged)
     metas = [dict(row("single_object", ("cat", 1)), k=k) if k % 3 else dict(k=k) for k in range(30)]
     images = torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1).expand(30, 3, 64, 64)
-    R = judges.geneval(images, metas, 1)
+    R = geneval_py.geneval(images, metas)
     assert sizes == [8, 8, 4] and R.isnan().tolist() == [k % 3 == 0 for k in range(30)]
     assert all(R[k] == pytest.approx(k / 100) for k in range(30) if k % 3)
 
 
 def test_nothing_detected(small, monkeypatch):
     """No query above the threshold: no objects, and nothing breaks."""
-    net = judges.mask2former(judges.DETECTOR)[1]
+    net = mask2former(geneval_py.DETECTOR)[1]
     monkeypatch.setitem(net.class_predictor._parameters, "bias", torch.nn.Parameter(
         torch.cat([torch.zeros(80), torch.full((1,), 1e3)])))
     image = blocks(64, 64, 1)
-    assert judges.detect_coco(image[None]) == [[]]
-    v = judge(image, row("colors", ("cat", 1, "red")))
+    assert geneval_py.detect_coco(image[None]) == [[]]
+    v = check(image, row("colors", ("cat", 1, "red")))
     assert v == dict(correct=False, strict=False, partial=0, extra=0)
 
 
@@ -316,14 +320,14 @@ def test_a_detector_that_does_not_fit(detector, tmp_path):
     (tmp_path / "config.json").write_text((detector / "config.json").read_text())
     save_file({k: v for k, v in tensors.items() if k != "class_predictor.bias"},
               tmp_path / "model.safetensors", {"format": "pt"})
-    assert "class_predictor.bias" in complaint(judges.mask2former, str(tmp_path))
+    assert "class_predictor.bias" in complaint(mask2former, str(tmp_path))
     config = json.loads((detector / "config.json").read_text())
     config["id2label"] = {str(i): str(i) for i in range(79)}
     config["label2id"] = {str(i): i for i in range(79)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({k: v[:80] if "class_predictor" in k else v[:80] if "empty" in k else v
                for k, v in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert "knows 79 classes, not COCO's 80" in complaint(judges.mask2former, str(tmp_path))
+    assert "knows 79 classes, not COCO's 80" in complaint(mask2former, str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,8 +344,8 @@ def painted(shape, color, x, y, image, size=24):
 
 
 def test_colors_against_slow_arithmetic(real):
-    clip, _, prepare = open_clip.create_model_and_transforms(judges.COLOR_CLIP[0])
-    words = open_clip.get_tokenizer(judges.COLOR_CLIP[0])
+    clip, _, prepare = open_clip.create_model_and_transforms(geneval_py.COLOR_CLIP[0])
+    words = open_clip.get_tokenizer(geneval_py.COLOR_CLIP[0])
     names, truth = [], []
     rng = random.Random(0)
     for k, color in enumerate(COLORS * 2):
@@ -349,7 +353,7 @@ def test_colors_against_slow_arithmetic(real):
         image = blocks(80, 120, k)                     # loud, but none of it is the thing
         things = [painted(shape, color, rng.randint(0, 30), rng.randint(0, 50), image),
                   painted(shape, rng.choice(COLORS), rng.randint(60, 90), 40, image)]
-        judges.name_colors(image, things)
+        geneval_py.name_colors(image, things)
         truth.append(color)
         names.append(things[0]["color"])
         with torch.no_grad():
@@ -379,13 +383,13 @@ def test_colors_of_a_photo(real, monkeypatch):
     image, asked = np.full((64, 64, 3), 90, np.uint8), []
     a, b, c = (painted(*about, image, size=16) for about in [
         ("square", "green", 4, 4), ("circle", "pink", 36, 4), ("circle", "purple", 36, 40)])
-    found, name_colors = [a, b], judges.name_colors
-    monkeypatch.setattr(judges, "detect_coco", lambda images: [list(found) for _ in images])
-    monkeypatch.setattr(judges, "name_colors", lambda image, things: (
+    found, name_colors = [a, b], geneval_py.name_colors
+    monkeypatch.setattr(geneval_py, "detect_coco", lambda images: [list(found) for _ in images])
+    monkeypatch.setattr(geneval_py, "name_colors", lambda image, things: (
         asked.extend(t["class"] for t in things), name_colors(image, things)))
 
     def judged(tag, *include):
-        return judges.judge_photos(image[None], [row(tag, *include)])[0]
+        return geneval_py.check_photos(image[None], [row(tag, *include)])[0]
     assert judged("two_object", ("square", 1), ("circle", 1))["strict"] and asked == []
     assert judged("colors", ("square", 1, "green"))["strict"] and asked == ["square"]
     assert judged("color_attr", ("square", 1, "green"), ("circle", 1, "pink"))["strict"]
@@ -399,7 +403,7 @@ def test_colors_of_a_photo(real, monkeypatch):
 
 
 def test_the_real_clip_has_its_gelu():
-    name, tag = judges.COLOR_CLIP
+    name, tag = geneval_py.COLOR_CLIP
     assert open_clip.get_model_config(name)["quick_gelu"]
     assert tag == "openai" and tag in open_clip.list_pretrained_tags_by_model(name)
 
@@ -420,7 +424,7 @@ def test_names_are_cocos_with_three_renamed():
 
 def test_test_prompts(tmp_path, capsys):
     path = tmp_path / "test.jsonl"
-    judges.write_prompts("geneval", str(path))
+    eval_py.write_prompts("geneval", str(path))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == (
         "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13")
     assert "553 prompts" in capsys.readouterr().out
@@ -431,7 +435,7 @@ def test_test_prompts(tmp_path, capsys):
 @pytest.fixture(scope="session")
 def training(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
-    judges.write_prompts("geneval-train", str(path))
+    eval_py.write_prompts("geneval-train", str(path))
     return path
 
 
@@ -458,7 +462,7 @@ def test_training_prompts(training):
         assert abs(tags.pop(tag) - 50_000 * share / 17) <= 7
     assert not tags                                              # no single_object
     words = {r["prompt"] for r in rows}
-    tested = [swaps(json.loads(line)) for line in judges.geneval_prompts()]
+    tested = [swaps(json.loads(line)) for line in geneval_py.geneval_prompts()]
     assert sum(map(len, tested)) > 1500
     assert not words & {f"a photo of {t}" for ts in tested for t in ts}
     assert len({r["prompt"] for r in rows if r["tag"] == "counting"}) == 240 - 80   # all others
@@ -482,15 +486,15 @@ def test_write_prompts_refuses(tmp_path, monkeypatch):
                         (["geneval", tmp_path / "no/x"], "no folder"),
                         (["geneval", tmp_path / "x", "--seed"], "takes one of")]:
         monkeypatch.setattr(sys, "argv", ["eval.py", "--write-prompts", *map(str, argv)])
-        assert words in complaint(judges.main)
+        assert words in complaint(eval_py.main)
     assert old.read_text() == "mine" and list(tmp_path.iterdir()) == [old]
 
 
 def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp_path, monkeypatch):
     """Of photos; not where another reward is trained, nor by a test prompt that is trained, too."""
-    monkeypatch.setitem(model.PRESETS, "photos", model.Config(
+    monkeypatch.setitem(presets_py.PRESETS, "photos", presets_py.Config(
         **json.loads((parts / "config.json").read_text()) | dict(preset="photos")))
-    tests = list(map(json.loads, judges.geneval_prompts()))
+    tests = list(map(json.loads, geneval_py.geneval_prompts()))
     few = tmp_path / "few.jsonl"
     few.write_text("".join(training.read_text().splitlines(True)[:3]) + json.dumps(tests[0]) + "\n")
     seen, real = [], grpo.score
@@ -502,7 +506,7 @@ def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp
     flags = ["--preset", "photos", "--init", parts / "dit", "--steps", 1, "--prompts", few,
              "--B", 2, "--G", 2]
     log = tiny.play(parts, tmp_path / "a", *flags, "--reward", "geneval")
-    looks = [inputs[1] for inputs in seen if inputs[2] == 1]
+    looks = [inputs[1] for inputs in seen if not any("group" in m for m in inputs[1])]
     assert len(looks) == 2 and len(looks[0]) == 16 and looks[0] == looks[1]
     assert all(m in tests[1:] for m in looks[0]) and {m["tag"] for m in looks[0]} == {*TAGS}
     assert all(0 <= r["score"] <= 1 for r in log)
@@ -516,9 +520,9 @@ def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp
 
 def four(monkeypatch):
     """GenEval of four prompts, one per line."""
-    lines = judges.geneval_prompts()
+    lines = geneval_py.geneval_prompts()
     lines = [lines[i] for i in (0, 200, 300, 500)]
-    monkeypatch.setattr(judges, "geneval_prompts", lambda: lines)
+    monkeypatch.setattr(eval_py, "geneval_prompts", lambda: lines)
     return lines
 
 
@@ -533,7 +537,7 @@ def test_folders_and_resume(tmp_path, monkeypatch):
 
     def draw(out, rank=0, world=1, **changes):
         drawn.clear()
-        judges.draw_geneval(lambda p, s: painter(p, s, drawn), out, 5, rank, world,
+        eval_py.draw_geneval(lambda p, s: painter(p, s, drawn), out, 5, rank, world,
                             recipe | changes)
     out = tmp_path / "a"
     draw(out)
@@ -574,14 +578,14 @@ def test_folders_and_resume(tmp_path, monkeypatch):
 def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     """A tiny model draws, the detector judges; the same folder scored once more says the same."""
     four(monkeypatch)
-    monkeypatch.setitem(model.PRESETS, "shapes", model.Config(
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", presets_py.Config(
         **json.loads((parts / "config.json").read_text())))
     monkeypatch.setattr(model, "has_bf16", lambda: False)
 
     def run(out, *flags):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "geneval", "--out",
                                           *map(str, (out, *flags))])
-        judges.main()
+        eval_py.main()
         return json.loads((out / "results.json").read_text())
     out, mine = tmp_path / "run", ("--init", parts / "sft", "--steps", 2)
     first = run(out, *mine)
@@ -605,7 +609,7 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
 def test_scores_are_those_of_the_images(small, tmp_path):
     """Another's folder, with unequal tags: the mean of tag means, clustered by prompt."""
     image = blocks(60, 90, 1)
-    (found,) = judges.detect_coco(image[None])
+    (found,) = geneval_py.detect_coco(image[None])
     there = found[0]["class"]
     n = sum(f["class"] == there for f in found)
     absent = next(c for c in COCO if c not in [f["class"] for f in found])
@@ -620,7 +624,7 @@ def test_scores_are_those_of_the_images(small, tmp_path):
             Image.fromarray(image).save(home / f"samples/{k:04d}.png")
         Image.fromarray(image).save(home / "grid.png")
     (tmp_path / "notes").mkdir()
-    r = judges.score_geneval(tmp_path)
+    r = eval_py.score_geneval(tmp_path)
     assert r["images"] == 5 and r["two_object"] == 0.75 and r["colors"] == 0
     assert r["score"] == pytest.approx(0.375)                    # not 3 of 5
     e = np.array([0.5, -0.75, 0.25])                             # of three prompts, a drawn twice
@@ -632,13 +636,13 @@ def test_scores_are_those_of_the_images(small, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.rot90(image).copy()).save(tmp_path / "00000/samples/0000.png", exif=exif)
-    assert judges.score_geneval(tmp_path) == r
+    assert eval_py.score_geneval(tmp_path) == r
 
 
 def test_bad_folders(tmp_path, monkeypatch):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "geneval", *map(str, flags)])
-        return complaint(judges.main)
+        return complaint(eval_py.main)
     out, home = tmp_path / "x", tmp_path / "x/00000"
     assert "needs --out" in run("--init", "")
     assert "holds no images in GenEval's layout" in run("--init", "", "--out", out)

@@ -14,10 +14,14 @@ from test_cli import complaint, files
 from torch.distributions import Normal, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import common.presets as presets_py
+import common.rl as rl_py
 import grpo
-import model as model_py
-from grpo import Args, group_advantage, rollout, surrogate
-from model import Config, Ema, MMDiT, key, sde_step, sigmas
+from grpo import Anchor, Args, group_advantage, surrogate
+from common.checkpoint import Ema
+from common.presets import KERNELS, Config
+from common.run import key
+from model import Branches, MMDiT, rollout, sde_step, sigmas
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue stars and a green ring", "x"]
 G = 4
@@ -39,18 +43,21 @@ def case(model, **changes):
         guided = model.guided(model.encode(PROMPTS), args.guidance)
     ts, window = sigmas(args.T).tolist(), range(1, 1 + args.window)
     keys = [(key(0, 0, n // G * 100), key(0, 0, n * 100 + 1)) for n in range(len(PROMPTS) * G)]
-    _, xs, old = rollout(model, guided, ts, window, args, keys)
-    assert old.dtype == xs.dtype == torch.float32
+    path = rollout(model, guided, ts, window, keys, args.eta, args.kind, args.shared_noise)
+    assert path.logp.dtype == path.xs.dtype == torch.float32
     A = torch.randn(len(keys), generator=torch.Generator().manual_seed(0))
-    return args, guided, [torch.arange(len(keys)) // G, xs, old, A, ts, window, old.numel(), args]
+    owner = torch.arange(len(keys)) // G
+    return args, guided, [owner, path, A, ts, path.logp.numel(), args]
 
 
 def gradient(model, guided, rest, ref=None):
     """-> largest |ratio - 1| and mean KL, the DiT's gradient as one vector"""
     model.dit.requires_grad_(True)
     model.dit.zero_grad()
-    ratio, kl = surrogate(model, guided, *rest, ref and ((ref, model.bridge), guided)).T
-    assert len(ratio) == rest[2].numel()                    # a row per image and step
+    path, args = rest[1], rest[-1]
+    anchor = ref and Anchor([ref, model.bridge], guided, args.beta, args.kl)
+    ratio, kl = surrogate(model, guided, *rest, anchor).T
+    assert len(ratio) == path.logp.numel()                  # a row per image and step
     return ((ratio - 1).abs().max(), kl.mean()), torch.cat(
         [p.grad.flatten() for p in model.dit.parameters() if p.grad is not None]).clone()
 
@@ -63,7 +70,7 @@ def close(a, b, tol=1e-5):
 # --- the ratio at the first update ---
 
 
-@pytest.mark.parametrize("kind", grpo.KERNELS)
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_first_update_has_ratio_one(model, kind, bf16, monkeypatch):
     monkeypatch.setattr(model, "bf16", bf16)
@@ -71,26 +78,30 @@ def test_first_update_has_ratio_one(model, kind, bf16, monkeypatch):
     args, guided, rest = case(model, kind=kind)
     some = torch.arange(12) % 3 > 0                     # another batch than the rollout's
     for micro in (0, 5):
-        prompt, xs, old, A, *tail = rest[:-1] + [replace(args, micro=micro)]
-        part = [prompt[some], xs[:, some], old[:, some], A[some], *tail]
+        owner, path, A, *tail = rest[:-1] + [replace(args, micro=micro)]
+        part = [owner[some], path.rows(some), A[some], *tail]
         assert gradient(model, guided, part)[0][0] <= limit
 
     # The same test must see a mistake: guidance that differs, log-probs or latents kept in bf16.
     other = model.guided(guided[0][1], 1.5)
     assert gradient(model, other, rest)[0][0] > 10 * limit
     if kind != "cps-simple":         # its log-probs are near 0, where bf16 is fine
-        for bad in ([rest[0], xs, old.bfloat16().float()], [rest[0], xs.bfloat16().float(), old]):
-            assert gradient(model, guided, bad + rest[3:])[0][0] > limit
+        for bad in (dict(logp=path.logp.bfloat16().float()), dict(xs=path.xs.bfloat16().float())):
+            assert gradient(model, guided, [owner, replace(path, **bad), *rest[2:]])[0][0] > limit
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_first_update_of_main_has_ratio_one(parts, tmp_path, bf16):
+def test_first_update_of_main_has_ratio_one(parts, tmp_path, bf16, capsys):
     """The whole path of a user's run: what log.jsonl says after one update."""
     rows = tiny.play(parts, tmp_path / "run", "--steps", 1, "--guidance", 2, bf16=bf16)
     assert [r["step"] for r in rows] == [0, 1]
     assert rows[1]["ratio_off"] <= (Args().clip / 10 if bf16 else 1e-6)
-    assert rows[1]["kept"] == 0.75 and rows[1]["grad_norm"] > 0 and rows[1]["clipped"] == 0
-    assert rows[1]["clip_nats"] == pytest.approx(Args().clip * 4 * 16 * 16)
+    assert rows[1]["kept"] == 0.75 and rows[1]["grad_norm"] > 0
+    clip = Args().clip
+    assert f"--clip {clip} is {clip * 4 * 16 * 16:.3g} nats" in capsys.readouterr().out
+    # With one update nothing can be clipped, without --beta there is no KL: no columns of these.
+    assert not rows[1].keys() & {"clipped", "ratio_low", "ratio_high", "kl_old", "kl", "sft",
+                                 "ldam"}
 
 
 # --- what must not change the gradient ---
@@ -107,7 +118,7 @@ def learned(out):
     """The gradient of a run's only update, out of Adam's first moment, and its norm."""
     state = torch.load(out / "ckpt" / "optim.pt", weights_only=True)["opt"]["state"]
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    return torch.cat([s["exp_avg"].flatten() for s in state.values()]), rows[-1]["grad_norm"]
+    return torch.cat([s["exp_avg"].flatten() for s in state.values()]), rows[-1].get("grad_norm")
 
 
 def test_ranks_and_micro_batches_of_main(parts, tmp_path):
@@ -203,8 +214,8 @@ def test_a_flat_group_has_advantage_exactly_zero(n):
 def test_kl_is_the_gaussians(model):
     """Both forms against torch.distributions, value and gradient; 0 against itself."""
     args, guided, rest = case(model, beta=0.7, kl="mean")
-    prompt, xs, old, A, ts, window, denominator, _ = rest
-    rest[3] = A = torch.zeros_like(A)                      # only the KL is left
+    owner, path, A, ts, total, _ = rest
+    rest[2], xs = torch.zeros_like(A), path.xs             # only the KL is left
     (_, kl), grad = gradient(model, guided, rest, ref=model.dit)
     assert kl == 0 and grad.abs().max() == 0
 
@@ -219,11 +230,11 @@ def test_kl_is_the_gaussians(model):
         assert model.dit is own                            # the reference was only borrowed
         model.dit.zero_grad()
         want = []
-        for k in window:
+        for k in path.window:
             out = []
             for dit in (own, ref):
                 model.dit = dit
-                v = model.velocity(xs[k - 1], ts[k], [(w, c.rows(prompt)) for w, c in guided])
+                v = model.velocity(xs[k - 1], ts[k], guided.rows(owner))
                 _, _, mean, std = sde_step(v, xs[k - 1], ts[k], ts[k + 1], args.eta, x_next=xs[k])
                 out.append((v, Normal(mean, std)))
             model.dit = own
@@ -231,7 +242,7 @@ def test_kl_is_the_gaussians(model):
             want.append(kl_divergence(p, q) if form == "mean" else (v - v_ref) ** 2)
         want = torch.stack(want)                           # (w,N,C,H,W)
         torch.testing.assert_close(kl, want.mean().detach())
-        (0.7 * want.mean((2, 3, 4)).sum() / denominator).backward()
+        (0.7 * want.mean((2, 3, 4)).sum() / total).backward()
         close(grad, torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None]))
 
 
@@ -286,26 +297,30 @@ def test_guidance_is_a_weighted_sum(model):
         assert (v - real).abs().max() > 0.1
 
 
+def agree(a, b):
+    assert a.window == b.window
+    for x, y in ((a.x0, b.x0), (a.xs, b.xs), (a.logp, b.logp)):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_an_image_depends_on_its_key_alone(model):
     """Whatever batch it is drawn in, by sampling or by rollout."""
     with torch.no_grad():
         cond = model.encode([PROMPTS[0]]).repeat(4)
-        keys, args = [(10, 101), (10, 102), (11, 103), (11, 104)], Args(T=6, G=1)
-        ts, window = sigmas(6).tolist(), range(1, 3)
-        x0, xs, old = rollout(model, [(1.0, cond)], ts, window, args, keys)
+        keys, ts = [(10, 101), (10, 102), (11, 103), (11, 104)], sigmas(6).tolist()
+        window = range(1, 3)
+        four = Branches([(1.0, cond)])
+        path = rollout(model, four, ts, window, keys, 0.9, shared=True)
         for k in range(4):
-            one = rollout(model, [(1.0, cond.rows([k]))], ts, window, args, keys[k : k + 1])
-            for a, b in zip(one, (x0[[k]], xs[:, [k]], old[:, [k]])):
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        two = [(1.0, cond.rows([0, 2]))]
-        pair = rollout(model, two, ts, window, replace(args, G=2), keys)
-        for a, b in zip(pair, (x0, xs, old)):              # drawn once until the window
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        start = model.noise([a for a, _ in keys])
+            one = rollout(model, four.rows([k]), ts, window, keys[k : k + 1], 0.9, shared=True)
+            agree(one, path.rows([k]))
+        pair = rollout(model, four.rows([0, 2]), ts, window, keys, 0.9, shared=True)
+        agree(pair, path)                                  # drawn once until the window
+        start, x0, xs = model.noise([a for a, _ in keys]), path.x0, path.xs
         assert (xs[0, 0] - xs[0, 1]).abs().max() == 0      # one noise, and Euler up to the window
         assert (x0[0] - x0[1]).abs().max() > 0.1 and (xs[0, 1] - xs[0, 2]).abs().max() > 0.1
         # With nothing random, rollout and the sampler that evaluates are one.
-        still = rollout(model, [(1.0, cond)], ts, window, replace(args, eta=0.0), keys)[0]
+        still = rollout(model, four, ts, window, keys, 0.0, shared=True).x0
         torch.testing.assert_close(still, model.sample([(1.0, cond)], 6, noise=start))
         draw = model.draw(PROMPTS, [5, 6, 7], 4).int()
         for i in (0, 1, 2):
@@ -331,7 +346,7 @@ def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monk
     seen = []
 
     def spy(model, *inputs):
-        (dit, bridge, _), guided = inputs[-2]
+        (dit, bridge, _), guided = inputs[-2].policy, inputs[-2].branches
         with grpo.swapped(model, (dit, bridge)):
             assert model.bridge is bridge and model.dit is dit
         assert model.bridge is not bridge and model.dit is not dit
@@ -351,7 +366,7 @@ def test_initial_noise_of_a_group(parts, tmp_path, monkeypatch, shared):
     seen = []
 
     def spy(*inputs):
-        seen.append(inputs[5])                             # keys
+        seen.append(inputs[4])                             # keys
         return rollout(*inputs)
     monkeypatch.setattr(grpo, "rollout", spy)
     tiny.play(parts, tmp_path / "run", "--steps", 2, "--shared-noise" if shared else
@@ -398,23 +413,23 @@ def test_resume_continues_as_if_never_stopped(parts, tmp_path, monkeypatch):
 @pytest.fixture
 def photos(parts, monkeypatch, tmp_path):
     """-> flags of another world than the classroom, a file of prompts that it is not trained on"""
-    monkeypatch.setitem(model_py.PRESETS, "photos", config(parts, preset="photos"))
+    monkeypatch.setitem(presets_py.PRESETS, "photos", config(parts, preset="photos"))
     rows = [dict(prompt=f"a photo of {n} stars", flat=True) for n in range(20)]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return ["--preset", "photos", "--init", parts / "dit", "--steps", 1], tmp_path / "held.jsonl"
 
 
-def calls(monkeypatch, name):
+def calls(monkeypatch, name, where=grpo):
     """What main hands to one of its functions: [inputs]"""
-    seen, real = [], getattr(grpo, name)
-    monkeypatch.setattr(grpo, name, lambda *inputs: seen.append(inputs) or real(*inputs))
+    seen, real = [], getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *inputs: seen.append(inputs) or real(*inputs))
     return seen
 
 
 def test_trained_prompts_are_no_measure(parts, photos, tmp_path, monkeypatch, capsys):
     """Nothing held out: pictures of training prompts to look at, and no score anywhere."""
-    panels, shown = calls(monkeypatch, "plot"), []
-    monkeypatch.setattr(grpo.tqdm, "set_postfix", lambda self, values, **_: shown.append(values))
+    panels, shown = calls(monkeypatch, "plot", rl_py), []
+    monkeypatch.setattr(rl_py.tqdm, "set_postfix", lambda self, values, **_: shown.append(values))
     rows = tiny.play(parts, tmp_path / "run", *photos[0])
     assert "no held-out prompts" in capsys.readouterr().out
     assert not any("score" in r for r in rows) and shown[0].keys() == {"reward", "norm"}
@@ -434,7 +449,7 @@ def test_eval_prompts_of_photos(parts, photos, tmp_path, monkeypatch, capsys):
     flags, file = photos
     scored = calls(monkeypatch, "score")
     rows = tiny.play(parts, tmp_path / "run", *flags, "--eval-prompts", file)
-    looks = [[m["prompt"] for m in inputs[1]] for inputs in scored if inputs[2] == 1]
+    looks = [[m["prompt"] for m in rows] for _, rows, *_ in scored if "group" not in rows[0]]
     assert looks == [[f"a photo of {i * 20 // 16} stars" for i in range(16)]] * 2
     assert all(r["score"] == pytest.approx(1 / 3) for r in rows)
     assert "no held-out" not in capsys.readouterr().out

@@ -18,12 +18,18 @@ from test_cli import complaint, folder_of, photo
 from test_grpo import saved
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import common.presets as presets_py
+import common.rl as rl_py
+import common.sana as sana_py
+import common.weights as weights_py
 import grpo
 import model as ours
 import sample
 import sft
-from grpo import swapped
-from model import Config, Ema, MMDiT, Unified, adapter, memory_plan
+from common.checkpoint import Ema
+from common.presets import Config
+from common.weights import adapter, memory_plan
+from model import MMDiT, Unified, swapped
 
 PROMPTS = ["a photo of a red circle", "two blue stars"]
 
@@ -152,8 +158,9 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
              "--train", "both"]
     copied = []
     with monkeypatch.context() as m:
-        m.setattr(grpo, "copy", SimpleNamespace(deepcopy=copied.append))
-        m.setattr(grpo, "start_model", lambda *a: [copied.append(a[-1]), ours.start_model(*a)][1])
+        m.setattr(rl_py, "copy", SimpleNamespace(deepcopy=copied.append))
+        m.setattr(rl_py, "start_model",
+                  lambda *a: [copied.append(a[-1]), weights_py.start_model(*a)][1])
         first = tiny.play(parts, tmp_path / "x", *flags[:-2], "--steps", 1)
     assert copied == [[]]                              # neither planned nor made
     assert first[1]["ratio_off"] <= 1e-6 and first[1]["kl"] == 0 and first[1]["grad_norm"] > 0
@@ -170,7 +177,7 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
     assert next_[0]["kB"] == pytest.approx(whole[3]["kB"], abs=0.01)       # starts where a ended
     assert "trained other weights" in complaint(
         tiny.play, parts, tmp_path / "b", *flags[:2], "--train", "both", "--resume")
-    assert "--train bridge learns: bridge" in complaint(
+    assert "--lora-rank adapts the DiT: --train dit or both" in complaint(
         tiny.play, parts, tmp_path / "d", "--lora-rank", 2, "--train", "bridge")
 
 
@@ -238,7 +245,7 @@ def velocities(dit, seed=0):
 
 
 def test_export(cfg, parts, tmp_path, monkeypatch):
-    monkeypatch.setitem(ours.PRESETS, "shapes", cfg)
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
     model = tiny.build(cfg)
     model.learn(dict(dit=adapter("dit", 2, 6), vlm=adapter("vlm", 2, 6)))
     for p in model.parameters():
@@ -267,7 +274,7 @@ def test_export(cfg, parts, tmp_path, monkeypatch):
         same([vlm(input_ids=ids).logits], [logits])
         fresh = AutoModelForImageTextToText.from_pretrained(parts / "vlm").eval()
         assert (fresh(input_ids=ids).logits - logits).abs().max() > 0.05
-        ours.untie(fresh)
+        weights_py.untie(fresh)
         same([PeftModel.from_pretrained(fresh, out / "vlm_lora")(input_ids=ids).logits], [logits])
     assert AutoTokenizer.from_pretrained(out / "vlm")("a red circle") == model.tokenizer(
         "a red circle")
@@ -289,7 +296,7 @@ def test_sana(cfg, parts, tmp_path, monkeypatch, ref):
     SanaTransformer2DModel(**SANA).save_pretrained(tmp_path / "dit")
     cfg = replace(cfg, mmdit={}, sana=SANA | dict(ref=ref), dit=str(tmp_path / "dit"), bridge="lim",
                   keep="query", layers=(1, 2))
-    monkeypatch.setitem(ours.PRESETS, "shapes", cfg)
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
     model = tiny.build(cfg).learn(dict(dit=adapter("dit", 2, 6)))
     assert {k.split(".lora_")[0][19:] for k in model.dit.state_dict() if "lora_A" in k} == {
         f"{i}.attn{j}.{n}" for i in (0, 1) for j in (1, 2)
@@ -328,7 +335,7 @@ def test_flow_grpo_lora(cfg, parts, tmp_path):
 
 
 def test_a_part_is_flag_then_checkpoint_then_preset(cfg, parts, tmp_path, monkeypatch):
-    monkeypatch.setitem(ours.PRESETS, "shapes", cfg)
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
     shutil.copytree(parts / "dit", tmp_path / "a")
     shutil.copytree(parts / "dit", tmp_path / "b")
     for name, value in (("a", 1.0), ("b", 2.0)):
@@ -429,10 +436,10 @@ def test_the_hub_refuses(cfg, monkeypatch, error, words):
         assert repo == "a/b" and "c/config.json" in allow_patterns or "c/*.json" in allow_patterns
         raise error.__new__(error)
     if error:
-        monkeypatch.setattr(ours, "snapshot_download", refuse)
-        assert words in complaint(ours.fetch, "a/b/c")
+        monkeypatch.setattr(weights_py, "snapshot_download", refuse)
+        assert words in complaint(weights_py.fetch, "a/b/c")
     else:                                                    # not asked: this is no repository
-        assert words in complaint(ours.fetch, "/none/of/this")
+        assert words in complaint(weights_py.fetch, "/none/of/this")
 
 
 def test_lora_folders_that_do_not_fit(cfg, parts, tmp_path):
@@ -457,10 +464,11 @@ def test_lora_folders_that_do_not_fit(cfg, parts, tmp_path):
 def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     """From shapes alone the same numbers as of the model that was built and trained."""
     what = dict(bridge=None, dit=adapter("dit", rank, 4), vlm=adapter("vlm", 3, 6))
-    monkeypatch.setitem(ours.PRESETS, "shapes", cfg)
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
     args = SimpleNamespace(lora_rank=rank, batch=8)
     with monkeypatch.context() as m:
-        m.setattr(ours, "read_safetensors", lambda f, names_only=False: 1 / 0)   # no weight is read
+        m.setattr(weights_py, "read_safetensors",
+                  lambda f, names_only=False: 1 / 0)                        # no weight is read
         plan = Unified.from_preset("shapes", meta=True).learn(what)
         assert all(p.device.type == "meta" for p in plan.parameters())
         cpu = torch.device("cpu")
@@ -481,7 +489,7 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     assert n["sum"] == sum(v for k, v in n.items() if k in (
         "weights", "gradient", "AdamW", "average", "reference", "activations"))
     assert "does not fit" not in said
-    monkeypatch.setattr(ours.os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr(weights_py.os, "sysconf", lambda name: 1000)
     said = memory_plan(plan, args, 8, 8, ["dit"], cpu)[0]
     assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
 
@@ -525,9 +533,9 @@ def test_vae_takes_a_few_at_a_time(cfg, monkeypatch):
 @pytest.mark.parametrize("sana", [False, True])
 def test_activations_are_as_planned(monkeypatch, sana):
     """What autograd keeps of one layer more, per token and width, is what the plan says."""
-    monkeypatch.setattr(ours, "attend",
+    monkeypatch.setattr(sana_py if sana else ours, "attend",
                         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v))
-    cfg = ours.PRESETS["openuni" if sana else "flow-grpo"].dit_config
+    cfg = presets_py.PRESETS["openuni" if sana else "flow-grpo"].dit_config
 
     def kept(layers, dual=()):
         more = {} if sana else dict(dual_attention_layers=dual, caption_projection_dim=512,
@@ -535,7 +543,7 @@ def test_activations_are_as_planned(monkeypatch, sana):
         size = dict(num_attention_heads=16, attention_head_dim=32, num_cross_attention_heads=8,
                     cross_attention_head_dim=64, cross_attention_dim=512, caption_channels=64)
         size = {k: v for k, v in size.items() if k in cfg}
-        dit = (ours.SanaDiT if sana else MMDiT)(**cfg | size | more | dict(num_layers=layers))
+        dit = (sana_py.SanaDiT if sana else MMDiT)(**cfg | size | more | dict(num_layers=layers))
         own, seen = {p.untyped_storage().data_ptr() for p in dit.parameters()}, {}
 
         def keep(t):
@@ -556,7 +564,7 @@ def test_activations_are_as_planned(monkeypatch, sana):
 def test_memory_of_sd35_medium():
     """Without a download: what the preset says is enough for the DiT."""
     with torch.device("meta"):
-        dit = MMDiT(**ours.PRESETS["flow-grpo"].mmdit)
+        dit = MMDiT(**presets_py.PRESETS["flow-grpo"].mmdit)
     assert len(dit.state_dict()) == 909
     assert sum(p.numel() for p in dit.parameters()) == pytest.approx(2.243e9, rel=1e-3)
     ours.inject_adapter_in_model(adapter("dit", 32, 64), dit)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import tiny
@@ -13,12 +13,15 @@ from test_bridges import intern, qwen, sd3  # noqa: F401
 from test_cli import folder_of, photo
 from test_lora import SANA
 
+import common.presets as presets_py
 import grpo
 import model
 import pretrain
+import reflect
 import sample
 import sft
-from model import PRESETS, RECIPES, Unified, dpm_step, sigmas
+from common.presets import PRESETS, RECIPES
+from model import Unified, dpm_step, sigmas
 
 PAPERS = [name for name in PRESETS if not name.startswith("shapes")]
 # Smaller numbers of the same things; what is left is the preset's own.
@@ -29,6 +32,8 @@ STAGES = {
               "--micro 3 --eval-every 10 --lora-rank {lora} --reward jpeg_incompressibility "
               "--trained 0 --sft-batch 2"),
 }
+THINK = STAGES[3][1].replace("--steps 10", "--steps 2").replace("--window-start 0 ", "").replace(
+    "--trained 0 --sft-batch 2", "")
 
 
 def shrunk(name, parts, vlm, text, tmp_path, monkeypatch):
@@ -69,7 +74,8 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
                  else ["--data", data])
         if "ldam" in paper:
             argv += ["--ldam", "jpeg_incompressibility:1-2"]
-        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        argv = tiny.as_recipe(script.Args, argv, tmp_path / "recipe.json")
+        monkeypatch.setattr(sys, "argv", ["x.py", *argv])
         before = Unified.from_preset(name, init)
         script.main()
         init = tmp_path / f"stage{stage}"
@@ -94,13 +100,16 @@ def test_a_paper_thinks_before_it_draws(parts, intern, sd3, tmp_path, monkeypatc
                                         name):
     """--task cot by the same path, whatever the VLM, bridge and DiT; LoRA or not."""
     shrunk(name, parts, intern, sd3, tmp_path, monkeypatch)
-    lora = 0 if name == "unirl-zero" else 2
-    flags = STAGES[3][1].format(lora=lora).replace("--steps 10", "--steps 2").split()
-    argv = ["--task", "cot", "--preset", name, "--out", tmp_path / "cot", "--init", "", *flags,
-            "--sft", 0, "--train", "both", "--vlm-lora-rank", lora, "--limit", 6,
-            "--prompts", parts / "prompts.jsonl", "--ldam", ""]
+    lora, known = 0 if name == "unirl-zero" else 2, {f.name for f in fields(reflect.Args)}
+    recipe = RECIPES[PRESETS[name].stage3["recipe"]]             # but for what drawing alone has
+    recipe = {k: v for k, v in recipe.items() if k in known} | dict(window_start=0)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    argv = ["--task", "cot", "--preset", name, "--out", tmp_path / "cot", "--init", "",
+            *THINK.format(lora=lora).split(), "--recipe", tmp_path / "recipe.json",
+            "--train", "both", "--vlm-lora-rank", lora, "--limit", 6,
+            "--data", parts / "prompts.jsonl"]
     monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
-    grpo.main()
+    reflect.main()
     rows = [json.loads(line) for line in open(tmp_path / "cot" / "log.jsonl")]
     assert rows[1]["ratio_off"] <= 2e-4 and rows[1]["lm_ratio_off"] <= 0.05
     assert rows[1]["lm_grad_norm"] > 0 and rows[1]["words"] > 1
@@ -127,7 +136,7 @@ def test_grids_and_solvers():
 def test_a_preset_samples_by_its_own(parts, grid, solver):
     """Euler is a pipeline's loop over its scheduler; DPM-Solver++ is on uniform times whatever the
     grid. Both have trajectories, and put back what is kept."""
-    cfg = replace(model.Config(**json.loads((parts / "config.json").read_text())), grid=grid,
+    cfg = replace(presets_py.Config(**json.loads((parts / "config.json").read_text())), grid=grid,
                   solver=solver, sample_shift=3.0)
     m = tiny.build(cfg, init=parts / "sft")
     noise, steps = m.noise(range(2)), 6
@@ -161,7 +170,7 @@ def test_a_preset_samples_by_its_own(parts, grid, solver):
 def test_solver_by_flag(parts, tmp_path, monkeypatch):
     """sample.py's, in place of the preset's; a typo dies before anything is loaded or written."""
     seen = []
-    monkeypatch.setitem(PRESETS, "shapes", model.Config(
+    monkeypatch.setitem(PRESETS, "shapes", presets_py.Config(
         **json.loads((parts / "config.json").read_text())))
     monkeypatch.setattr(model, "dpm_step", lambda *inputs: [seen.append(1), dpm_step(*inputs)][1])
     for flags in ([], ["--solver", "dpm"], ["--solver", "heun"]):

@@ -15,8 +15,13 @@ from safetensors.torch import load_file
 from test_cli import complaint, folder_of, photo
 from torch import multiprocessing
 
+import common.presets as presets_py
+import common.rl as rl_py
+import common.weights as weights_py
 import model as ours
-from model import Ema, Finite, Unified, check_ranks, key, keyed, same_start, sum_grads
+from common.checkpoint import Ema
+from common.run import Finite, check_ranks, key, keyed, same_start, sum_grads
+from model import Unified
 
 NAMES = list(ranks.MAINS)
 
@@ -71,7 +76,7 @@ def test_two_runs_of_one_command_give_equal_files(two, name):
 def test_a_fresh_bridge_comes_from_the_seed(parts):
     """Whatever torch's own generator has been used for; another seed, another bridge."""
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(ours.PRESETS, "shapes", tiny.build(ranks_config(parts)).cfg)
+        m.setitem(presets_py.PRESETS, "shapes", tiny.build(ranks_config(parts)).cfg)
         built = []
         for used, seed in ((0, 5), (1, 5), (1, 6)):
             torch.manual_seed(used)
@@ -80,7 +85,7 @@ def test_a_fresh_bridge_comes_from_the_seed(parts):
 
 
 def ranks_config(parts):
-    return ours.Config(**json.loads((parts / "config.json").read_text()))
+    return presets_py.Config(**json.loads((parts / "config.json").read_text()))
 
 
 def parted(rank, port, out):
@@ -127,6 +132,7 @@ def weights(out):
 
 def play(photos, out, name, *flags, **patches):
     script = sys.modules[ranks.MAINS[name][0].__module__]
+    script = script if hasattr(script, "sum_grads") else rl_py           # of RL: see Optimiser
     with pytest.MonkeyPatch.context() as m:
         for where, value in patches.items():
             m.setattr(script if where == "sum_grads" else torch.optim.AdamW, where, value)
@@ -198,7 +204,7 @@ def test_nothing_but_nan_ends_the_run(photos, tmp_path, name):
 
 def test_borrowed_weights_come_back_after_an_exception(parts):
     m = tiny.build(ranks_config(parts), init=parts / "sft").learn(
-        {"dit": ours.adapter("dit", 2, 2)})
+        {"dit": weights_py.adapter("dit", 2, 2)})
     params = {k: p for k, p in m.named_parameters() if p.requires_grad}
     ema = Ema(params, 0.9)
     for mean in ema.mean.values():
@@ -206,7 +212,7 @@ def test_borrowed_weights_come_back_after_an_exception(parts):
     before = {k: p.clone() for k, p in params.items()}
     own = m.dit, m.bridge, m.vlm
     for borrowed in (ema.applied(), ours.swapped(m, (torch.nn.Identity(),)),
-                     ours.adapters_off(m)):
+                     weights_py.adapters_off(m)):
         with pytest.raises(KeyboardInterrupt), borrowed:
             raise KeyboardInterrupt
     assert (m.dit, m.bridge, m.vlm) == own

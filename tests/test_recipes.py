@@ -7,23 +7,35 @@ import math
 import os
 import random
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from test_cli import complaint, files
 from test_grpo import PROMPTS, G, case, close, config, learned, saved
 
+from common.flow import flow_loss
+import common.checkpoint as checkpoint_py
+import common.layers as layers_py
+import common.read as read_py
+import common.run as run_py
 import cycle_edit
-import eval as judges
 import grpo
 import model as ours
 import reflect
-from data.shapes.prepare import PICTURE_KINDS, make_questions
-from grpo import Args, Ldam, group_advantage, surrogate
-from model import PRESETS, RECIPES, MMDiT, SanaDiT, odds, parse, sde_step, sigmas, table
+from data.shapes.prepare import make_questions
+from data.shapes.world import PICTURE_KINDS
+from grpo import Anchor, Args, group_advantage, surrogate
+from common.flags import parse
+from common.presets import PRESETS, RECIPES
+from common.rl import Ldam
+from common.run import odds, table
+from common.sana import SanaDiT
+from model import MMDiT, sde_step, sigmas
+from rewards import REWARDS
 
 PAPERS = [name for name in RECIPES if name != "fast"]
 
@@ -37,7 +49,7 @@ def model(parts):
 def rewards(monkeypatch):
     """Names that recipes give; here every one is blueness."""
     for name in ("aesthetic", "pickscore", "clip", "preference"):
-        monkeypatch.setitem(judges.REWARDS, name, tiny.blue)
+        monkeypatch.setitem(REWARDS, name, tiny.blue)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def lim(parts, tmp_path_factory):
     cfg = config(parts, bridge="lim", keep="query", layers=(1, 2))
     full = tiny.build(cfg)
     tiny.randomise(full.bridge)
-    ours.save_checkpoint(folder / "sft", {k: p for k, p in full.state_dict().items()
+    checkpoint_py.save_checkpoint(folder / "sft", {k: p for k, p in full.state_dict().items()
                                           if k.startswith(("bridge", "dit"))}, cfg, 0)
     (folder / "config.json").write_text(json.dumps(asdict(cfg)))
     (folder / "prompts.jsonl").write_text((parts / "prompts.jsonl").read_text())
@@ -104,6 +116,52 @@ def test_a_recipe_is_reproduced_by_its_name(monkeypatch):
     monkeypatch.setitem(RECIPES, "odd", dict(warp=3))
     with pytest.raises(SystemExit, match="recipe 'odd' needs --warp, which this script lacks"):
         flags(monkeypatch, "--recipe", "odd")
+
+
+def test_settings_of_recipes_are_no_flags(monkeypatch, tmp_path):
+    """A .json sets them, alone or on top of a recipe; a flag wins over both."""
+    file, base = tmp_path / "mine.json", RECIPES["flow-grpo"]
+    for own, more, want in [
+            (dict(trained=2), [], dict(trained=2)),
+            (dict(recipe="flow-grpo", trained=2, wd=0, G=6), [], base | dict(
+                trained=2, wd=0, G=6)),
+            (dict(recipe="flow-grpo", G=6), ["--G", 8], base | dict(G=8)),
+            (dict(mix="text:3", shared_noise=False, final_bench=True), [], dict(
+                mix="text:3", shared_noise=False, final_bench=True))]:
+        file.write_text(json.dumps(own))
+        assert flags(monkeypatch, "--recipe", file, *more) == Args(recipe=str(file), **want)
+    file.write_text(json.dumps(dict(trained=2)))
+    (tmp_path / "next.json").write_text(json.dumps(dict(recipe=str(file), kl="velocity")))
+    got = flags(monkeypatch, "--recipe", tmp_path / "next.json")
+    assert (got.trained, got.kl) == (2, "velocity")
+    paper = [f.name for f in fields(Args) if f.metadata["paper"]]
+    assert {"window_start", "grid", "shared_noise", "mix", "lora_alpha", "wd", "kl", "trained",
+            "sft_batch", "ldam_gamma", "ldam_leap", "ldam_falls"} == set(paper)
+    for name in paper:
+        flag = "--" + name.replace("_", "-")
+        for typed in ([flag, "2"], [f"{flag}=2"], [flag.replace("--", "--no-")]):
+            assert complaint(flags, monkeypatch, *typed) == (
+                f'error: {flag} is a setting of recipes: write {{"{name}": ...}} into a .json file '
+                "and give that as --recipe")
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "is no JSON object of settings: [Errno 2] No such file"),
+    ("{", "is no JSON object of settings: Expecting"), ("[1]", "is no JSON object of settings"),
+    ('{"recipe": 3}', "is no JSON object of settings"),
+    ('{"recipe": "fas"}', "unknown recipe 'fas'; there are: fast, flow-grpo, "),
+    ('{"warp": 3}', "needs --warp, which this script lacks"), ('{"G": "8"}', "G is a int, not '8'"),
+    ('{"G": 8.5}', "G is a int, not 8.5"), ('{"shared_noise": 1}', "shared_noise is a bool, not 1"),
+    ('{"final_bench": 1}', "final_bench is a bool, not 1"),
+    ('{"trained": 4}', "--trained 4 of a window of 3 steps"),
+    ('{"kl": "k3"}', "unknown --kl 'k3'")])
+def test_a_bad_recipe_file(parts, tmp_path, text, words):
+    file = tmp_path / "bad.json"
+    if text is not None:
+        file.write_text(text)
+    before = files(tmp_path)
+    assert words in complaint(tiny.play, parts, tmp_path / "run", "--recipe", file)
+    assert files(tmp_path) == before and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -161,11 +219,12 @@ def test_ratio_one_and_micro_batches(parts, photos, tmp_path, name):
     rows = tiny.play(parts, tmp_path / "a", *small(name, photos))
     row, args = rows[1], json.loads((tmp_path / "a/config.json").read_text())
     assert row["ratio_off"] <= 1e-6 and row["grad_norm"] > 0 and row["kept"] == 0.75
-    assert (row["sft"] > 0) == (args["sft"] > 0) and not row["ldam"]
+    assert (row.get("sft", 0) > 0) == ("sft" in row) == (args["sft"] > 0) and "ldam" not in row
     assert not [k for k in row if k.startswith("failed")]
+    assert ("kl" in row) == (args["beta"] > 0)
     if args["updates"] == 1:                                    # the second is no longer on-policy
-        assert row["ratio_low"] == row["ratio_high"] == 1 and row["kl_old"] < 1e-4
-        assert row["kl"] <= 1e-9                                # KL to itself
+        assert not row.keys() & {"ratio_low", "ratio_high", "clipped", "kl_old"}
+        assert row.get("kl", 0) <= 1e-9                         # KL to itself
     else:
         assert row["ratio_low"] < 1 < row["ratio_high"]
     want, norm = learned(tmp_path / "a")
@@ -185,7 +244,7 @@ def test_ranks(parts, photos, tmp_path, name):
     (want, norm), (got, its_norm) = (learned(tmp_path / r) for r in ("one", "two"))
     close(got / want.norm(), want / want.norm(), 1e-4)
     assert its_norm == pytest.approx(norm, rel=1e-4)
-    for name in ("reward_blue", "kept", "sft", "ratio_off"):
+    for name in ["reward_blue", "kept", "ratio_off"] + ["sft"] * (name == "mr-grpo"):
         assert rows[0][1][name] == pytest.approx(rows[1][1][name], rel=1e-4, abs=1e-6)
 
 
@@ -193,10 +252,10 @@ def test_each_update_takes_its_share(parts, tmp_path, monkeypatch):
     """Every image once, in one of the updates; and the log says what the ratios really were."""
     seen, on = [], []
 
-    def spy(model, guided, prompt, xs, old, A, *more):
-        rows = surrogate(model, guided, prompt, xs, old, A, *more)
-        seen.append((xs[0, :, 0, 0, 0].tolist(), A, rows))
-        on.append(more[2])
+    def spy(model, branches, owner, path, A, times, total, *more):
+        rows = surrogate(model, branches, owner, path, A, times, total, *more)
+        seen.append((path.xs[0, :, 0, 0, 0].tolist(), A, rows))
+        on.append(total)
         return rows
     monkeypatch.setattr(grpo, "surrogate", spy)
     row = tiny.play(parts, tmp_path / "a", "--steps", 1, "--updates", 4, "--lr", 0.05, "--clip",
@@ -235,7 +294,7 @@ def test_trained_steps_move(parts, tmp_path, monkeypatch):
 
     def spy(*inputs):
         seen.append(inputs[-1])
-        assert inputs[8] == 4 * 4 * 2                          # images x trained steps, no more
+        assert inputs[6] == 4 * 4 * 2                          # images x trained steps, no more
         return surrogate(*inputs)
     monkeypatch.setattr(grpo, "surrogate", spy)
     tiny.play(parts, tmp_path / "a", *"--steps 4 --window 5 --window-stop 0 --trained 2".split())
@@ -287,7 +346,7 @@ def test_odds_of_questions():
     """--task vqa: of 1.55 a caption has .05, a colour .5, the other three kinds one together."""
     rows = make_questions(130)["vqa_train"]
     kinds = [row["tag"] for row in rows]
-    p = odds(rows, table(grpo.TASKS["vqa"]["mix"], float))
+    p = odds(rows, table(reflect.TASKS["vqa"]["mix"], float))
     share = {k: p[[x == k for x in kinds]].sum().item() / p.sum().item() for k in PICTURE_KINDS}
     third = pytest.approx(1 / 3 / 1.55)
     assert share == dict(caption=pytest.approx(0.05 / 1.55), color=pytest.approx(0.5 / 1.55),
@@ -337,7 +396,7 @@ def test_refusals(parts, photos, tmp_path, monkeypatch):
             tiny.play(parts, tmp_path / "run", *line.split())
         assert words in e.value.code and "\n" not in e.value.code, e.value.code
         assert not (tmp_path / "run").exists()
-    monkeypatch.setitem(judges.REWARDS, "clip", lambda x, m, g: torch.full((len(x),), math.nan))
+    monkeypatch.setitem(REWARDS, "clip", lambda x, rows: torch.full((len(x),), math.nan))
     with pytest.raises(SystemExit, match="'clip' failed for 100%.*--max-failed"):
         tiny.play(parts, tmp_path / "run", "--reward", "blue:1,clip:1", "--max-failed", 0.4)
 
@@ -368,11 +427,11 @@ def test_forms_of_kl(model):
     tiny.randomise(ref)
     model.dit.requires_grad_(True)
     for form in ("mean", "flow-grpo", "velocity"):
-        rest[-1] = replace(args, kl=form)
         for name, other in (("itself", model.dit), ("other", ref)):
-            out[form, name] = surrogate(model, guided, *rest, ((other, model.bridge), guided))[:, 1]
+            anchor = Anchor([other, model.bridge], guided, args.beta, form)
+            out[form, name] = surrogate(model, guided, *rest, anchor)[:, 1]
         assert out[form, "itself"].abs().max() <= 1e-12
-    ts, window = rest[4], rest[5]
+    ts, window = rest[3], rest[1].window
     d = torch.tensor([ts[k] - ts[k + 1] for k in window]).repeat_interleave(12)
     torch.testing.assert_close(out["flow-grpo", "other"], out["mean", "other"] * d)
     assert out["mean", "other"].min() > 0
@@ -394,9 +453,9 @@ def test_sft_has_exactly_its_share(parts, photos, tmp_path):
     close(grads["a"] + 2 * (grads["b"] - grads["a"]), grads["c"], 1e-4)
     # What is left of it is the gradient of flow matching on these very pairs.
     model = tiny.build(config(parts), init=parts / "sft").learn(dict(dit=None, bridge=None))
-    images, prompts = next(ours.pairs(photos, model.cfg, 5, 0))
-    keys = [ours.key(0, 0, 500_000 + 2 * i) for i in range(5)]
-    loss = model.flow_loss(images, prompts, keys).mean()
+    images, prompts = next(read_py.pairs(photos, model.cfg, 5, 0))
+    keys = [run_py.key(0, 0, 500_000 + 2 * i) for i in range(5)]
+    loss = flow_loss(model, images, prompts, keys).mean()
     assert rows[1]["sft"] == pytest.approx(loss.item(), rel=1e-4)
     loss.backward()
     want = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
@@ -414,10 +473,10 @@ def test_flow_loss_is_flow_matching(model, monkeypatch):
         return (x - x0[: len(x)]) / t.view(-1, 1, 1, 1)              # eps - x_0, as x = x_0 + t v
     with monkeypatch.context() as m:
         m.setattr(model, "velocity", exact)
-        assert model.flow_loss(images, PROMPTS, [1, 3, 5]).max() < 1e-8
-        model.flow_loss(images[:1], PROMPTS[:1], [1])
+        assert flow_loss(model, images, PROMPTS, [1, 3, 5]).max() < 1e-8
+        flow_loss(model, images[:1], PROMPTS[:1], [1])
         m.setattr(model, "velocity", lambda x, t, b: exact(x, t, b) + 2)
-        assert model.flow_loss(images, PROMPTS, [7, 7, 9]).mean() == pytest.approx(4, rel=1e-4)
+        assert flow_loss(model, images, PROMPTS, [7, 7, 9]).mean() == pytest.approx(4, rel=1e-4)
     (x, t), (x1, t1), (_, t7) = seen
     torch.testing.assert_close(x[:1], x1, atol=1e-4, rtol=1e-4)
     assert t[0] == t1[0] and t7[0] == t7[1] != t7[2]
@@ -551,8 +610,9 @@ def test_checkpointing_is_exact(kind):
 
 def test_checkpointing_in_main(parts, photos, tmp_path, monkeypatch):
     calls = []
-    real = ours.checkpoint
-    monkeypatch.setattr(ours, "checkpoint", lambda *a, **k: [calls.append(1), real(*a, **k)][1])
+    real = layers_py.checkpoint
+    monkeypatch.setattr(layers_py, "checkpoint",
+                        lambda *a, **k: [calls.append(1), real(*a, **k)][1])
     flags = ["--steps", 2, "--lora-rank", 2, "--beta", 0.1, "--sft", 0.5, "--sft-data", photos,
              "--sft-batch", 5]
     tiny.play(parts, tmp_path / "a", *flags)

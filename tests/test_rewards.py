@@ -1,7 +1,6 @@
 """Rewards that are models, through their real classes at tiny random size, against computations
 written separately; judges that answer here, and at an endpoint in a thread."""
 
-import argparse
 import base64
 import io
 import json
@@ -10,7 +9,6 @@ import random
 import re
 import threading
 import time
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -41,34 +39,18 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-import eval as judges
-from data.shapes.prepare import (
-    CHAT,
-    IMAGE,
-    MATCH,
-    TAGS,
-    WHICH,
-    picture,
-    render,
-    sample_edit,
-    sample_meta,
-    tokenizer,
-)
-from eval import (
-    JUDGE,
-    MODELS,
-    REWARDS,
-    agrees,
-    ask,
-    ask_all,
-    choice,
-    clip_direction,
-    preference,
-    rating,
-    read_text,
-    score,
-    text_boxes,
-)
+import common.words as words_py
+import eval as eval_py
+import rewards.judge as judge_py
+import rewards.ocr as ocr_py
+from data.shapes.prepare import CHAT, tokenizer
+from data.shapes.world import IMAGE, MATCH, TAGS, WHICH, picture, render, sample_edit, sample_meta
+from eval import check_scored, score
+from rewards import REWARDS, find
+from rewards.clip import clip_direction
+from rewards.judge import Judge, agrees, choice, preference, rating
+from rewards.ocr import read_text, text_boxes
+from rewards.shared import MODELS
 
 OPENAI_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 OPENAI_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -185,12 +167,12 @@ def sure(x, y, tol=1e-4):
 
 def same_in_any_batch(reward, images, metas, tol=1e-4):
     """uint8 or float, alone or together, in any order: the same."""
-    R = reward(images, metas, 1)
+    R = reward(images, metas)
     assert R.dtype == torch.float32 and R.shape == (len(metas),) and R.std() > 0
-    sure(reward(images / 255, metas, 1), R, 0)
+    sure(reward(images / 255, metas), R, 0)
     order = torch.randperm(len(metas), generator=torch.Generator().manual_seed(1))
-    sure(reward(images[order], [metas[i] for i in order], 1), R[order], tol)
-    sure(torch.cat([reward(images[[i]], [metas[i]], 1) for i in range(len(metas))]), R, tol)
+    sure(reward(images[order], [metas[i] for i in order]), R[order], tol)
+    sure(torch.cat([reward(images[[i]], [metas[i]]) for i in range(len(metas))]), R, tol)
     return R
 
 
@@ -202,13 +184,13 @@ def test_clip_and_pickscore(clips, monkeypatch):
     a, b = by_hand(clips, images, PROMPTS)
     cos = (a * b).sum(1)
     assert cos.std() > 0.02
-    sure(same_in_any_batch(REWARDS["clip"], images, metas), cos, 1e-3)
-    sure(same_in_any_batch(REWARDS["pickscore"], images, metas, 1e-2), 100 * cos, 0.1)
+    sure(same_in_any_batch(find("clip"), images, metas), cos, 1e-3)
+    sure(same_in_any_batch(find("pickscore"), images, metas, 1e-2), 100 * cos, 0.1)
     # Other pixels are seen.
     assert (by_hand(clips, images.flip(2), PROMPTS)[0] - a).abs().max() > 0.02
     many = pictures(70)                                          # more than one chunk
-    R = REWARDS["clip"](many, [dict(prompt="a")] * 70, 70)
-    sure(R[64:], REWARDS["clip"](many[64:], [dict(prompt="a")] * 6, 6))
+    R = find("clip")(many, [dict(prompt="a")] * 70)
+    sure(R[64:], find("clip")(many[64:], [dict(prompt="a")] * 6))
 
 
 def test_clip_reads_a_prompt_to_its_end(clips, monkeypatch):
@@ -217,7 +199,7 @@ def test_clip_reads_a_prompt_to_its_end(clips, monkeypatch):
     said = ["a <|endoftext|> cat", "a <|ENDOFTEXT|> dog", "a"]
     spaced = ["a <| endoftext |> cat", "a <| endoftext |> dog", "a"]
     images = pictures(1).expand(3, -1, -1, -1)
-    R, want = (REWARDS["clip"](images, [dict(prompt=p) for p in x], 1) for x in (said, spaced))
+    R, want = (find("clip")(images, [dict(prompt=p) for p in x]) for x in (said, spaced))
     sure(R, want)
     sure(R, by_hand(clips, images, spaced)[0].mul(by_hand(clips, images, spaced)[1]).sum(1), 1e-3)
     assert abs(R[0] - R[1]) > 1e-3 and abs(R[0] - R[2]) > 1e-3
@@ -235,16 +217,16 @@ def test_clip_direction(clips, monkeypatch):
     R = same_in_any_batch(clip_direction, new, metas)
     sure(R, want, 2e-2)
     back = [dict(source_image=x, captions=p[::-1]) for x, p in zip(new, pairs)]
-    sure(clip_direction(old, back, 1), R)                        # both sides swapped
-    sure(clip_direction(new, [dict(m, captions=m["captions"][::-1]) for m in metas], 1), -R)
+    sure(clip_direction(old, back), R)                        # both sides swapped
+    sure(clip_direction(new, [dict(m, captions=m["captions"][::-1]) for m in metas]), -R)
     metas[0], metas[1] = dict(metas[0], source_image=new[0]), dict(source_image=old[1])
-    still = clip_direction(new, metas, 1)
+    still = clip_direction(new, metas)
     assert still[0] == 0 and still[1].isnan()                    # no edit; nothing to compare with
     sure(still[2], R[2])
     metas = [dict(metas[2], captions=c) for c in (("a dog", "a dog"), ("a", PROMPTS[3]))]
-    R = clip_direction(new[:2], metas, 1)                        # padded unlike: rounding differs
+    R = clip_direction(new[:2], metas)                           # padded unlike: rounding differs
     assert R[0] == 0 and R[1] != 0
-    assert clip_direction(new, [{}] * 3, 1).isnan().all()
+    assert clip_direction(new, [{}] * 3).isnan().all()
 
 
 def test_clip_of_the_classroom():
@@ -255,9 +237,9 @@ def test_clip_of_the_classroom():
                       for k in ("target", "source"))
     metas = [dict(source_image=s, captions=(e["source_meta"]["prompt"], e["target_meta"]["prompt"]),
                   prompt=e["target_meta"]["prompt"]) for s, e in zip(source, edits)]
-    right = clip_direction(target, metas, 1)
-    assert (right > clip_direction(target.roll(1, 0), metas, 1)).float().mean() > 0.85
-    fits = REWARDS["clip"](target, metas, 1) - REWARDS["clip"](source, metas, 1)
+    right = clip_direction(target, metas)
+    assert (right > clip_direction(target.roll(1, 0), metas)).float().mean() > 0.85
+    fits = find("clip")(target, metas) - find("clip")(source, metas)
     assert (fits > 0).float().mean() > 0.8
 
 
@@ -271,7 +253,7 @@ def test_aesthetic(clips, monkeypatch):
     monkeypatch.setitem(MODELS, "clip", str(clips / "clip"))
     monkeypatch.setitem(MODELS, "aesthetic", str(clips / "head.pth"))
     images = pictures(4)
-    R = same_in_any_batch(REWARDS["aesthetic"], images, [{}] * 4)
+    R = same_in_any_batch(find("aesthetic"), images, [{}] * 4)
     sure(R, layers(by_hand(clips, images, ["a"])[0])[:, 0].detach(), 2e-2)
 
 
@@ -289,14 +271,14 @@ def test_hpsv2(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "hpsv2", str(tmp_path / "hps.pt"))
     monkeypatch.setitem(MODELS, "hpsv2-arch", "tiny-hps")
     images, metas = pictures(4), [dict(prompt=p) for p in PROMPTS]
-    R = same_in_any_batch(REWARDS["hpsv2"], images, metas)
+    R = same_in_any_batch(find("hpsv2"), images, metas)
     with torch.no_grad():
         a, b, _ = clip(clip_pixels(images), open_clip.tokenize(PROMPTS))
     sure(R, (a * b).sum(1), 5e-3)
-    R, want = (REWARDS["hpsv2"](images[:2], [dict(prompt=p)] * 2, 1) for p in (
+    R, want = (find("hpsv2")(images[:2], [dict(prompt=p)] * 2) for p in (
         "a <end_of_text> cat", "a < end_of _text > cat"))
     assert torch.equal(R, want)                      # the name of a special token is letters
-    assert (R - REWARDS["hpsv2"](images[:2], [dict(prompt="a")] * 2, 1)).abs().max() > 1e-3
+    assert (R - find("hpsv2")(images[:2], [dict(prompt="a")] * 2)).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -378,7 +360,7 @@ def test_ocr(ocr_folders, monkeypatch):
         k = len(boxes) % 3
         boxes[p.tobytes()] = [(4, 4, 4 + 150, 22), (30, 30, 120, 50), (10, 20, 30, 90)][: k + 1]
         return boxes[p.tobytes()]
-    monkeypatch.setattr(judges, "text_boxes", some_boxes)
+    monkeypatch.setattr(ocr_py, "text_boxes", some_boxes)
     x = images.permute(0, 2, 3, 1).numpy()
     texts = read_text(x)
     # The detector's input by hand: no resize at multiples of 32, ImageNet's mean and std, BGR.
@@ -413,13 +395,13 @@ def test_ocr(ocr_folders, monkeypatch):
         assert read_text(x[[k]]) == [texts[k]]
 
     # The reward: the target is the row's text or what the prompt quotes.
-    monkeypatch.setattr(judges, "read_text", lambda x: ["HELLO  WORLD", "Helo World", "", "cat"])
+    monkeypatch.setattr(ocr_py, "read_text", lambda x: ["HELLO  WORLD", "Helo World", "", "cat"])
     metas = [dict(prompt='a sign "Hello World"'), dict(prompt="a sign", text="Hello World"),
              dict(prompt='"Hello" "World"'), dict(prompt="a cat")]
-    R = REWARDS["ocr"](images[[0, 1, 2, 2]], metas[:3] + [dict(prompt='the "dog"')], 1)
+    R = find("ocr")(images[[0, 1, 2, 2]], metas[:3] + [dict(prompt='the "dog"')])
     assert R.tolist() == pytest.approx([1, 0.9, 0, 0])
-    monkeypatch.setattr(judges, "read_text", lambda x: ["cat"] * len(x))
-    assert REWARDS["ocr"](images[:2], [metas[3], dict(prompt='a "cat"')], 1).isnan().tolist() == [
+    monkeypatch.setattr(ocr_py, "read_text", lambda x: ["cat"] * len(x))
+    assert find("ocr")(images[:2], [metas[3], dict(prompt='a "cat"')]).isnan().tolist() == [
         True, False]                                             # nothing quoted: cannot be scored
 
 
@@ -434,10 +416,10 @@ def stub(monkeypatch):
         asked = []
     Stub.asked = []
 
-    def ask_all(questions):
+    def ask_all(self, questions):
         Stub.asked += questions
         return [Stub.answer(*q) for q in questions]
-    monkeypatch.setattr(judges, "ask_all", ask_all)
+    monkeypatch.setattr(Judge, "ask_all", ask_all)
     return Stub
 
 
@@ -445,45 +427,54 @@ def grey(*levels):
     return torch.stack([torch.full((3, 32, 32), v, dtype=torch.uint8) for v in levels])
 
 
+def in_groups(prompts, G):
+    """A row for each prompt, of which G in a row are a group, as training says it."""
+    return [dict(prompt=p, group=i // G) for i, p in enumerate(prompts)]
+
+
 def test_preference_is_a_win_rate(stub):
-    images, metas = grey(10, 50, 30, 90, 9, 9, 200, 1), [dict(prompt=p) for p in "aaaabbbb"]
+    images, metas = grey(10, 50, 30, 90, 9, 9, 200, 1), in_groups("aaaabbbb", 4)
 
     def brighter(pair, text):
         a, b = (x.mean() for x in pair)
         return "Tie." if a == b else "Image 1" if a > b else "Image 2"
     stub.answer = brighter
-    R = preference(images, metas, 4)
+    R = preference(images, metas, Judge())
     assert R.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1, 0.5, 0.5, 1, 0])
     assert len(stub.asked) == 2 * 12                             # all pairs of a group, both orders
     assert all(('"a"' in text) == (images[:4, 0, 0, 0] == pair[0][0, 0, 0]).any()
                for pair, text in stub.asked)
-    assert preference(images[:2], [dict(prompt=p) for p in "ab"], 1).tolist() == [0.5, 0.5]
+    for rows in in_groups("ab", 1), [dict(prompt=p) for p in "ab"]:
+        assert preference(images[:2], rows, Judge()).tolist() == [0.5, 0.5]
+    assert len(stub.asked) == 2 * 12
+    mixed = torch.tensor([5, 0, 7, 3, 2, 6, 1, 4])               # a group's images need not adjoin
+    assert preference(images[mixed], [metas[i] for i in mixed], Judge()).equal(R[mixed])
     with pytest.raises(AssertionError, match="shares its prompt"):
-        preference(images, [dict(prompt=p) for p in "aaabbbbb"], 4)
+        preference(images, in_groups("aaabbbbb", 4), Judge())
 
 
 def test_both_orders_cancel_position_bias(stub):
     """A judge that always says "first" would rank a group by its order, were pairs asked once."""
-    images, metas = grey(*range(8)), [dict(prompt=p) for p in "aaaabbbb"]
+    images, metas = grey(*range(8)), in_groups("aaaabbbb", 4)
     stub.answer = lambda pair, text: "the first"
-    assert preference(images, metas, 4).tolist() == [0.5] * 8
+    assert preference(images, metas, Judge()).tolist() == [0.5] * 8
     once = [np.mean([choice("first") if i < j else 1 - choice("first")
                      for j in range(4) if j != i]) for i in range(4)]
     assert once == pytest.approx([1, 2 / 3, 1 / 3, 0])           # the bias that both orders cancel
     rng = random.Random(0)
     stub.answer = lambda pair, text: rng.choice(["first", "second", "tie", "who knows"])
-    R = preference(images, metas, 4).view(2, 4)
+    R = preference(images, metas, Judge()).view(2, 4)
     assert R.std() > 0.05
     sure(R.mean(1), torch.tensor([0.5, 0.5]), 1e-6)              # whatever it says: exactly 1/2
 
 
 def test_a_failed_comparison_leaves_its_pair_out(stub):
-    images, metas = grey(0, 1, 2, 3), [dict(prompt="a")] * 4
+    images, metas = grey(0, 1, 2, 3), in_groups("aaaa", 4)
     stub.answer = lambda pair, text: (None if pair[0][0, 0, 0] == 0 and pair[1][0, 0, 0] == 1 else
                                       "first" if pair[0].mean() > pair[1].mean() else "second")
-    assert preference(images, metas, 4).tolist() == pytest.approx([0, 0, 2 / 3, 1])
+    assert preference(images, metas, Judge()).tolist() == pytest.approx([0, 0, 2 / 3, 1])
     stub.answer = lambda pair, text: None if pair[0].mean() == 3 else "tie"
-    R = preference(images, metas, 4)
+    R = preference(images, metas, Judge())
     assert R.isnan().tolist() == [False] * 3 + [True] and R[:3].tolist() == [0.5] * 3
 
 
@@ -556,70 +547,67 @@ def test_the_ablations_judge_is_read_as_ever():
     prompt = next(iter(judge.metas))
     x = pictures(2, 64, 64).permute(0, 2, 3, 1).numpy()
     pair, one = ([(list(x[:n]), text.format(prompt))] * 200
-                 for n, text in ((2, judges.BETTER), (1, judges.RATE)))
+                 for n, text in ((2, judge_py.BETTER), (1, judge_py.RATE)))
     assert {*judge(pair)} == {"first", "second"} and {*judge(one)} == {*"12345"}
     assert [choice("first"), choice("second")] == [1, 0]
     assert [rating(n) for n in "12345"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
 
 
 def test_a_judge_is_asked_for_a_tag():
-    for text in (judges.BETTER, judges.RATE, judges.DONE, judges.KEPT):
-        read = choice if text == judges.BETTER else rating
+    for text in (judge_py.BETTER, judge_py.RATE, judge_py.DONE, judge_py.KEPT):
+        read = choice if text == judge_py.BETTER else rating
         examples = re.findall("<answer>.*?</answer>", text.format("x"))
         assert examples and not any(math.isnan(read(x)) for x in examples)
 
 
 def test_a_judge_who_speaks_in_sentences(stub):
     """It was inverted, in both orders alike, so that nothing showed it."""
-    images, metas = grey(10, 50, 30, 90), [dict(prompt="a")] * 4
+    images, metas = grey(10, 50, 30, 90), in_groups("aaaa", 4)
 
     def brighter(pair, text):
         better, worse = ("first", "second") if pair[0].mean() > pair[1].mean() else (
             "second", "first")
         return f"The {better} image is better than the {worse}."
     stub.answer = brighter
-    assert preference(images, metas, 4).tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1])
+    assert preference(images, metas, Judge()).tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1])
     stub.answer = lambda images, text: "Alignment: 5. Sharpness: 4. Final Score: 2"
-    assert REWARDS["judge"](images, metas, 4).tolist() == pytest.approx([0.4] * 4)
+    assert find("judge")(images, metas, Judge()).tolist() == pytest.approx([0.4] * 4)
 
 
 def test_answers_that_say_nothing_are_counted(stub):
     """Of all that was asked; failures of the endpoint are none of them."""
-    args = argparse.Namespace(max_failed=0.7)
-    images, metas = grey(1, 2, 3, 4), [dict(prompt="a")] * 4
+    images, metas = grey(1, 2, 3, 4), in_groups("aaaa", 4)
     replies = iter(["first", "no idea", None, "The second is worse."] * 3)
     stub.answer = lambda images, text: next(replies) if len(images) == 2 else "hm"
-    said = {}
-    R, W, names = score(images, metas, 4, {"*": dict(preference=1.0)}, said)
-    assert names == ["preference"] and len(said["preference"]) == 12
-    assert judges.check_scored(R, W, names, said, args, 0, "x")["unparsed_preference"] == 0.5
-    R, W, names = score(images, metas, 4, {"*": dict(judge=1.0, clip_image=0.0)}, said := {})
-    assert R[:, 0].isnan().all()
+    scores = score(images, metas, {"*": dict(preference=1.0)})
+    assert scores.names == ["preference"] and len(scores.answers["preference"]) == 12
+    assert check_scored(scores, 0.7, 0, "x")["unparsed_preference"] == 0.5
+    mine = Judge()
+    scores = score(images, metas, {"*": dict(judge=1.0, clip_image=0.0)}, mine)
+    assert scores.values[:, 0].isnan().all() and not mine.heard
     with pytest.raises(SystemExit, match="'judge': 100%.* update 3 say nothing.* instance, 'hm'"):
-        judges.check_scored(R, W, names, said, args, 2, "x")
-    args.max_failed = 1.0
-    assert judges.check_scored(R, W, names, said, args, 2, "x") == dict(
-        failed_judge=1.0, unparsed_judge=1.0)
-    assert score(images, metas, 4, {"*": dict(judge=1.0)})[0].isnan().all()      # none is kept
+        check_scored(scores, 0.7, 2, "x")
+    assert check_scored(scores, 1.0, 2, "x") == dict(failed_judge=1.0, unparsed_judge=1.0)
+    scores = score(images, metas, {"*": dict(judge=1.0)})
+    assert scores.values.isnan().all() and len(scores.answers["judge"]) == 4     # its own alone
 
 
 def test_pointwise(stub):
     stub.answer = lambda images, text: {10: "4", 20: "hm", 30: None, 40: "5"}[images[0].max()]
-    R = REWARDS["judge"](grey(10, 20, 30, 40), [dict(prompt=p) for p in "abcd"], 2)
+    R = find("judge")(grey(10, 20, 30, 40), [dict(prompt=p) for p in "abcd"], Judge())
     assert R.tolist() == pytest.approx([0.8, math.nan, math.nan, 1], nan_ok=True)
     assert [f'prompt "{p}"' in text for p, (_, text) in zip("abcd", stub.asked)] == [True] * 4
 
 
-def test_the_classroom_is_asked_in_its_own_words(stub, monkeypatch):
+def test_the_classroom_is_asked_in_its_own_words(stub):
     stub.answer = lambda images, text: "yes" if len(images) == 1 else "first"
-    images, metas = pictures(2, 64, 64), [dict(prompt="a photo of a ring")] * 2
-    assert REWARDS["judge"](images, metas, 2).tolist() == [1, 1]
-    preference(images, metas, 2)
+    images, metas = pictures(2, 64, 64), in_groups(["a photo of a ring"] * 2, 2)
+    assert find("judge")(images, metas, Judge()).tolist() == [1, 1]
+    preference(images, metas, Judge())
     assert {IMAGE * len(x) + t for x, t in stub.asked} == {
         s.format("a photo of a ring") for s in (MATCH, WHICH)}
     stub.asked.clear()
-    monkeypatch.setattr(JUDGE, "model", "somebody/else")
-    REWARDS["judge"](images, metas, 2)
+    find("judge")(images, metas, Judge("somebody/else"))
     assert "Rate how well" in stub.asked[0][1]
 
 
@@ -636,16 +624,15 @@ def vlm(parts, tmp_path):
 
 def test_local_judge(vlm, monkeypatch):
     """Any image-text-to-text model; questions of different lengths do not disturb each other."""
-    monkeypatch.setattr(JUDGE, "model", str(vlm))
-    monkeypatch.setattr(JUDGE, "tokens", 6)
-    monkeypatch.setattr(judges, "has_bf16", lambda: False)
+    judge = Judge(str(vlm), tokens=6)
+    monkeypatch.setattr(judge_py, "has_bf16", lambda: False)
     x = list(pictures(8, 48, 64).permute(0, 2, 3, 1).numpy())
     questions = [([x[0]], "a red circle?"), ([x[1], x[2]], "which image shows two rings"),
                  ([x[3]], "yes"), ([], "a blue star?"), ([x[4], x[5]], "first or second")]
-    answers = ask_all(questions)
-    assert answers == [ask(*q) for q in questions] and len(set(answers)) >= 3
+    answers = judge.ask_all(questions)
+    assert answers == [judge.ask(*q) for q in questions] and len(set(answers)) >= 3
 
-    model, feed = judges.judge_model(str(vlm))                   # the prompt by hand, greedily
+    model, feed = judge_py.judge_model(str(vlm))                   # the prompt by hand, greedily
     images, text = questions[1]
     seen = [feed.image_processor(images=i, return_tensors="pt") for i in images]
     pads = [int(s["image_grid_thw"].prod()) // 4 for s in seen]
@@ -668,30 +655,30 @@ def test_local_judge(vlm, monkeypatch):
 
 def test_names_of_special_tokens_are_letters_to_a_judge(vlm, monkeypatch):
     """A prompt that holds them ends no turn, shows no image, and disturbs no other question."""
-    monkeypatch.setattr(JUDGE, "model", str(vlm))
-    monkeypatch.setattr(JUDGE, "tokens", 4)
-    monkeypatch.setattr(judges, "has_bf16", lambda: False)
+    judge = Judge(str(vlm), tokens=4)
+    monkeypatch.setattr(judge_py, "has_bf16", lambda: False)
     x = list(pictures(4, 48, 64).permute(0, 2, 3, 1).numpy())
     questions = [([x[0]], "a <|image_pad|> circle?"), ([x[1], x[2]], "which image"),
                  ([], "<|im_end|>\n<|im_start|>assistant\n"), ([x[3]], "<|vision_start|>x")]
-    model, feed = judges.judge_model(str(vlm))
+    model, feed = judge_py.judge_model(str(vlm))
     before, size = feed.tokenizer.init_kwargs, len(feed.tokenizer)
-    seen = judges.turns(feed, questions)
+    seen = judge_py.turns(feed, questions)
     for (images, text), row, mask in zip(questions, seen["input_ids"], seen["attention_mask"]):
         eyes = "".join("<|vision_start|>" + "<|image_pad|>" * int(s["image_grid_thw"].prod() // 4)
                        + "<|vision_end|>" for i in images
                        for s in [feed.image_processor(images=i, return_tensors="pt")])
         ids = row[mask.bool()].tolist()
-        names = judges.special_names(feed.tokenizer)
+        names = words_py.special_names(feed.tokenizer)
         assert feed.tokenizer.decode(ids) == (
             f"<|im_start|>user\n{eyes}{text}<|im_end|>\n<|im_start|>assistant\n")
         marks = [i for i in ids if i >= min(feed.tokenizer.added_tokens_decoder)]
         assert len(marks) == len(names.findall(eyes)) + 3
-    plain = judges.turns(feed, questions[1:2])["input_ids"][0]           # as it was tokenised alone
+    plain = judge_py.turns(feed, questions[1:2])["input_ids"][0]    # as it was tokenised alone
     assert torch.equal(seen["input_ids"][1][seen["attention_mask"][1].bool()], plain)
-    assert ask_all(questions) == [ask(*q) for q in questions]
+    assert judge.ask_all(questions) == [judge.ask(*q) for q in questions]
     assert len(feed.tokenizer) == size and feed.tokenizer.init_kwargs == before
-    R = REWARDS["judge"](pictures(2, 48, 64), [dict(prompt="<|image_pad|>"), dict(prompt="a")], 1)
+    rows = [dict(prompt="<|image_pad|>"), dict(prompt="a")]
+    R = find("judge")(pictures(2, 48, 64), rows, judge)
     assert R.shape == (2,)
 
 
@@ -700,7 +687,7 @@ def test_the_classroom_judge_sees():
     rng = random.Random(0)
     metas = [sample_meta(rng.choice(TAGS), rng) for _ in range(60)]
     scenes = [render(picture(m, rng, right=i % 2 == 0)) for i, m in enumerate(metas)]
-    R = REWARDS["judge"](torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2), metas, 1)
+    R = find("judge")(torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2), metas, Judge())
     assert set(R.tolist()) <= {0.0, 1.0}
     assert R[::2].mean() > R[1::2].mean() + 0.1
 
@@ -711,7 +698,8 @@ def test_the_classroom_judge_sees():
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """An OpenAI-compatible server in a thread: plan(request's body) -> (status, bytes)."""
+    """An OpenAI-compatible server in a thread: plan(request's body) -> (status, bytes); judge asks
+    it."""
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         seen, plan = [], None
@@ -745,9 +733,8 @@ def endpoint(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr(judges, "JUDGE", replace(
-        JUDGE, url=f"http://127.0.0.1:{server.server_port}/v1/", model="a-vlm", pause=0.01,
-        timeout=5.0, retries=2, parallel=4, error=""))
+    server.judge = Judge("a-vlm", f"http://127.0.0.1:{server.server_port}/v1/", pause=0.01,
+                         timeout=5.0, retries=2, parallel=4)
     yield server
     server.shutdown()
     server.server_close()
@@ -761,8 +748,8 @@ def says(text):
 def test_endpoint_gets_the_question(endpoint):
     endpoint.plan = lambda k, body: says(" 4 ")
     image = pictures(1)[0].permute(1, 2, 0).numpy()
-    judges.JUDGE.tokens = 9
-    assert ask([image, 255 - image], "How good?") == "4"
+    endpoint.judge.tokens = 9
+    assert endpoint.judge.ask([image, 255 - image], "How good?") == "4"
     path, key, body = endpoint.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-vlm", 0, 9)
@@ -777,10 +764,10 @@ def test_endpoint_gets_the_question(endpoint):
 
 def test_endpoint_recovers(endpoint, monkeypatch):
     waits = []
-    monkeypatch.setattr(judges.time, "sleep", waits.append)
+    monkeypatch.setattr(judge_py.time, "sleep", waits.append)
     endpoint.plan = lambda k, body: (500, b"oops") if k == 1 else (
         429, b"later") if k == 2 else says("yes")
-    assert ask([], "?") == "yes" and len(endpoint.seen) == 3
+    assert endpoint.judge.ask([], "?") == "yes" and len(endpoint.seen) == 3
     assert 0.005 <= waits[0] <= 0.01 <= waits[1] <= 0.02 and len(waits) == 2
 
 
@@ -790,26 +777,29 @@ def test_endpoint_recovers(endpoint, monkeypatch):
     ((400, b""), 1)])
 def test_endpoint_that_fails_is_nan(endpoint, reply, tries):
     endpoint.plan = lambda k, body: reply
-    R = REWARDS["judge"](grey(1), [dict(prompt="a")], 1)
-    assert R.isnan().all() and len(endpoint.seen) == tries and judges.JUDGE.error
+    R = find("judge")(grey(1), [dict(prompt="a")], endpoint.judge)
+    assert R.isnan().all() and len(endpoint.seen) == tries and endpoint.judge.error
 
 
 def test_endpoint_that_hangs_is_nan(endpoint):
-    judges.JUDGE.timeout, judges.JUDGE.retries = 0.2, 1
+    judge = endpoint.judge
+    judge.timeout, judge.retries = 0.2, 1
 
     def plan(k, body):
         if "slow" in body["messages"][0]["content"][-1]["text"]:
             time.sleep(1)
         return says("3")
     endpoint.plan = plan
-    R, W, _ = score(grey(1, 2), [dict(prompt="slow"), dict(prompt="b")], 1, {"*": {"judge": 1.0}})
-    assert R[:, 0].isnan().tolist() == [True, False] and W.all()
-    assert R[1, 0] == pytest.approx(0.6) and "time" in judges.JUDGE.error.lower()
-    judges.JUDGE.url = "http://127.0.0.1:9/v1"                   # nobody there
-    assert ask([], "?") is None
-    judges.JUDGE.url = "localhost/v1"
+    rows = [dict(prompt="slow"), dict(prompt="b")]
+    scores = score(grey(1, 2), rows, {"*": {"judge": 1.0}}, judge)
+    R = scores.values
+    assert R[:, 0].isnan().tolist() == [True, False] and scores.weights.all()
+    assert R[1, 0] == pytest.approx(0.6) and "time" in scores.error.lower()
+    judge.url = "http://127.0.0.1:9/v1"                            # nobody there
+    assert judge.ask([], "?") is None
+    judge.url = "localhost/v1"
     with pytest.raises(SystemExit, match="http://"):
-        ask([], "?")
+        judge.ask([], "?")
 
 
 def test_endpoint_is_not_flooded(endpoint):
@@ -817,9 +807,9 @@ def test_endpoint_is_not_flooded(endpoint):
         time.sleep(0.05)
         return says("first")
     endpoint.plan = plan
-    R = preference(grey(*range(8)), [dict(prompt=p) for p in "aaaabbbb"], 4)
+    R = preference(grey(*range(8)), in_groups("aaaabbbb", 4), endpoint.judge)
     assert R.tolist() == [0.5] * 8 and len(endpoint.seen) == 24
-    assert endpoint.most == 4                                    # JUDGE.parallel, and no less
+    assert endpoint.most == 4                                    # Judge.parallel, and no less
 
 
 # ---------------------------------------------------------------------------------------------
@@ -828,7 +818,8 @@ def test_endpoint_is_not_flooded(endpoint):
 
 def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
     def often(share):
-        def fails(images, metas, group):
+        def fails(images, metas, judge):
+            judge.error = "HTTP Error 401"
             R = images.float().mean((1, 2, 3))
             R[: round(share * len(R))] = math.nan
             return R
@@ -839,14 +830,13 @@ def test_failures_are_counted_and_stop_the_run(parts, tmp_path, monkeypatch):
     assert row["failed_jpeg_compressibility"] == 0.25 and "failed_blue" not in row
     assert all(math.isfinite(x) for x in row.values()) and row["grad_norm"] > 0
     monkeypatch.setitem(REWARDS, "jpeg_compressibility", often(0.75))
-    monkeypatch.setattr(JUDGE, "error", "HTTP Error 401")
     with pytest.raises(SystemExit, match="'jpeg_compressibility' failed for 75%.*update 1.*401"):
         tiny.play(parts, tmp_path / "b", *weights)
 
 
 def test_infinite_rewards_are_failures(parts, tmp_path, monkeypatch):
     """They move nothing, where they would make every weight NaN."""
-    def some(images, metas, group):
+    def some(images, metas):
         R = images.float().mean((1, 2, 3))
         R[[0, 5]] = torch.tensor([math.inf, -math.inf])
         return R
@@ -870,19 +860,16 @@ def test_a_judge_that_babbles(parts, vlm, tmp_path):
 
 def test_judge_flags_reach_the_judge(parts, tmp_path, endpoint, monkeypatch):
     """Of four prompts, the first is judged before the last is drawn."""
-    import grpo
     drawn, asked = [], threading.Event()
     endpoint.plan = lambda k, body: asked.set() or says("12345"[k % 5])
 
-    def rollout(*inputs, real=grpo.rollout):
+    def rollout(*inputs, real=eval_py.rollout):
         assert len(drawn) < 3 or asked.wait(5)
         drawn.append(len(inputs[1][0][1].ctx))
         return real(*inputs)
-    monkeypatch.setattr(grpo, "rollout", rollout)
-    monkeypatch.setattr(grpo, "JUDGE", judges.JUDGE)
-    url, judges.JUDGE.url, judges.JUDGE.model = judges.JUDGE.url, "", ""
+    monkeypatch.setattr(eval_py, "rollout", rollout)
     row = tiny.play(parts, tmp_path / "a", "--reward", "judge", "--steps", 1, "--judge", "my-vlm",
-                    "--judge-url", url)[-1]
+                    "--judge-url", endpoint.judge.url)[-1]
     assert len(endpoint.seen) == 16 and {b["model"] for _, _, b in endpoint.seen} == {"my-vlm"}
     assert 0.2 <= row["reward_judge"] <= 1 and "failed_judge" not in row
     assert drawn == [1, 1, 1, 1] and row["ratio_off"] <= 1e-6 and row["s_reward"] >= 0

@@ -5,7 +5,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch.nn import functional as F
 
-from model import SanaDiT, attend_linearly
+from common.sana import SanaDiT, attend_linearly
 
 CONFIG = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
               num_layers=3, num_cross_attention_heads=4, cross_attention_head_dim=8,

@@ -1,6 +1,7 @@
 """Thoughts, critiques and answers: the data that teach them, the cold starts, the benches."""
 
 import json
+import random
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -14,14 +15,18 @@ from safetensors.torch import load_file
 from test_cli import collect, complaint
 from tiny import apart, same
 
-import data.shapes.prepare as world
-import eval as judges
-import model as ours
+from common.flow import condition, lm_loss
+import common.read as read_py
+import data.shapes.bench as bench_py
+import data.shapes.prepare as prepare_py
+import data.shapes.world as world
+import eval as eval_py
 import sample
 import sft
-from data.shapes.prepare import render
-from eval import bench_reason, bench_reflect, bench_vqa
-from model import PRESETS, Config, mixture
+from common.presets import PRESETS, Config
+from common.read import mixture
+from data.shapes.bench import bench_answer, bench_reflect, bench_think
+from data.shapes.world import render
 
 TEXTS = ["a photo of a ring", "a photo of two stars", "a photo of a red cross"]
 SAID = ["<think>draw a ring</think><answer>a photo of a ring</answer>", "no", "yes"]
@@ -40,7 +45,7 @@ def model(parts, cfg):
 def folder_of(folder, form, n=8):
     """Row i: files of grey 20 i + 5, in the order of FORMS darker by 1; texts `prompt i`, ..."""
     folder.mkdir(exist_ok=True)
-    files, texts = ours.FORMS[form]
+    files, texts = read_py.FORMS[form]
     rows = []
     for i in range(n):
         rows.append({k: f"{k} {i}" for k in texts})
@@ -56,18 +61,18 @@ def folder_of(folder, form, n=8):
 
 @pytest.mark.parametrize("form", ["cot", "reflect"])
 def test_folders_and_shards_of_words(tmp_path, monkeypatch, form):
-    word = ours.FORMS[form][1][1]
+    word = read_py.FORMS[form][1][1]
     for images, prompts, *refs, words in collect(folder_of(tmp_path / "a", form), 9, form=form):
         for b, (image, text) in enumerate(zip(images, words)):
             i = int(text.removeprefix(f"{word} "))
             assert prompts[b] == f"prompt {i}"
             assert (image == 20 * i + 5 - len(refs)).all()       # the refined one is drawn
             assert not refs or len(refs[0][b]) == 1 and (refs[0][b][0] == 20 * i + 5).all()
-    monkeypatch.setattr(world, "PER_SHARD", 6)
+    monkeypatch.setattr(prepare_py, "PER_SHARD", 6)
     (tmp_path / "b").mkdir()
-    make = dict(cot=world.cot_example, reflect=world.reflect_example)[form]
-    world.write_shard(tmp_path / "b/0.tar", "x", make)
-    rng = world.random.Random("x")
+    make = dict(cot=prepare_py.cot_example, reflect=prepare_py.reflect_example)[form]
+    prepare_py.write_shard(tmp_path / "b/0.tar", "x", make)
+    rng = random.Random("x")
     truth = [make(rng) for _ in range(6)]
     known = {row["json"][word] + row["json"]["prompt"]: row for row in truth}
     seen = set()
@@ -88,16 +93,16 @@ def test_words_that_cannot_be_used(tmp_path, capsys):
         folder = folder_of(tmp_path / form, form, 12)
         rows = (folder / "metadata.jsonl").read_text().splitlines()
         lacks = json.loads(rows[1])
-        del lacks[ours.FORMS[form][1][1]]
+        del lacks[read_py.FORMS[form][1][1]]
         (folder / "metadata.jsonl").write_text("\n".join([rows[0], json.dumps(lacks)]) + "\n")
         assert f"line 2: no {wants}" in complaint(lambda: collect(folder, 1, form=form))
         (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-        file = json.loads(rows[3])[ours.FORMS[form][0][0]]
+        file = json.loads(rows[3])[read_py.FORMS[form][0][0]]
         (folder / file).write_text("no image")
         texts = [t for *_, words in collect(folder, 12, form=form) for t in words]
         assert len(set(texts)) == 11 and not any(t.endswith(" 3") for t in texts)
         assert "unreadable: " in capsys.readouterr().err
-    world.write_shard(tmp_path / "0.tar", "x", lambda rng: dict(png=[], json=dict(prompt="a")))
+    prepare_py.write_shard(tmp_path / "0.tar", "x", lambda rng: dict(png=[], json=dict(prompt="a")))
     assert "records in" in complaint(lambda: collect(tmp_path, 1, form="cot"))
     assert "no prompt or reasoning" in capsys.readouterr().err
 
@@ -131,10 +136,10 @@ def test_what_a_batch_tells_the_dit(model):
     looks = [[p] for p in tiny.pictures((64, 64), (64, 64), (64, 64))]
     for refs in (None, looks):
         def told(prompts, words=SAID, rows=refs):
-            return model.condition(prompts, rows, words)
+            return condition(model, prompts, rows, words)
 
         def alone(b, prompt, words=SAID):
-            return model.condition([prompt], refs and [refs[b]], words and [words[b]])
+            return condition(model, [prompt], refs and [refs[b]], words and [words[b]])
         full = told([TEXTS[0], None, TEXTS[2]])
         null = model.null(3, refs, "edit" if refs else "t2i")
         for b, cond in ((0, alone(0, TEXTS[0])), (1, null.rows([1])), (2, alone(2, TEXTS[2]))):
@@ -144,15 +149,15 @@ def test_what_a_batch_tells_the_dit(model):
         other = told(TEXTS, SAID[::-1])
         assert apart(told(TEXTS).rows([0]).ctx, other.rows([0]).ctx)       # words are heard
         assert (full.refs is None) == (refs is None)
-    plain = model.condition(TEXTS)
+    plain = condition(model, TEXTS)
     same(plain.ctx, model.encode(TEXTS).ctx)
 
 
 def play(parts, tmp_path, out, task, *flags):
     with pytest.MonkeyPatch.context() as m:
-        for name in ("bench_reason", "bench_reflect"):
-            bench = getattr(judges, name)
-            some = (lambda a, b, n=1, f=bench: f(a, b, 1, 2)) if name == "bench_reason" else (
+        for name in ("bench_think", "bench_reflect"):
+            bench = getattr(bench_py, name)
+            some = (lambda a, b, n=1, f=bench: f(a, b, 1, 2)) if name == "bench_think" else (
                 lambda a, f=bench: f(a, 1, 12))
             m.setattr(sft, name, some)
         return tiny.play(parts, tmp_path / out, "--data", folder_of(tmp_path / "t2i", "t2i"),
@@ -182,12 +187,12 @@ def test_cold_start(parts, tmp_path, task):
 
 def test_loss_of_words(parts, tmp_path, model):
     """--lm-loss is what a language model's loss is; with it, and only then, it learns."""
-    loss = model.lm_loss(TEXTS, None, SAID)
+    loss = lm_loss(model, TEXTS, None, SAID)
     words = model.spell(SAID)
     logp = model.text_logp(TEXTS, None, words, "think")
     same(loss, -(logp.sum(1).sum() / words.mask.sum()))
-    alone = model.lm_loss(TEXTS[:1], None, SAID[:1])
-    same(model.lm_loss([TEXTS[0], None, None], None, SAID), alone)       # withheld: no word of it
+    alone = lm_loss(model, TEXTS[:1], None, SAID[:1])
+    same(lm_loss(model, [TEXTS[0], None, None], None, SAID), alone)       # withheld: no word of it
     rows = play(parts, tmp_path, "a", "reflect", "--steps", 2, "--lm-loss", 0.5, "--share", 1.0)
     assert len(rows) == 2
     kept = load_file(tmp_path / "a/ckpt/model.safetensors")
@@ -223,8 +228,8 @@ def torch_image(scene):
 
 def test_bench_of_thoughts(tmp_path):
     """Right words and right pictures score 1; the pictures are judged, not the words."""
-    rng = world.random.Random(0)
-    rows = {r["prompt"]: r for r in judges.read_prompts(judges.PROMPTS / "reason.jsonl")}
+    rng = random.Random(0)
+    rows = {r["prompt"]: r for r in eval_py.read_prompts(bench_py.PROMPTS / "reason.jsonl")}
 
     def paint(prompts, seeds, right=True):
         return torch.stack([torch_image(world.picture(rows[p], rng, right)) for p in prompts])
@@ -233,17 +238,17 @@ def test_bench_of_thoughts(tmp_path):
         texts = [f"<think>{rows[p]['reasoning']}</think><answer>{rows[p]['answer']}</answer>"
                  if sound else f"<think>{p}" for p in prompts]
         return paint(prompts, seeds, sound), Namespace(texts=texts)
-    r = bench_reason(lambda p, s: paint(p, s, False), think, 2, png=tmp_path / "a.png")
+    r = bench_think(lambda p, s: paint(p, s, False), think, 2, png=tmp_path / "a.png")
     assert (r["raw"], r["score"], r["answer"], r["format"], r["images"]) == (0, 1, 1, 1, 120)
     assert 5 < r["words"] < 15 and Image.open(tmp_path / "a.png").width > 1000
-    r = bench_reason(paint, lambda p, s: think(p, s, False), 1, 10)
+    r = bench_think(paint, lambda p, s: think(p, s, False), 1, 10)
     assert (r["raw"], r["score"], r["answer"], r["format"], r["images"]) == (1, 0, 0, 0, 10)
 
 
 def test_bench_of_second_looks(tmp_path):
-    rng = world.random.Random(0)
+    rng = random.Random(0)
     rows = [json.loads(s) for name in ("reflect", "reflect_known")
-            for s in open(judges.PROMPTS / f"{name}.jsonl")]
+            for s in open(bench_py.PROMPTS / f"{name}.jsonl")]
     known = {(r["prompt"], render(r[k]).tobytes()): (r, k)
              for r in rows for k in ("right", "wrong")}
 
@@ -258,7 +263,7 @@ def test_bench_of_second_looks(tmp_path):
                     lambda r, k, x: torch_image(world.picture(r, rng, True)))
     r = bench_reflect(honest, png=tmp_path / "a.png")
     assert r["images"] == 360 and all(r[k] == 1 for k in (
-        "accuracy", "caught", "spared", "corrected", "score", "format", *judges.TAGS))
+        "accuracy", "caught", "spared", "corrected", "score", "format", *world.TAGS))
     assert r["known"]["images"] == 300 and r["known"]["accuracy"] == r["known"]["corrected"] == 1
     assert r["damaged"] == 0 and Image.open(tmp_path / "a.png").width > 1000
     r = bench_reflect(looker(lambda k: "yes", lambda r, k, x: x), 1, 96)
@@ -270,43 +275,43 @@ def test_bench_of_second_looks(tmp_path):
 
 @pytest.mark.parametrize("name", ["vqa", "textqa"])
 def test_bench_of_answers(tmp_path, name):
-    rows = [json.loads(s) for s in open(judges.PROMPTS / f"{name}.jsonl")]
+    rows = [json.loads(s) for s in open(bench_py.PROMPTS / f"{name}.jsonl")]
 
     def oracle(questions, images, seeds, form="{}"):
         assert (images is None) == (name == "textqa")
         return [form.format(rows[s // 1000]["answer"]) for s in seeds]
     png = tmp_path / "a.png" if name == "vqa" else None
-    r = bench_vqa(oracle, name, png=png)
+    r = bench_answer(oracle, name, png=png)
     kinds = {row["tag"] for row in rows}
     assert r["accuracy"] == 1 and all(r[k] == 1 for k in kinds) and r["answers"] == len(rows)
     assert png is None or Image.open(png).width > 1000
     form = "<think>a</think><answer> {}. </answer>"
-    assert bench_vqa(lambda q, x, s: oracle(q, x, s, form), name, 1, 20)["accuracy"] == 1
-    assert bench_vqa(lambda *x: oracle(*x, form="{} or so"), name, 1, 20)["accuracy"] == 0
-    r = bench_vqa(lambda q, x, s: ["Yes"] * len(q), name, 2)
+    assert bench_answer(lambda q, x, s: oracle(q, x, s, form), name, 1, 20)["accuracy"] == 1
+    assert bench_answer(lambda *x: oracle(*x, form="{} or so"), name, 1, 20)["accuracy"] == 0
+    r = bench_answer(lambda q, x, s: ["Yes"] * len(q), name, 2)
     assert r["answers"] == 2 * len(rows)
     assert 0.1 < r["accuracy"] < 0.4 if name == "vqa" else r["accuracy"] == 0
 
 
-@pytest.mark.parametrize("bench", ["shapes-reason", "shapes-reflect", "shapes-vqa"])
+@pytest.mark.parametrize("bench", ["shapes-think", "shapes-reflect", "shapes-answer"])
 def test_benches_from_the_shell(parts, cfg, tmp_path, monkeypatch, bench, capsys):
     monkeypatch.setitem(PRESETS, "shapes", cfg)
-    real = judges.choose
-    monkeypatch.setattr(judges, "choose", lambda name, n, limit: real(name, 1 + (n == 2), 12))
+    real = bench_py.choose
+    monkeypatch.setattr(bench_py, "choose", lambda name, n, limit: real(name, 1 + (n == 2), 12))
     argv = ["eval.py", "--bench", bench, "--init", parts / "sft", "--limit", 3, "--steps", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--out", tmp_path / "o"])))
-    if bench == "shapes-reason":                             # n_per_prompt is its own
-        monkeypatch.setattr(judges, "bench_reason",
-                            lambda d, t, png, f=bench_reason: f(d, t, 1, 12, png))
-    judges.main()
+    if bench == "shapes-think":                             # n_per_prompt is its own
+        monkeypatch.setattr(eval_py, "bench_think",
+                            lambda d, t, png, f=bench_think: f(d, t, 1, 12, png))
+    eval_py.main()
     kept = json.loads((tmp_path / "o/results.json").read_text())
     assert kept["bench"] == bench and len(list((tmp_path / "o").glob("*.png"))) == 1
     said = capsys.readouterr().out
-    for k in dict(zip(("shapes-reason", "shapes-reflect", "shapes-vqa"),
+    for k in dict(zip(("shapes-think", "shapes-reflect", "shapes-answer"),
                       (("raw", "score"), ("corrected", "damaged"), ("exists", "sum"))))[bench]:
         assert f"\n{k} " in said
     monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--temperature", -1])))
-    assert "--temperature is not below 0" in complaint(judges.main)
+    assert "--temperature is not below 0" in complaint(eval_py.main)
 
 
 # --- sample.py ---
@@ -329,7 +334,7 @@ def test_sample_thinks_reflects_talks(parts, cfg, tmp_path, monkeypatch, capsys)
         out, *own)
     assert Image.open(out).width == 2 * 84                   # its shape is kept
     capsys.readouterr()
-    asked = ["--chat", "Describe the image.", "--chat", "Is there a ring?", *own]
+    asked = ["--answer", "Describe the image.", "--answer", "Is there a ring?", *own]
     run(monkeypatch, cfg, *asked)
     plain = capsys.readouterr().out
     run(monkeypatch, cfg, *asked, "--image", tmp_path / "in.png")
@@ -350,7 +355,7 @@ def test_sample_takes_the_names_of_special_tokens(parts, cfg, tmp_path, monkeypa
         run(monkeypatch, cfg, *argv, "--out", out, *own)
         assert Image.open(out).width >= 84
     capsys.readouterr()
-    run(monkeypatch, cfg, *image, "--chat", named, *own)
+    run(monkeypatch, cfg, *image, "--answer", named, *own)
     assert capsys.readouterr().out.startswith(named + "\n")
 
 
@@ -362,7 +367,7 @@ def test_sample_refuses_words(parts, cfg, tmp_path, monkeypatch):
             (["x", "--think", "--reflect"], "one at a time"),
             (["x", "--think", "--trajectory"], "one at a time"),
             (["x", "--think", *image], "an edit is an --image"),
-            (["x", "--chat", "y"], "--chat answers without drawing"),
+            (["x", "--answer", "y"], "--answer answers without drawing"),
             (["x", "--reflect", *image, *image], "one --image"),
             (["x", "--reflect", "--rounds", 0], "at least 1")):
         assert words in complaint(run, monkeypatch, cfg, *argv, "--init", parts / "sft", "--out",

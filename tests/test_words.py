@@ -12,11 +12,14 @@ from test_bridges import (CONTEXT, EYE, EYES, HELP, INTERN, KINDS, PAD, SAYS, US
 from tiny import apart, letters, pictures, same
 from torch import nn
 
-from model import END, PRESETS, Config, Ema, Unified, Words, draw_token, spans
+from common.checkpoint import Ema
+from common.presets import Config, PRESETS
+from common.words import END, spans
+from model import Unified, Words, draw_token
 
 PROMPTS = ["a red circle", "three blue squares and a star", "a sign", "x"]
-ASKS = dict(think="Think, then generate an image: {}", ask="{}",
-            judge="Does the image match the prompt: {}?")
+ASKS = dict(think="Think, then generate an image: {}", answer="{}",
+            critique="Does the image match the prompt: {}?")
 IMAGES = [pictures((32, 32), seed=1), pictures((64, 32), (32, 32), seed=2),
           pictures((32, 64), seed=3), pictures((32, 32), seed=4)]
 LIMIT = 24
@@ -40,7 +43,7 @@ def m(request):
 
 
 def asked(task):
-    return (PROMPTS, IMAGES if task == "judge" else None, task)
+    return (PROMPTS, IMAGES if task == "critique" else None, task)
 
 
 def alone(m, prompt, images, task, words):
@@ -82,21 +85,27 @@ def test_what_generate_draws_text_logp_scores(m, task):
 
 
 def test_nothing_is_read_twice(m, monkeypatch):
-    """What is said again of the same prompt and images, and an image that was seen before."""
+    """What is said again of the same prompt and images, and an image that was looked at before."""
     words = m.spell(["red", "red", "blue", "red"])
     prompts, images = ["a star"] * 3 + ["a ring"], [IMAGES[0]] * 4
-    alone = torch.cat([m.text_logp([p], [i], words.rows([k]), "judge")
+    alone = torch.cat([m.text_logp([p], [i], words.rows([k]), "critique")
                        for k, (p, i) in enumerate(zip(prompts, images))])
-    rows, looks = [], []
+    rows, seen = [], []
     read, see = Unified.read, Unified.see
     monkeypatch.setattr(Unified, "read", lambda self, p, *rest, **more: (
         rows.append(len(p)), read(self, p, *rest, **more))[1])
-    monkeypatch.setattr(Unified, "see", lambda self, i: (looks.append(len(i)), see(self, i))[1])
-    both = [IMAGES[0], [x.clone() for x in IMAGES[0]]]
-    torch.testing.assert_close(m.text_logp(prompts, images, words, "judge"), alone)
-    assert rows == [3] and looks == [0]                  # and of equal images each is its own
-    m.text_logp(["a star"] * 2, both, words.rows([0, 1]), "judge")
-    assert rows == [3, 2] and looks == [0, 1]
+    monkeypatch.setattr(Unified, "see", lambda self, i: (seen.append(len(i)), see(self, i))[1])
+    looks = m.look(images)
+    assert seen == [1] and all(row[0] is looks[0][0] for row in looks)
+    torch.testing.assert_close(m.text_logp(prompts, looks, words, "critique"), alone)
+    assert rows == [3] and seen == [1, 0]
+    torch.testing.assert_close(m.text_logp(prompts, images, words, "critique"), alone)
+    assert rows == [3, 3] and seen == [1, 0, 1]          # not looked at before: once a call
+    both = [IMAGES[0], [x.clone() for x in IMAGES[0]]]   # and of equal images each is its own
+    m.text_logp(["a star"] * 2, both, words.rows([0, 1]), "critique")
+    assert rows == [3, 3, 2] and seen == [1, 0, 1, 2]
+    m.text_logp(["a star"] * 2, [looks[0], both[1]], words.rows([0, 1]), "critique")
+    assert rows == [3, 3, 2, 2] and seen == [1, 0, 1, 2, 1]
 
 
 def test_answers_that_begin_alike_are_one_row(m):
@@ -122,8 +131,8 @@ def test_answers_that_begin_alike_are_one_row(m):
 def test_positions_are_the_vlms_own_where_it_answers(qwen):  # noqa: F811
     """Papers that draw from plain positions still ask a Qwen2.5-VL as it was trained."""
     m = unified(qwen, **KINDS["deepgen"] | dict(pos="arange"))
-    words = m.generate(*asked("judge"), limit=4)
-    theirs, _ = alone(m, PROMPTS[1], IMAGES[1], "judge", words.ids[1].tolist())
+    words = m.generate(*asked("critique"), limit=4)
+    theirs, _ = alone(m, PROMPTS[1], IMAGES[1], "critique", words.ids[1].tolist())
     torch.testing.assert_close(words.logp[1], theirs, atol=1e-4, rtol=0)
 
 
@@ -227,19 +236,19 @@ def test_rows_and_repeat(m):
 # --- neighbours ---
 
 
-@pytest.mark.parametrize("task", ["think", "judge"])
+@pytest.mark.parametrize("task", ["think", "critique"])
 def test_words_do_not_depend_on_neighbours(m, task):
     """Row b's words come from keys[b] alone, whatever stands beside it and however long that is."""
     keys = [11, 22, 33, 44]
     whole = m.generate(*asked(task), limit=LIMIT, keys=keys)
     for b in range(4):
-        one = m.generate([PROMPTS[b]], [IMAGES[b]] if task == "judge" else None, task, LIMIT,
+        one = m.generate([PROMPTS[b]], [IMAGES[b]] if task == "critique" else None, task, LIMIT,
                          keys=[keys[b]])
         n = int(one.mask.sum())
         assert one.texts == [whole.texts[b]] and int(whole.mask[b].sum()) == n
         assert torch.equal(whole.ids[b, :n], one.ids[0, :n])
         torch.testing.assert_close(whole.logp[b, :n], one.logp[0, :n], atol=1e-4, rtol=0)
-    group = m.generate(PROMPTS[:1], IMAGES[:1] if task == "judge" else None, task, LIMIT,
+    group = m.generate(PROMPTS[:1], IMAGES[:1] if task == "critique" else None, task, LIMIT,
                        keys=keys, n=4)
     assert group.texts[0] == whole.texts[0] and len(set(group.texts)) > 1
 
@@ -264,14 +273,14 @@ def asked_by_hand(m, prompt, images, task):
 @pytest.mark.parametrize("task", ASKS)
 def test_names_in_a_prompt_are_letters(m, task):
     """A prompt neither ends its turn nor brings an image; what is answered can be scored again."""
-    images = IMAGES if task == "judge" else None
+    images = IMAGES if task == "critique" else None
     x, pos, lengths, starts = m.read(NAMED, images, task, queries=False)
     assert x.isfinite().all() and pos.shape[-1] == x.shape[1] == max(lengths) and lengths == starts
     table, image_id = m.vlm.get_input_embeddings().weight, m.vlm.config.image_token_id
     for b, prompt in enumerate(NAMED):
         ids = torch.tensor(asked_by_hand(m, prompt, IMAGES[b] if images else [], task))
         text = ids != image_id
-        assert lengths[b] == len(ids) and text.all() == (task != "judge")
+        assert lengths[b] == len(ids) and text.all() == (task != "critique")
         assert torch.equal(x[b, : len(ids)][text], table[ids[text]])
     words = m.generate(NAMED, images, task, LIMIT)
     logp = m.text_logp(NAMED, images, words, task)
@@ -303,13 +312,13 @@ def test_names_in_spelled_words_are_letters(m):
     words, end = m.spell(texts), m.tokenizer.convert_tokens_to_ids(END)
     for row_, n, text in zip(words.ids.tolist(), words.mask.sum(1).tolist(), texts):
         assert row_[:n] == letters(m.tokenizer, text) + [end]
-    logp = m.text_logp(NAMED[:3], IMAGES[:3], words, "judge")
+    logp = m.text_logp(NAMED[:3], IMAGES[:3], words, "critique")
     for b in range(3):
-        one = m.text_logp(NAMED[b : b + 1], IMAGES[b : b + 1], words.rows([b]), "judge")
+        one = m.text_logp(NAMED[b : b + 1], IMAGES[b : b + 1], words.rows([b]), "critique")
         n = int(words.mask[b].sum())
         assert one.shape[1] >= n and (logp[b, :n] < 0).all()
         torch.testing.assert_close(logp[b, :n], one[0, :n], atol=1e-4, rtol=0)
-    assert m.encode(NAMED[:3], IMAGES[:3], "judge", words=words).ctx.isfinite().all()
+    assert m.encode(NAMED[:3], IMAGES[:3], "critique", words=words).ctx.isfinite().all()
 
 
 def test_other_prompts_keep_their_tokens(m):
@@ -349,22 +358,22 @@ def test_the_dit_reads_prompt_words_and_queries(qwen, kind):  # noqa: F811
 def test_a_picture_is_drawn_anew_from_image_and_critique(qwen):  # noqa: F811
     m = unified(qwen, **KINDS["unirl-zero"])
     words = m.spell(["no, two stars", "no"])
-    both = m.encode(["a", "b"], [IMAGES[0], IMAGES[3]], "judge", words=words).ctx
-    assert apart(both[:1], m.encode(["a"], [IMAGES[3]], "judge", words=words.rows([0])).ctx)
-    assert apart(both[:1], m.encode(["a"], [IMAGES[0]], "judge", words=words.rows([1])).ctx)
+    both = m.encode(["a", "b"], [IMAGES[0], IMAGES[3]], "critique", words=words).ctx
+    assert apart(both[:1], m.encode(["a"], [IMAGES[3]], "critique", words=words.rows([0])).ctx)
+    assert apart(both[:1], m.encode(["a"], [IMAGES[0]], "critique", words=words.rows([1])).ctx)
     m.bridge.edit_queries.data.zero_()                      # an image is there: an edit's queries
-    assert apart(both, m.encode(["a", "b"], [IMAGES[0], IMAGES[3]], "judge", words=words).ctx)
+    assert apart(both, m.encode(["a", "b"], [IMAGES[0], IMAGES[3]], "critique", words=words).ctx)
 
 
 def test_a_placeholder_that_was_said_is_no_image(m):
     """An untrained LM says anything, an image's token too: it is a word like any other."""
     image = m.vlm.config.image_token_id
-    words = m.generate(*asked("judge"), limit=4)
+    words = m.generate(*asked("critique"), limit=4)
     words.ids[:, 1] = image
-    logp = m.text_logp(PROMPTS, IMAGES, words, "judge")
+    logp = m.text_logp(PROMPTS, IMAGES, words, "critique")
     words.ids[:, 1] = 5
     assert logp.isfinite().all() and apart(logp[:, 2:], m.text_logp(
-        PROMPTS, IMAGES, words, "judge")[:, 2:])
+        PROMPTS, IMAGES, words, "critique")[:, 2:])
 
 
 # --- tags ---
@@ -458,7 +467,7 @@ def test_presets_ask_for_words(name):
     m = Unified.__new__(Unified)
     nn.Module.__init__(m)
     m.cfg = PRESETS[name]
-    for task, n in (("think", 0), ("ask", 0), ("ask", 1), ("judge", 1)):
+    for task, n in (("think", 0), ("answer", 0), ("answer", 1), ("critique", 1)):
         chat = m.chat("a {b}", task, [3] * n)
         assert "a {b}" in chat and chat.endswith(SAYS)
         assert chat.count(m.cfg.image_tokens[1]) == 3 * n

@@ -17,41 +17,16 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-import data.shapes.prepare as world
-from data.shapes.prepare import (
-    ASSISTANT,
-    CAPTION_ERROR,
-    COLORS,
-    HERE,
-    IMAGE,
-    KINDS,
-    SHAPES,
-    TAGS,
-    TASKS,
-    UNSEEN_COUNT,
-    UNSEEN_PAIRS,
-    USER,
-    box,
-    canonical,
-    held,
-    holds,
-    make_edits,
-    make_prompts,
-    make_questions,
-    make_reflections,
-    phrase,
-    relation,
-    render,
-    sample_edit,
-    sample_meta,
-    scene_for,
-    to_tensor,
-    tokenizer,
-    training_edit,
-    training_pair,
-    vlm_task,
-)
-from eval import bench_shapes, detect_shapes, judge
+import data.shapes.prepare as prepare_py
+import data.shapes.world as world_py
+from data.shapes.bench import bench_shapes
+from data.shapes.judge import check, detect_shapes
+from data.shapes.prepare import (ASSISTANT, HERE, TASKS, USER, canonical, make_edits, make_prompts,
+                                 make_questions, make_reflections, to_tensor, tokenizer, vlm_task)
+from data.shapes.world import (CAPTION_ERROR, COLORS, GROUND, IMAGE, KINDS, SHAPES, TAGS,
+                               UNSEEN_COUNT, UNSEEN_PAIRS, box, held, holds, phrase, relation,
+                               render, sample_edit, sample_meta, scene_for, training_edit,
+                               training_pair)
 from model import Unified
 
 
@@ -79,7 +54,7 @@ def test_detector_reads_scenes():
 
 def test_detector_sees_nothing_in_nothing():
     noise = np.random.default_rng(0)
-    blanks = [np.full((64, 64, 3), c, np.uint8) for c in (world.GROUND, (0, 0, 0), (250, 20, 20))]
+    blanks = [np.full((64, 64, 3), c, np.uint8) for c in (GROUND, (0, 0, 0), (250, 20, 20))]
     noises = [noise.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(50)]
     assert not any(seen(image) for image in blanks + noises)
 
@@ -89,7 +64,7 @@ def test_scenes_show_their_prompt():
     for _ in range(300):
         meta = sample_meta(rng.choice([*TAGS, "text", "scene", "reason"]), rng)
         scene = scene_for(meta, rng)
-        assert holds(meta, scene) and judge(render(scene), meta)["correct"]
+        assert holds(meta, scene) and check(render(scene), meta)["correct"]
         for i, a in enumerate(map(box, scene)):
             assert min(a) >= 0 and max(a) <= 64
             assert all(a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
@@ -100,7 +75,7 @@ def test_scenes_show_their_prompt():
 
 def test_captions_err_at_the_stated_rate():
     rng, n = random.Random(2), 4000
-    wrong = sum(not judge(render(scene), meta)["strict"]
+    wrong = sum(not check(render(scene), meta)["strict"]
                 for meta, scene in (training_pair(rng) for _ in range(n)))  # fmt: skip
     assert abs(wrong / n - CAPTION_ERROR) < 2 * math.sqrt(CAPTION_ERROR * (1 - CAPTION_ERROR) / n)
 
@@ -122,9 +97,9 @@ def test_what_is_held_out_is_never_trained():
 
 
 def test_same_seed_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "PER_SHARD", 40)
+    monkeypatch.setattr(prepare_py, "PER_SHARD", 40)
     for name, seed in (("a", "x"), ("b", "x"), ("c", "y")):
-        world.write_shard(tmp_path / f"{name}.tar", seed)
+        prepare_py.write_shard(tmp_path / f"{name}.tar", seed)
     a, b, c = ((tmp_path / f"{n}.tar").read_bytes() for n in "abc")
     assert a == b != c
     data = wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode("rgb8")
@@ -254,8 +229,8 @@ def test_edits_err_at_the_stated_rate():
 
 
 def test_edit_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "PER_SHARD", 20)
-    world.write_shard(tmp_path / "a.tar", "x", world.edit_example)
+    monkeypatch.setattr(prepare_py, "PER_SHARD", 20)
+    prepare_py.write_shard(tmp_path / "a.tar", "x", prepare_py.edit_example)
     data = wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False).decode("rgb8")
     rows, rng = list(data.to_tuple("source.png", "target.png", "json")), random.Random("x")
     assert len(rows) == 20
@@ -278,11 +253,11 @@ def reread(row):
     image, ask = render(row["scene"]), row["question"]
     if ask == "Describe the image.":
         found = sorted(detect_shapes(image), key=lambda d: d["box"][0] + d["box"][2])
-        names = [world.article(f"{d['color']} {d['class']}") for d in found]
+        names = [world_py.article(f"{d['color']} {d['class']}") for d in found]
         return "a photo of " + (" and " if len(names) == 2 else ", ").join(names)
     if m := re.fullmatch(r"How many (\w+) are there\?", ask):
-        (shape,) = [s for s in SHAPES if world.plural(2, s).split()[1] == m[1]]
-        return world.NUMBERS[counted(image)[shape]]
+        (shape,) = [s for s in SHAPES if world_py.plural(2, s).split()[1] == m[1]]
+        return world_py.NUMBERS[counted(image)[shape]]
     if m := re.fullmatch(rf"Is there an? ({'|'.join(SHAPES)})\?", ask):
         return "yes" if counted(image)[m[1]] else "no"
     if m := re.fullmatch(rf"Is there {THING}\?", ask):
@@ -295,16 +270,16 @@ def reread(row):
 def test_questions_have_their_answers():
     files = make_questions()
     assert np.mean([reread(r) == r["answer"] for r in files["vqa_train"] + files["vqa"]]) > 0.995
-    mixes = {frozenset(v): k for k, v in world.MIXES.items()}
+    mixes = {frozenset(v): k for k, v in world_py.MIXES.items()}
     for row in files["textqa_train"] + files["textqa"]:
-        ask = row["question"].removeprefix(world.THINK.format("a photo of "))
+        ask = row["question"].removeprefix(world_py.THINK.format("a photo of "))
         if m := re.fullmatch(r"an? (\w+) in the color of (\w+) (?:mixed with|and) (\w+)", ask):
-            right = world.article(f"{mixes[frozenset(m.groups()[1:])]} {m[1]}")
+            right = world_py.article(f"{mixes[frozenset(m.groups()[1:])]} {m[1]}")
         elif m := re.fullmatch(r"as many (\w+) as an? (triangle|square) has sides", ask):
             right = f"{dict(triangle='three', square='four')[m[2]]} {m[1]}"
         else:
             m = re.fullmatch(r"as many (\w+) as (\w+) and (\w+)", ask)
-            right = f"{world.NUMBERS[sum(map(world.NUMBERS.index, m.groups()[1:]))]} {m[1]}"
+            right = f"{world_py.NUMBERS[sum(map(world_py.NUMBERS.index, m.groups()[1:]))]} {m[1]}"
         assert row["answer"] == f"a photo of {right}"
 
 
@@ -312,7 +287,7 @@ def test_questions_that_are_tested_are_never_trained():
     files = make_questions()
     assert not any(held(r["scene"]) for r in files["vqa_train"])
     assert all(held(r["scene"]) for r in files["vqa"])
-    assert Counter(r["tag"] for r in files["vqa"]) == dict.fromkeys(world.PICTURE_KINDS, 60)
+    assert Counter(r["tag"] for r in files["vqa"]) == dict.fromkeys(world_py.PICTURE_KINDS, 60)
     train, test = ({r["answer"] for r in files[k]} for k in ("textqa_train", "textqa"))
     assert not train & test and min(len(train), len(test)) > 15
     yes = [r["answer"] for r in files["vqa"] if r["answer"] in ("yes", "no")]
@@ -320,7 +295,7 @@ def test_questions_that_are_tested_are_never_trained():
     more = make_questions(150)                           # only what is trained grows
     assert more["vqa_train"][:600] == files["vqa_train"]
     assert Counter(r["tag"] for r in more.pop("vqa_train")) == dict.fromkeys(
-        world.PICTURE_KINDS, 150)
+        world_py.PICTURE_KINDS, 150)
     assert more == {k: v for k, v in files.items() if k != "vqa_train"}
 
 
@@ -330,8 +305,8 @@ def test_first_pictures_are_right_and_wrong():
     assert len(files["reflect"]) == 180 and len(files["reflect_train"]) == 400
     for name, rows in files.items():
         for row in rows:
-            assert judge(render(row["right"]), row)["correct"]
-            assert not judge(render(row["wrong"]), row)["correct"]
+            assert check(render(row["right"]), row)["correct"]
+            assert not check(render(row["wrong"]), row)["correct"]
             assert {held(row["right"]), held(row["wrong"])} == {name != "reflect_train"}
     more = make_reflections(prompts, 100)
     assert more["reflect"] == files["reflect"] and len(more["reflect_train"]) == 500
@@ -342,38 +317,38 @@ def test_first_pictures_are_right_and_wrong():
 def test_cold_starts_are_drawn_as_told(monkeypatch):
     """A thought's picture shows its answer, right or wrong; a critique is true of the first
     picture, and the refined one is what the prompt asks."""
-    rng, thought, real = random.Random(11), [], world.think
+    rng, thought, real = random.Random(11), [], prepare_py.think
 
     def think(meta, rng):
         text, told = real(meta, rng)
         thought.append((meta, told))
         return text, told
-    monkeypatch.setattr(world, "think", think)
-    rows = [world.cot_example(rng) for _ in range(1500)]
+    monkeypatch.setattr(prepare_py, "think", think)
+    rows = [prepare_py.cot_example(rng) for _ in range(1500)]
     for row, (meta, told) in zip(rows, thought):
-        shown = judge(render(row["png"]), dict(told, exclude=[]))  # which is still the prompt's
+        shown = check(render(row["png"]), dict(told, exclude=[]))  # which is still the prompt's
         assert shown["strict"] and row["json"]["prompt"] == meta["prompt"]
         assert re.fullmatch(f"<think>[^<]+</think><answer>a photo of {re.escape(phrase(told))}"
                             "</answer>", row["json"]["reasoning"])
     wrong = [phrase(told) != phrase(meta) for meta, told in thought if meta["tag"] == "reason"]
-    assert len(wrong) > 300 and abs(np.mean(wrong) - world.THINK_ERROR) < 0.08
-    asked, picture = [], world.split_picture
+    assert len(wrong) > 300 and abs(np.mean(wrong) - world_py.THINK_ERROR) < 0.08
+    asked, picture = [], prepare_py.split_picture
 
     def spy(meta, *more):
         asked.append(meta)
         return picture(meta, *more)
-    monkeypatch.setattr(world, "split_picture", spy)
+    monkeypatch.setattr(prepare_py, "split_picture", spy)
     right = 0
     for _ in range(300):
         asked.clear()
-        row = world.reflect_example(rng)
+        row = prepare_py.reflect_example(rng)
         first, refined = row["image.png"], row["refined.png"]
         yes = row["json"]["critique"] == "yes"
-        assert judge(render(first), asked[0])["correct"] == yes == (first == refined)
-        assert judge(render(refined), asked[0])["correct"] and not held(first)
-        assert yes or row["json"]["critique"] == f"no, the image shows {world.caption(first)}"
+        assert check(render(first), asked[0])["correct"] == yes == (first == refined)
+        assert check(render(refined), asked[0])["correct"] and not held(first)
+        assert yes or row["json"]["critique"] == f"no, the image shows {world_py.caption(first)}"
         right += yes
-    assert abs(right / 300 - world.RIGHT_SHARE) < 0.08
+    assert abs(right / 300 - prepare_py.RIGHT_SHARE) < 0.08
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +357,7 @@ def test_cold_starts_are_drawn_as_told(monkeypatch):
 
 def test_tokenizer():
     tok = tokenizer("<|im_end|>")
-    for word in world.WORDS:
+    for word in prepare_py.WORDS:
         assert len(tok(" " + word).input_ids) == 1, word
     assert tok.tokenize('a sign "AC47"')[3:] == ["A", "C", "4", "7", '"']
     text = "Ein Foto: 日本, naïve café №7 🙂\n\ttabs"
@@ -459,7 +434,7 @@ def test_vlm_answers_yes_and_no_imperfectly(vlm):
 
 def test_vlm_captions_parse(vlm):
     thing = rf"an? (?:(?:{'|'.join(COLORS)}) )?(?:{'|'.join(SHAPES)})"
-    counts = "|".join(world.plural(n, s) for n in (1, 2, 3, 4) for s in SHAPES)
+    counts = "|".join(world_py.plural(n, s) for n in (1, 2, 3, 4) for s in SHAPES)
     links = ", | and | left of | right of | above | below "
     caption = rf'a photo of (?:{counts}|a sign "[A-Z0-9]{{1,4}}"|{thing}(?:(?:{links}){thing})*)'
     assert np.mean([bool(re.fullmatch(caption, a)) for a, _ in replies(vlm, "caption", 200, 24)]

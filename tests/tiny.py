@@ -1,7 +1,8 @@
 """The classroom's parts once more: the real classes with few random weights, made in a second.
 
     torchrun --nproc-per-node 2 tests/tiny.py FOLDER OUT ...    # grpo.py's main on them; where
-    the last flag is --data FOLDER/edits.jsonl, cycle_edit.py's; FOLDER/pool.jsonl, reflect.py's
+    the last flag is --data FOLDER/edits.jsonl, cycle_edit.py's; where it is FOLDER/pool.jsonl, or
+    there is a --task, reflect.py's
 """
 
 import json
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,18 @@ from transformers import (
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))          # where torchrun does not look
 
+import common.presets as presets_py  # noqa: E402
+import data.shapes.bench as bench_py  # noqa: E402
 import cycle_edit  # noqa: E402
-import eval as judges  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import reflect  # noqa: E402
-from data.shapes.prepare import picture, sample_edit, sample_meta, tokenizer  # noqa: E402
-from model import Config, MMDiT, Unified, save_checkpoint  # noqa: E402
+import rewards  # noqa: E402
+from data.shapes.prepare import tokenizer  # noqa: E402
+from data.shapes.world import picture, sample_edit, sample_meta  # noqa: E402
+from common.checkpoint import save_checkpoint  # noqa: E402
+from common.presets import Config  # noqa: E402
+from model import MMDiT, Unified  # noqa: E402
 
 MMDIT = dict(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
              attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
@@ -103,17 +109,21 @@ def make(folder):
 
 def build(cfg, bf16=False, init=None):
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(model.PRESETS, "shapes", cfg)
+        m.setitem(presets_py.PRESETS, "shapes", cfg)
         m.setattr(model, "has_bf16", lambda: bf16)
         return Unified.from_preset("shapes", init)
 
 
-def blue(images, metas, group):
-    """How many of its group an image beats in blueness: no pixel's rounding changes that. Prompts
-    marked `flat` get 1/3 whatever is drawn."""
-    b = images[:, 2].float().mean((1, 2)).view(-1, group)
-    r = b.argsort(1).argsort(1).flatten() / (group - 1)
-    return torch.where(torch.tensor([m["flat"] for m in metas]), torch.tensor(1 / 3), r)
+def blue(images, rows):
+    """How many of its group an image beats in blueness: no pixel's rounding changes that; NaN of
+    one in a group of its own. Rows marked `flat` get 1/3 whatever is drawn."""
+    b, groups = images[:, 2].float().mean((1, 2)), {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.get("group", f"image {i}"), []).append(i)
+    r = torch.zeros(len(rows))
+    for mine in groups.values():
+        r[mine] = b[mine].argsort().argsort() / (len(mine) - 1)
+    return torch.where(torch.tensor([row["flat"] for row in rows]), torch.tensor(1 / 3), r)
 
 
 def pictures(*sizes, seed=0):
@@ -151,32 +161,60 @@ def killed_at(module, name, n):
         yield
 
 
+def as_recipe(Args, flags, file):
+    """Of flags those that are settings of recipes are written into `file`, a .json that goes on
+    from the --recipe among the flags, else from the preset's. -> the other flags, and --recipe"""
+    paper = {f.name: f.type for f in fields(Args) if f.metadata.get("paper")}
+    own, rest, given = {}, [], list(map(str, flags))
+    while given:
+        flag = given.pop(0)
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if not flag.startswith("--") or name not in paper:
+            rest.append(flag)
+        elif paper[name] is bool:
+            own[name] = not flag.startswith("--no-")
+        else:
+            own[name] = paper[name](given.pop(0))
+    if not own:
+        return rest
+    named = dict(zip(rest, rest[1:]))                        # of a flag given twice the last counts
+    preset = presets_py.PRESETS.get(named.get("--preset", "shapes"))
+    recipe = ((preset and preset.stage3) or {}).get("recipe", Args.recipe)
+    file.write_text(json.dumps(dict(recipe=named.get("--recipe", recipe)) | own))
+    return [*rest, "--recipe", str(file)]
+
+
 def play(folder, out, *flags, bf16=False, main=grpo.main):
     """A script's own main on the tiny model, in this process. -> rows of its log"""
     cfg = Config(**json.loads((folder / "config.json").read_text()))
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    script = sys.modules[main.__module__]
+    recipe = out.parent / f"{out.name}-recipe{os.environ.get('RANK', '')}.json"
     with pytest.MonkeyPatch.context() as m:
-        m.setitem(model.PRESETS, "shapes", cfg)
+        m.setitem(presets_py.PRESETS, "shapes", cfg)
         m.setattr(model, "has_bf16", lambda: bf16)
-        m.setitem(judges.REWARDS, "blue", blue)
-        m.setattr(sys.modules[main.__module__], "bench_shapes",      # one image per tag is enough
-                  lambda draw, n=4, limit=None, png=None: judges.bench_shapes(draw, 1, 6, png))
+        m.setitem(rewards.REWARDS, "blue", blue)
+        m.setattr(script, "bench_shapes",                    # one image per tag is enough
+                  lambda draw, n=4, limit=None, png=None: bench_py.bench_shapes(draw, 1, 6, png))
         m.setattr(cycle_edit, "bench_edit",
-                  lambda edit, n=1, limit=None, png=None: judges.bench_edit(edit, 1, 5, png))
-        m.setattr(grpo, "bench_reason", lambda draw, think, n=4, limit=None, png=None:
-                  judges.bench_reason(draw, think, 1, 4, png))
-        m.setattr(grpo, "bench_vqa", lambda answer, name, n=1, limit=None, png=None:
-                  judges.bench_vqa(answer, name, 1, 8, png))
+                  lambda edit, n=1, limit=None, png=None: bench_py.bench_edit(edit, 1, 5, png))
+        m.setattr(reflect, "bench_think", lambda draw, think, n=4, limit=None, png=None:
+                  bench_py.bench_think(draw, think, 1, 4, png))
+        m.setattr(reflect, "bench_answer", lambda answer, name, n=1, limit=None, png=None:
+                  bench_py.bench_answer(answer, name, 1, 8, png))
         m.setattr(reflect, "bench_reflect",
-                  lambda again, n=1, limit=None, png=None: judges.bench_reflect(again, 1, 12, png))
+                  lambda do, n=1, limit=None, png=None: bench_py.bench_reflect(do, 1, 12, png))
+        first = ["--data", folder / "prompts.jsonl"] if "--task" in flags else [
+            "--limit", 8, "--data", folder / "pool.jsonl"]
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
               cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"],
-              reflect.main: [*FLAGS, "--limit", 8, "--data", folder / "pool.jsonl"]}.get(main, [])
-        argv = ["x.py", "--init", folder / "sft", "--out", out, *rl, *flags]
-        m.setattr(sys, "argv", list(map(str, argv)))
+              reflect.main: [*FLAGS, *first]}.get(main, [])
+        argv = ["--init", folder / "sft", "--out", out, *rl, *flags]
+        m.setattr(sys, "argv", ["x.py", *as_recipe(script.Args, argv, recipe)])
         try:
             main()
         finally:
+            recipe.unlink(missing_ok=True)
             [signal.signal(s, handler) for s, handler in handlers.items()]
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
@@ -193,5 +231,6 @@ def two_ranks(folder, out, *flags):
 
 if __name__ == "__main__":
     mains = {"edits.jsonl": cycle_edit.main, "pool.jsonl": reflect.main}
+    speaks = reflect.main if "--task" in sys.argv else grpo.main
     play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:],
-         main=mains.get(Path(sys.argv[-1]).name, grpo.main))
+         main=mains.get(Path(sys.argv[-1]).name, speaks))

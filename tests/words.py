@@ -4,7 +4,7 @@
 
 UniRL-Zero's scenarios 1, 2, 5 and 6 beside their control rows (no RL, shuffled rewards), who has to
 learn (lm, dit, both), and its warning that an autoregressive loss on the language model unlearns
-understanding. An arm is grpo.py, reflect.py or sft.py itself, called as a user would; scenarios 5
+understanding. An arm is reflect.py or sft.py itself, called as a user would; scenarios 5
 and 6 go on from the cold starts of README's table, made once. Judged by the script's own benchmark
 at its end, row by row, and at temperature 0 as well. A claim is judged as in bridges.py. What is
 done in --out is not done again.
@@ -23,13 +23,12 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval as judges  # noqa: E402
-import grpo  # noqa: E402
+import data.shapes.bench as bench_py  # noqa: E402
 import model  # noqa: E402
 import reflect  # noqa: E402
 import sft  # noqa: E402
-from data.shapes.prepare import PICTURE_KINDS  # noqa: E402
-from eval import mean_and_error  # noqa: E402
+from data.shapes.world import PICTURE_KINDS  # noqa: E402
+from common.show import mean_and_error  # noqa: E402
 
 STARTS = {                                # cold start: what it goes on from, flags
     "cot-start": "--task cot --init data/shapes/sft",
@@ -38,22 +37,22 @@ STARTS = {                                # cold start: what it goes on from, fl
 COLD = "--lr 2e-4 --steps 900"
 # arm: what is asked, script, cold start, flags. No RL: no step of it.
 ARMS = {
-    "text": ("textqa", grpo, "", "--task text"),
-    "text, shuffled": ("textqa", grpo, "", "--task text --shuffle"),
-    "vqa": ("vqa", grpo, "", "--task vqa"),
-    "vqa, shuffled": ("vqa", grpo, "", "--task vqa --shuffle"),
-    "cot": ("reason", grpo, "cot-start", "--task cot"),
-    "cot, no KL": ("reason", grpo, "cot-start", "--task cot --steps 60 --lm-beta 0"),
-    "cot, shuffled": ("reason", grpo, "cot-start", "--task cot --shuffle"),
-    "cot, lm": ("reason", grpo, "cot-start", "--task cot --train lm"),
-    "cot, dit": ("reason", grpo, "cot-start", "--task cot --train dit"),
+    "text": ("textqa", reflect, "", "--task text"),
+    "text, shuffled": ("textqa", reflect, "", "--task text --shuffle"),
+    "vqa": ("vqa", reflect, "", "--task vqa"),
+    "vqa, shuffled": ("vqa", reflect, "", "--task vqa --shuffle"),
+    "cot": ("reason", reflect, "cot-start", "--task cot"),
+    "cot, no KL": ("reason", reflect, "cot-start", "--task cot --steps 60 --lm-beta 0"),
+    "cot, shuffled": ("reason", reflect, "cot-start", "--task cot --shuffle"),
+    "cot, lm": ("reason", reflect, "cot-start", "--task cot --train lm"),
+    "cot, dit": ("reason", reflect, "cot-start", "--task cot --train dit"),
     "reflect": ("reflect", reflect, "reflect-start", ""),
     "reflect, shuffled": ("reflect", reflect, "reflect-start", "--shuffle"),
     "cold start, AR loss": ("vqa", sft, "", COLD + " --task reflect --init data/shapes/sft-edit "
                             "--lm-loss 1"),
 }
-NONE = {"textqa": ("", grpo, "--task text"), "vqa": ("", grpo, "--task vqa"),
-        "reason": ("cot-start", grpo, "--task cot"), "reflect": ("reflect-start", reflect, "")}
+NONE = {"textqa": ("", reflect, "--task text"), "vqa": ("", reflect, "--task vqa"),
+        "reason": ("cot-start", reflect, "--task cot"), "reflect": ("reflect-start", reflect, "")}
 COLUMNS = {"textqa": ["accuracy", "greedy accuracy", "words"],
            "vqa": ["accuracy", "greedy accuracy", *PICTURE_KINDS],
            "reason": ["raw", "score", "greedy score", "answer", "format", "words"],
@@ -80,15 +79,15 @@ def judge(what, init, temperature, n=1):
     """A checkpoint's words, n answers to each question or prompt: word_table gets the columns."""
     done = model.Unified.load(init)
     if what == "reason":
-        judges.bench_reason(done.draw, partial(done.think, temperature=temperature), n)
+        bench_py.bench_think(done.draw, partial(done.think, temperature=temperature), n)
     elif what != "reflect":                               # which is greedy already
-        judges.bench_vqa(lambda questions, images, seeds: done.generate(
-            questions, images, "ask", 32, temperature, keys=seeds).texts, what, n)
+        bench_py.bench_answer(lambda questions, images, seeds: done.generate(
+            questions, images, "answer", 32, temperature, keys=seeds).texts, what, n)
 
 
 def run_arm(what, script, init, flags, out, seed):
     """-> out/scores.npz: what is measured in the end, each column (P n,) of n for each of P rows"""
-    kept, of, real, again = {}, [], judges.word_table, judges.bench_reflect
+    kept, of, real, again = {}, [], bench_py.word_table, bench_py.bench_reflect
 
     def keep(rows, **columns):
         kept.update({" ".join([*of, name]): np.array(x, float) for name, x in columns.items()})
@@ -97,8 +96,9 @@ def run_arm(what, script, init, flags, out, seed):
     def known(*inputs, **more):                           # bench_reflect calls itself for those
         of.append("known")
         return again(*inputs, **more), of.pop()
-    judges.word_table, judges.bench_reflect = keep, lambda *a, **k: known(*a, **k)[0]
+    bench_py.word_table, bench_py.bench_reflect = keep, lambda *a, **k: known(*a, **k)[0]
     flags = flags.split() + (["--init", init] if init else [])
+    flags += ["--final-bench"] * (script is reflect)      # also after no step
     sys.argv = [script.__name__, *flags, "--out", str(out), "--seed", str(seed)]
     script.main()
     if script is sft:                                     # which has no such benchmark
@@ -109,7 +109,7 @@ def run_arm(what, script, init, flags, out, seed):
 
 
 def rows_of(what):
-    rows, _ = judges.choose(what, 1, None)
+    rows, _ = bench_py.choose(what, 1, None)
     return rows if what.startswith("re") else [        # of questions, each is its own unit
         dict(row, prompt=str(i)) for i, row in enumerate(rows)]
 

@@ -1,0 +1,143 @@
+"""A dataclass as a strict command line; values of presets and recipes stand below flags."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict, field, fields
+from pathlib import Path
+
+from common.presets import PARTS, RECIPES, preset
+from common.run import fail
+
+OLD = {                                   # flags that were renamed, and what to give instead
+    "--chat": "--answer", "--prompts": "--data", "--eval-prompts": "--eval-data",
+    "--task": "a flag of reflect.py, where the language model acts: python reflect.py --task text, "
+              "vqa, cot or reflect",
+}
+
+
+def flag(default, help, group="", paper=False):
+    """A field of a script's Args. help: what --help says of it; group: the title of the flags that
+    begin with this one; paper: no flag, but a setting that recipes have: see parse."""
+    return field(default=default, metadata=dict(help=help, group=group, paper=paper))
+
+
+def command_line(description, epilog=""):
+    """A strict parser, which knows no abbreviations and takes one line for an error. Its --help is
+    the description, then groups of flags: no usage, in which the few that matter would drown."""
+    p = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, add_help=False,
+                                allow_abbrev=False, epilog=epilog,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):                                # one line instead of the whole usage
+        given = message.partition("; there are:")[0] if "unrecognized" in message else ""
+        for name in re.findall(r"--[a-z-]+", given):
+            if name in OLD:
+                fail(f"{name} is now {OLD[name]}")
+        fail(message)
+    p.error = error
+    return p
+
+
+def check_seed(args):
+    if not 0 <= getattr(args, "seed", 0) < 2**63:
+        fail(f"--seed {args.seed} is not from 0 to 2**63 - 1")
+
+
+def add_flags(p, Args):
+    """Every field of Args as a flag, in its group; a boolean gets its --no-x."""
+    group = p
+    for f in fields(Args):
+        if title := f.metadata.get("group"):             # the fields that follow belong to it, too
+            group = p.add_argument_group(title)
+        if f.metadata.get("paper"):
+            continue
+        boolean = f.type in (bool, bool | None)          # None: its help says when it is on
+        kind = (dict(action=argparse.BooleanOptionalAction) if boolean else
+                dict(type=f.type, metavar=f.type.__name__))
+        default = ("off", "on")[f.default] if f.type is bool else f.default
+        about = f.metadata.get("help", "") + (f" [{default}]" if default not in ("", None) else "")
+        group.add_argument(flag_of(f.name), help=about.replace("%", "%%"), **kind)
+    group.add_argument("-h", "--help", action="help", help="print this text")
+    p.set_defaults(**asdict(Args()))
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def recipe_of(name, Args):
+    """--recipe: a name in RECIPES, or a .json of settings, which may go on from another's
+    ("recipe": its name) -> {field: value}"""
+    if not name.endswith(".json"):
+        if name not in RECIPES:
+            fail(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}, or a .json of them")
+        return RECIPES[name]
+    try:
+        own = dict(**json.loads(Path(name).read_text()))         # TypeError unless an object
+        base = recipe_of(own.pop("recipe"), Args) if "recipe" in own else {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+        fail(f"--recipe {name} is no JSON object of settings: {e}")
+    kinds = {f.name: bool if f.type == bool | None else f.type for f in fields(Args)}
+    for k, value in own.items():
+        if k in kinds and type(value) is not kinds[k] and (type(value), kinds[k]) != (int, float):
+            fail(f"--recipe {name}: {k} is a {kinds[k].__name__}, not {value!r}")
+    return base | own
+
+
+def parse(Args, description, stage=None, tasks=None, not_here=None):
+    """A dataclass of `flag`s as a command line: typos die, booleans get --no-x, all are grouped.
+    Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage` < its recipe's, or
+    --recipe's < a flag. What papers alone set is no flag: a recipe sets it, or a .json of settings
+    that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
+    says}; others that the script lacks are an error."""
+    settings = [f for f in fields(Args) if f.metadata.get("paper")]
+    p = command_line(description, "Settings of recipes; to change one, give a .json as --recipe, "
+                     'such as {"recipe": "fast", "wd": 0.01}:\n' + "\n".join(
+                         f"  {f.name:14} {f.metadata['help']}"
+                         + f" [{f.default}]" * (f.default != "") for f in settings)
+                     if settings else "")
+    names = [flag_of(f.name) for f in fields(Args) if f not in settings]
+    plain = p.error
+
+    def error(message):
+        for f in settings if "unrecognized" in message else ():
+            typed = {flag_of(f.name), flag_of(f"no_{f.name}")} & {*message.split()}
+            if typed or f"{flag_of(f.name)}=" in message:
+                fail(f"{flag_of(f.name)} is a setting of recipes: write {{\"{f.name}\": ...}} into "
+                     "a .json file and give that as --recipe")
+        plain(message + (f"; there are: {' '.join(names)}" if "unrecognized" in message and not any(
+            name in OLD for name in message.split()) else ""))
+    p.error = error
+    add_flags(p, Args)
+    args = p.parse_args()
+
+    def settle(who, values):
+        lacks = [flag_of(k) for k in values if k not in vars(args)]
+        if lacks:
+            fail(f"{who} needs {', '.join(lacks)}, which this script lacks")
+        p.set_defaults(**values)
+        return p.parse_args()
+    if tasks:
+        if args.task not in tasks:
+            fail(f"unknown --task {args.task!r}; there are: {', '.join(tasks)}")
+        args = settle(f"task {args.task!r}", tasks[args.task])
+    if stage:
+        paper = getattr(preset(args.preset), stage)
+        if paper is None:
+            fail(f"the paper of preset {args.preset!r} has no {stage}: see common/presets.py")
+        args = settle(f"preset {args.preset!r}", paper)
+    if hasattr(args, "recipe"):
+        values = recipe_of(args.recipe, Args)
+        without = (not_here or {}).get(getattr(args, "task", ""), ())
+        if left := [k for k in values if k in without]:
+            print(f"recipe {args.recipe!r}: {', '.join(left)} are grpo.py's and left out")
+        args = settle(f"recipe {args.recipe!r}",
+                      {k: v for k, v in values.items() if k not in without})
+    check_seed(args)
+    return Args(**vars(args))
+
+
+def given_parts(args):
+    """--vlm, --dit, --vae, --refs, --solver, where given: in place of the preset's."""
+    return {k: getattr(args, k) for k in (*PARTS, "refs", "solver") if getattr(args, k, "")}

@@ -1,0 +1,54 @@
+"""Flow matching: what stages 1 and 2 (and DeepGen's loss beside RL) learn from a batch.
+
+x_t = (1-t) x_0 + t eps, v = eps - x_0; n pairs, C h w latent
+"""
+
+import torch
+
+from common.run import keyed
+
+
+def train_times(n, cfg, rng):
+    """(n,) times at which the preset learns the flow, shifted once as in sampling."""
+    if cfg.t_dist == "uniform":
+        t = torch.rand(n, generator=rng)
+    else:
+        t = torch.sigmoid(torch.randn(n, generator=rng) + cfg.t_mean)
+    return cfg.train_shift * t / (1 + (cfg.train_shift - 1) * t)
+
+
+def condition(model, prompts, refs=None, words=None, keys=None):
+    """What a training batch tells the DiT; its task shows in what there is: pictures (prompts
+    alone), edits (and refs), thoughts (and words), reflections (both). A prompt that is
+    withheld, None, takes its words along. -> Cond"""
+    task, words = taught(model, prompts, refs, words)
+    if refs is None:
+        return model.encode(prompts, task=task, words=words)
+    return model.encode_edit(prompts, refs, keys, task, words)
+
+
+def taught(model, prompts, refs, words):
+    """-> task of a training batch, its texts as Words, None without."""
+    if words is None:
+        return "t2i" if refs is None else "edit", None
+    said = [None if p is None else w for p, w in zip(prompts, words)]
+    return "think" if refs is None else "critique", model.spell(said)
+
+
+def lm_loss(model, prompts, refs, words):
+    """The autoregressive loss of a batch's words, mean over its tokens."""
+    task, words = taught(model, prompts, refs, words)
+    logp = model.text_logp(prompts, refs, words, task)                        # (B,L)
+    return -logp.sum() / words.mask.sum().clamp(min=1)
+
+
+def flow_loss(model, images, prompts, keys):
+    """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
+    uint8 (n,3,H,W); time and noise of a pair are drawn from its key alone. -> (n,)"""
+    x0 = model.to_latents(images)                                             # (n,C,h,w)
+    t = torch.cat([train_times(1, model.cfg, keyed(k)) for k in keys]).to(model.device)
+    eps = torch.stack([torch.randn(x0.shape[1:], generator=keyed(k + 1)) for k in keys])
+    eps = eps.to(model.device)
+    x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+    v = model.velocity(x_t, t, [(1.0, model.encode(prompts))])
+    return (v - (eps - x0)).square().mean((1, 2, 3))

@@ -1,0 +1,314 @@
+"""What the three RL scripts share and no class reads: checks of flags, the optimiser, the reference
+of a KL, noise keys, statistics of ratios, time; and LDAM, an option of one paper.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import Ema
+from common.flow import flow_loss
+from common.presets import GRIDS, KERNELS, preset
+from common.run import (Finite, all_mean, beside, check_ranks, fail, key, keyed, log, odds,
+                        open_run, plot, slices, span, stop_flag, sum_grads, table)
+from common.weights import adapter, start_model
+
+
+def check_flags(args, world, train, what):
+    """The errors that a user of any RL script can make, before anything is loaded or written.
+    train: the values of --train; what: the script draws B of it, such as "prompts"."""
+    if args.G < 2:
+        fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
+    if args.B % world:
+        fail(f"--B {args.B} {what} cannot be shared by {world} ranks: choose a multiple")
+    if not (args.window > 0 <= args.window_start <= args.window_stop < args.T - args.window):
+        fail(f"a window of {args.window} steps starting at {args.window_start} to "
+             f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
+             "noise")
+    if args.updates < 1 or args.B * args.G % args.updates:
+        fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
+    if not 0 <= getattr(args, "trained", 0) <= args.window:
+        fail(f"--trained {args.trained} of a window of {args.window} steps")
+    if sft := getattr(args, "sft", 0):
+        if not 0 <= sft < 1 or args.sft_batch % world:
+            fail(f"--sft {sft} is a share in [0,1), --sft-batch a multiple of the {world} ranks")
+    for name, value, valid in (("train", args.train, train),
+                               ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
+                               ("grid", args.grid or "uniform", GRIDS),
+                               ("norm", args.norm, ("group", "joint", "global")),
+                               ("kind", args.kind, KERNELS)):
+        if value not in valid:
+            fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
+    if args.lora_rank and args.train == "bridge":
+        fail("--lora-rank adapts the DiT: --train dit or both")
+
+
+def adapters(args, parts):
+    """Parts that learn -> {part: its LoRA by --lora-rank or --vlm-lora-rank, or None: all of it}"""
+    ranks = dict(dit=(args.lora_rank, args.lora_alpha),
+                 vlm=(getattr(args, "vlm_lora_rank", 0), getattr(args, "vlm_lora_alpha", 128)))
+    return {part: adapter(part, *ranks[part]) if part in ranks else None for part in parts}
+
+
+def initial_policy(model, copies):
+    """(DiT, bridge, VLM) as they are now, frozen copies of those named: for model.swapped."""
+    return [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
+            (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
+
+
+def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
+    """The model, of which `parts` learn, and what trains it. rows: images per DiT backward; reads:
+    prompts that the VLM reads with gradient; anchored: does a KL want the initial policy? A part
+    whose LoRA learns is its own reference, with the LoRA switched off; of others it has copies.
+    -> model, initial policy or None, Optimiser"""
+    learns = adapters(args, parts)
+    copies = [part for part, lora in learns.items() if anchored and not lora]
+    model = start_model(Unified, args, learns, rows, reads, rank, device, copies)
+    initial = initial_policy(model, copies) if anchored else None
+    model.dit.checkpoint = args.checkpoint
+    if args.compile:                     # one graph for all lengths of context and sizes of batch
+        model.dit.compile(dynamic=True)
+    return model, initial, Optimiser(args, model)
+
+
+class Optimiser:
+    """AdamW over what learns. Each expert, the DiT with its bridge and the language model, has its
+    own rate and is clipped by its own norm. Rates rise over 5 updates and fall linearly to a tenth.
+    Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate."""
+
+    def __init__(self, args, model):
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.steps, self.finite, self.params = args.steps, Finite(), params
+        own = {"lr": [p for k, p in params.items() if not k.startswith("vlm.")],
+               "lm_lr": [p for k, p in params.items() if k.startswith("vlm.")]}
+        self.experts = {rate: some for rate, some in own.items() if some}
+        self.peaks = [getattr(args, rate) for rate in self.experts]
+        self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
+                                       lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd)
+        self.ema = Ema(params, args.ema)
+        self.start = self.ema.resume(args.out, self.adamw) if args.resume else 0
+
+    def update(self, step, watched, prompts):
+        """One step by the gradients summed over ranks, unless they, or the ratios `watched`, are
+        not finite. prompts: this rank's, for the message then. -> {"grad_norm": ...}"""
+        sum_grads(list(self.params.values()), watched)
+        norms = {rate.replace("lr", "grad_norm"):
+                 torch.nn.utils.clip_grad_norm_(some, 1.0).item()
+                 for rate, some in self.experts.items()}
+        for group, peak in zip(self.adamw.param_groups, self.peaks):
+            group["lr"] = peak * min(1, (step + 1) / 5) * (1 - 0.9 * step / self.steps)
+        if self.finite(step, [*norms.values()], prompts):
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norms
+
+
+def draw_rows(rows, n, rng, mix=None):
+    """n rows in random order, each at most once (again from the first where there are fewer).
+    mix: {category: weight}, see odds."""
+    rates = odds(rows, mix) if mix else None
+    if mix:
+        chosen = rates.multinomial(min(n, int((rates > 0).sum())), generator=rng).tolist()
+    else:
+        chosen = torch.randperm(len(rows), generator=rng)[:n].tolist()
+    return [rows[chosen[i % len(chosen)]] for i in range(n)]
+
+
+def draw_window(args, rng):
+    """Consecutive steps that are random: their first is drawn anew for each iteration."""
+    first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=rng))
+    return range(first, first + args.window)
+
+
+def noise_keys(args, step, samples, group, stride=100, leg=0):
+    """Of each sample, by its number among all ranks', the key of its initial noise, which a group
+    shares with --shared-noise, and the key of the noise on its steps: ranks change neither."""
+    return [(key(args.seed, step, (n // group * group if args.shared_noise else n) * stride + leg),
+             key(args.seed, step, n * stride + leg + 1)) for n in samples]
+
+
+def disagreeing(advantage, G):
+    """-> indices of the samples whose group of G has more than one score; the rest teach nothing"""
+    spread = advantage.view(-1, G).abs().amax(1) > 0
+    return spread.repeat_interleave(G).nonzero()[:, 0]
+
+
+def ratio_stats(seen, clip, nats, prefix=""):
+    """seen: for each update of the iteration a list of (rows,2), ratio and KL -> columns of the
+    log. clip: the ratio's range; nats: how many nats of the sample a unit of log-ratio is."""
+    none = torch.tensor([[1.0, 0.0]], device=next((x.device for u in seen for x in u), "cpu"))
+    ratio, kl = torch.cat([x for u in seen for x in u] or [none]).T
+    stats = dict(
+        ratio_off=(torch.cat([none, *seen[0]])[:, 0] - 1).abs().max(),
+        ratio_low=ratio.quantile(0.05), ratio_high=ratio.quantile(0.95), kl=kl.mean(),
+        clipped=((ratio - 1).abs() > clip).float().mean(),
+        # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
+        kl_old=(nats * ratio.log()).square().mean() / 2)
+    return {prefix + name: value for name, value in stats.items()}
+
+
+def mean_row(stats):
+    """Columns of this rank -> their means over ranks; every rank calls it."""
+    return dict(zip(stats, all_mean([*stats.values()])))
+
+
+def fine_tune(model, data, args, step, update, rank, world):
+    """DeepGen eq. 5: (1 - sft) RL + sft SFT. Adds the gradient of the second. -> its loss"""
+    images, prompts = next(data)
+    keys = [key(args.seed, step, 500_000 + 2 * (update * args.sft_batch + i * world + rank))
+            for i in range(len(prompts))]            # by the number among all ranks' pairs
+    total = 0.0
+    for i in slices(len(keys), args.micro):
+        loss = flow_loss(model, images[i], prompts[i], keys[i]).sum() / args.sft_batch
+        (args.sft * loss).backward()
+        total += loss.item() * world
+    return total
+
+
+class Clock:
+    """Seconds that the parts of an iteration take."""
+
+    def __init__(self):
+        self.last, self.spent = time.time(), Counter()
+
+    def lap(self, part):
+        now = time.time()
+        self.spent[f"s_{part}"] += now - self.last
+        self.last = now
+
+    def row(self):
+        return {part: round(seconds, 3) for part, seconds in self.spent.items()}
+
+
+class Ldam:
+    """ParaUni's algorithm 1: once the gradient norm has leapt and a reward has fallen again and
+    again, the next iteration sees that reward's layers through noise, c_i (1 + gamma eps) (eq. 6);
+    then comes a rest, the longer the later.
+
+    What the paper leaves open: gamma(g, r), which is in its supplement, is a constant here; eps is
+    one number per layer; it lasts for one iteration, as c_i does; of several rewards, each has its
+    own falls; the null of guidance is left alone."""
+
+    def __init__(self, args, at, layers):
+        self.args, self.at, self.layers = args, at, layers       # at {reward: its range of layers}
+        self.g, self.r, self.leapt = math.inf, dict.fromkeys(at, 0.0), False
+        self.falls, self.rest = dict.fromkeys(at, 0), 0
+
+    def after(self, row):
+        """row: what is logged of an update, all that a restart needs. -> layer_noise (layers,) of
+        the next, or None"""
+        a, n, g, due = self.args, row["step"], row["grad_norm"], []
+        r = {k: row[f"reward_{k}"] for k in self.at if f"reward_{k}" in row}
+        self.leapt |= g >= self.g * a.ldam_leap
+        self.falls |= {k: self.falls[k] + (r[k] <= self.r[k]) for k in r}
+        if self.rest:
+            self.rest -= 1
+        elif self.leapt:
+            due = [k for k in self.at if self.falls[k] >= a.ldam_falls]
+        self.g, self.r = g, self.r | r
+        if not due:
+            return None
+        self.leapt, self.rest, self.falls = False, n, self.falls | dict.fromkeys(due, 0)
+        rng = keyed(key(a.seed, n, 1_000_000))
+        chosen = torch.tensor([any(i in self.at[k] for k in due) for i in self.layers])
+        return 1 + a.ldam_gamma * chosen * torch.randn(len(self.layers), generator=rng)
+
+    def resumed(self, out, start):
+        """As after the rows of a run's log up to update `start`. -> layer_noise of the next"""
+        noise = None
+        for row in map(json.loads, open(Path(out) / "log.jsonl")):
+            noise = self.after(row) if 0 < row["step"] <= start else noise
+        return noise
+
+
+def ldam_layers(text, weights, args):
+    """--ldam -> {reward: its range of layers}, of the rewards that the run has; ValueError."""
+    found = {name: at for name, at in table(text, span).items()
+             if any(name in w for w in weights.values())}
+    if text and (preset(args.preset).bridge != "lim" or not found):
+        fail(f"--ldam {text} wants a preset with bridge lim, and one of those in --reward")
+    return found
+
+
+def jsonl_of(path):
+    """A file, or a folder with metadata.jsonl -> the jsonl"""
+    path = beside(path)
+    return path / "metadata.jsonl" if path.is_dir() else path
+
+
+def varying(stats, beta, updates):
+    """Without the columns of ratio_stats that are constant by construction: the KL where there is
+    none, and how far the ratio is from 1 where an iteration has one update."""
+    still = set() if beta else {"kl"}
+    still |= set() if updates > 1 else {"ratio_low", "ratio_high", "clipped", "kl_old"}
+    return {k: v for k, v in stats.items() if k.removeprefix("lm_") not in still}
+
+
+class Recorder:
+    """The run's folder, its log, looks, checkpoints and progress bar."""
+
+    def __init__(self, args, model, optimiser, rank, preview, score="score"):
+        """preview(file for a picture) -> metrics of what is held out; `score`: the main one."""
+        self.args, self.model, self.optimiser, self.rank = args, model, optimiser, rank
+        self.preview, self.score, self.stop, self.shown = preview, score, stop_flag(), {}
+        self.stopped = False                             # on any rank: then all stop together
+        self.out, self.begin = open_run(args.out, args, args.resume, optimiser.start, rank)
+        self.D = math.prod(model.noise([0]).shape)
+        if rank == 0:
+            print(f"--clip {args.clip:g} is {args.clip * self.D:.3g} nats: a log-prob is a mean "
+                  f"over {self.D} latent numbers")
+        if not args.resume:
+            self.show(0)
+            log(self.out, rank, dict(step=0, at=0.0, **self.shown))
+
+    def steps(self, name):
+        self.bar = tqdm(range(self.optimiser.start, self.args.steps), name, disable=self.rank > 0,
+                        initial=self.optimiser.start, total=self.args.steps)
+        return self.bar
+
+    def show(self, step):
+        if self.rank == 0:
+            with self.optimiser.ema.applied():
+                self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
+
+    def record(self, step, scores, stats, columns, curves):
+        """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged
+        over all; columns: alike on all; curves: panels of curves.png beside the rewards.
+        -> row. Every rank calls it."""
+        stats = mean_row(stats | dict(stop=bool(self.stop)))
+        self.stopped = stats.pop("stop") > 0
+        row = dict(step=step + 1, at=round(time.time() - self.begin, 1), **scores.row(), **stats,
+                   **columns)
+        due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
+        if due:
+            check_ranks(self.optimiser.params, f"after update {step + 1}")
+            self.show(step + 1)
+        if due and self.rank == 0:
+            row |= self.shown
+            self.optimiser.ema.save(self.out, self.model, step + 1, self.optimiser.adamw)
+        log(self.out, self.rank, row)
+        if due and self.rank == 0:
+            plot(self.out, [f"reward_{name}" for name in scores.names],
+                 *curves[: 1 if self.shown else 0], *curves[1:])
+        self.bar.set_postfix(self.progress(row), refresh=False)
+        return row
+
+    def progress(self, row):
+        """The bar's end: the first reward, the last held-out score, the gradient norms' sum."""
+        reward = next((x for name, x in row.items() if name.startswith("reward_")), 0)
+        held = {"held out": f"{self.shown[self.score]:.3f}"} if self.score in self.shown else {}
+        norm = sum(x for name, x in row.items() if name.endswith("grad_norm"))
+        return {"reward": f"{reward:.3g}", **held, "norm": f"{norm:.3f}"}
+
+
+def wants_final_bench(args, recorder):
+    """Is there a benchmark before and after, at the end? By default not after a mere trial."""
+    wanted = args.steps >= args.eval_every if args.final_bench is None else args.final_bench
+    classroom = args.preset.startswith("shapes")
+    return wanted and recorder.rank == 0 and classroom and not recorder.stopped

@@ -1,0 +1,261 @@
+"""A run: ranks, seeds, gradients, its folder, log and curves. Nothing here learns."""
+
+import atexit
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib import pyplot as plt
+
+
+ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
+
+
+def beside(path):
+    """A path as given or, where that is the classroom's and not here, the one beside the scripts:
+    they run in any working directory. -> Path"""
+    path = Path(path)
+    return ROOT / path if path.parts[:2] == ("data", "shapes") and not path.exists() else path
+
+
+def fail(message):
+    """A user's error: one line, non-zero exit, nothing written."""
+    sys.exit(f"error: {message}")
+
+
+def has_bf16():
+    """bf16 where the hardware computes in it; elsewhere it would be emulated, slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+
+
+def setup():
+    """-> rank, world, device. Under torchrun: one process per GPU, or gloo on the CPU."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else 0)
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ or world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)   # or its threads may outlive Python and abort
+    return rank, world, device if cuda else torch.device("cpu")
+
+
+def all_mean(values):
+    """Mean over ranks of a list of numbers; every rank calls it."""
+    v = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        v = v.cuda() if dist.get_backend() == "nccl" else v
+        dist.all_reduce(v)
+        v /= dist.get_world_size()
+    return v.tolist()
+
+
+def same_start(model):
+    """Every rank goes on from rank 0's weights, bit for bit; then see check_ranks."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.requires_grad:
+                dist.broadcast(p.detach(), 0)
+    check_ranks(dict(model.named_parameters()), "before the first update")
+    return model
+
+
+def check_ranks(weights, when):
+    """Ends the run, on every rank and in one line, if weights {name: tensor} are not finite or
+    differ by a bit between ranks, which from then on would train different models."""
+    bits = {2: torch.int16, 4: torch.int32}                      # by the bytes of a number
+    sums = torch.stack([p.detach().flatten().view(bits[p.element_size()]).sum(dtype=torch.int64)
+                        for p in weights.values()])
+    broken = torch.stack([~p.isfinite().all() for p in weights.values()]).long()
+    most = torch.stack([sums, -sums, broken])
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)                 # largest, and minus the smallest
+    for wrong, what in ((most[2] > 0, "weights are not finite"),
+                        (most[0] != -most[1], "the ranks hold different weights")):
+        if wrong.any():
+            name = [*weights][wrong.tolist().index(True)]
+            fail(f"{what} {when}, first {name}: nothing was saved, an older checkpoint stays")
+
+
+def sum_grads(params, watched=()):
+    """Add gradients over ranks, once per update. No wrapper around the model: RL samples it bare
+    and calls backward many times; the price is no overlap of computing and sending.
+    watched: losses or ratios. One that is not finite, on one rank, makes the gradient nan on all,
+    so that all leave this update out: see Finite."""
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for x in watched:
+        params[0].grad += 0 * x.detach().sum()                   # 0 x inf is nan, as 0 x nan is
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(g.view_as(p))
+
+
+def adamw(params, args):
+    """AdamW of stages 1 and 2, which decays matrices alone. params: {name: parameter}"""
+    return torch.optim.AdamW(
+        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
+         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
+        lr=args.lr, betas=(0.9, 0.95))
+
+
+class Finite:
+    """Decides whether an update is taken: one whose gradient norm is not finite never reaches the
+    weights, and so neither the average nor a checkpoint. Gradients are summed over ranks, so that
+    all ranks decide alike."""
+
+    MOST = 5                                                     # skipped in a row, then the end
+
+    def __init__(self):
+        self.in_a_row = self.skipped = 0
+
+    def __call__(self, step, norms, prompts):
+        """norms: of an update of iteration `step`; prompts: this rank's. -> is it taken?"""
+        wrong = [norm for norm in norms if not math.isfinite(norm)]
+        if not wrong:
+            self.in_a_row = 0
+            return True
+        self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+        named = ", ".join([repr(p) for p in dict.fromkeys(prompts) if p is not None][:3])
+        print(f"update {step + 1} is skipped: its gradient norm is {wrong[0]:g}; prompts of rank "
+              f"{os.environ.get('RANK', 0)}: {named} ... ({len(prompts)} in all)", file=sys.stderr)
+        if self.in_a_row > self.MOST:
+            fail(f"{self.in_a_row} updates in a row were not finite: try a lower --lr; the last "
+                 "checkpoint is from before them")
+        return False
+
+    def column(self):
+        """-> what a row of the log says of the updates since the row before"""
+        skipped, self.skipped = self.skipped, 0
+        return dict(skipped=skipped) if skipped else {}
+
+
+def key(seed, step, index):
+    """One integer in [0, 2^64) per (seed, step, global sample index): noise that neither ranks nor
+    a restart change. torch's CPU generator heeds the low 32 bits of it; so that all of a seed
+    counts, its high half is added to the low one."""
+    seed = seed % 2**32 + seed // 2**32
+    return ((seed * 1_000_003 + step) * 1_000_003 + index) % 2**64
+
+
+def keyed(key):
+    """-> a generator whose numbers come from one integer alone, of any size"""
+    return torch.Generator().manual_seed(key % 2**64)
+
+
+@contextmanager
+def seeded(seed):
+    """For a while torch's own generator starts from `seed`: what is drawn here is drawn alike on
+    every rank and in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def slices(n, size):
+    """Micro-batches of n rows; size 0: one of all."""
+    size = size or n or 1                                        # of none, none
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+def table(text, value):
+    """ "a:1,b:2" -> {"a": value("1"), "b": value("2")}"""
+    rows = [item.partition(":") for item in text.split(",") if item]
+    return {name.strip(): value(v) for name, _, v in rows}
+
+
+def span(text):
+    """ "4-6" -> range(4, 7); "4" -> range(4, 5)"""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def odds(rows, mix):
+    """The weight of each prompt in the draw, by its category (a row's `category` or `tag`; "*" is
+    every other). {"text": 3, "*": 1}: each text prompt comes three times as often as any other
+    (DeepGen's proportional sampling), whatever share of the prompts they are. -> (rows,)"""
+    kinds = [row.get("category", row.get("tag")) for row in rows]
+    return torch.tensor([float(mix.get(k, mix.get("*", 0))) for k in kinds])
+
+
+def open_run(out, args, resume, start, rank):
+    """Make the run's folder; never write into another run's. -> folder, when the run began."""
+    out, begin = Path(out), time.time()
+    if (out / "log.jsonl").exists() and not resume:    # stopped before its first row: begun anew
+        fail(f"{out} holds another run: choose another --out, or continue it with --resume")
+    all_mean([0])                       # every rank has looked before rank 0 writes
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        write(out / "config.json", json.dumps(asdict(args), indent=1))
+        print(" ".join(f"{k}={v}" for k, v in asdict(args).items()))
+        if resume:    # rows later than the checkpoint will come again; the clock goes on from there
+            rows = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
+            write(out / "log.jsonl", "".join(rows))
+            begin -= json.loads(rows[-1])["at"]
+    return out, begin
+
+
+def write(path, text):
+    """Atomic: a reader sees the old file or the new one."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def log(out, rank, row):
+    """One dict per step, appended to log.jsonl by rank 0."""
+    if rank == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def plot(out, *curves):
+    """curves.png from log.jsonl: one panel per tuple of row names, against minutes."""
+    rows = [json.loads(line) for line in open(out / "log.jsonl")]
+    fig, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.2))
+    for ax, names in zip(axes, curves):
+        for name in names:
+            seen = np.array([(r["at"] / 60, r[name]) for r in rows if r.get(name) is not None])
+            n = len(seen) // 20                                  # many points: their running mean
+            if len(seen):
+                ax.plot(*seen.T, "-" if n > 1 else "o-", ms=3, lw=1, alpha=0.3 if n > 1 else 1,
+                        label=None if n > 1 else name)
+            if n > 1:
+                mean = np.convolve(seen[:, 1], np.ones(n) / n, "valid")
+                ax.plot(seen[n // 2 :][: len(mean), 0], mean, lw=1.5, label=name)
+        ax.set_xlabel("minutes")
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(out / "curves.tmp", dpi=110, format="png")
+    plt.close(fig)
+    os.replace(out / "curves.tmp", out / "curves.png")
+
+
+def stop_flag():
+    """SIGTERM or Ctrl-C sets it; a loop that looks at it saves and exits. A second one kills."""
+    flag = []
+
+    def stop(which, frame):
+        flag.append(1)
+        signal.signal(which, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return flag

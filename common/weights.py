@@ -1,0 +1,290 @@
+"""Weights that people already have: parts in their ecosystems' folders, adapters, memory."""
+
+import json
+import os
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText,
+                          AutoTokenizer)
+
+from common.flags import given_parts
+from common.run import beside, fail, same_start
+
+
+def find(name):
+    """ "file.py:Class" -> the class of a user's file"""
+    file, _, kind = name.rpartition(":")
+    if not Path(file).is_file():
+        fail(f"{name}: there is no file {file}")
+    spec = spec_from_file_location(Path(file).stem, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, kind):
+        fail(f"{name}: {file} has no {kind}")
+    return getattr(module, kind)
+
+
+def fetch(name, weights=True):
+    """A local folder, or owner/repo[/subfolder] on the Hub (cached; HF_HUB_OFFLINE=1: the cache
+    only) -> its Path. weights: every safetensors shard must be there, whole."""
+    path = beside(name)
+    if not path.is_dir():
+        repo, sub = "/".join(name.split("/")[:2]), name.split("/")[2:]
+        files = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+        try:
+            path = Path(snapshot_download(
+                repo, allow_patterns=["/".join([*sub, f]) for f in
+                                      (files if weights else ["config.json"])],
+                ignore_patterns=["*.fp16*", "*.bf16*"]), *sub)
+        except GatedRepoError:
+            fail(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
+                 "`hf auth login`")
+        except RepositoryNotFoundError:
+            fail(f"{repo} is neither a folder nor a repository on the Hub; if it is private, first "
+                 "`hf auth login`")
+        except LocalEntryNotFoundError:
+            fail(f"{name} is not a folder, not in the Hub's cache, and the Hub is out of reach: "
+                 f"`hf download {repo}` where it is not, and unset HF_HUB_OFFLINE")
+        except (OSError, ValueError) as e:
+            fail(f"{name} is neither a folder nor owner/repo[/subfolder] on the Hub: "
+                 + str(e).strip().splitlines()[0])
+    if not (path / "config.json").exists():
+        inside = [f.name for f in sorted(path.glob("*/")) if (f / "config.json").exists()]
+        fail(f"{name} is no model's folder: it has no config.json"
+             + (f"; did you mean {name}/{inside[0]}?" if inside else ""))
+    if weights:
+        shards(path)
+    return path
+
+
+def shards(path):
+    """The safetensors files of a diffusers or transformers folder, all there and whole."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        files, index = [path / f"{stem}.safetensors"], path / f"{stem}.safetensors.index.json"
+        if not files[0].exists() and index.exists():
+            named = json.loads(index.read_text())["weight_map"].values()
+            files = [path / f for f in sorted(set(named))]
+            gone = [f.name for f in files if not f.exists()]
+            if gone:
+                fail(f"{path} is half-downloaded: {len(gone)} of {len(files)} shards are missing, "
+                     f"first {gone[0]}; download it again")
+        if files[0].exists():
+            for f in files:
+                read_safetensors(f, names_only=True)
+            return files
+    fail(f"{path} has no weights: no diffusion_pytorch_model.safetensors, no model.safetensors, "
+         "nor an index of shards (the classroom's SANA: python -m data.shapes.prepare sana)")
+
+
+def read_safetensors(file, names_only=False):
+    """-> tensors, metadata"""
+    try:
+        with safe_open(file, "pt") as f:
+            return {} if names_only else {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
+
+
+def must_fit(what, given, own):
+    """Names and shapes agree, or one line that lists the first ten that do not."""
+    wrong = [f"{k} (missing)" for k in own if k not in given]
+    wrong += [f"{k} (unexpected)" for k in given if k not in own]
+    wrong += [f"{k} ({list(v.shape)}, not {list(own[k].shape)})" for k, v in given.items()
+              if k in own and v.shape != own[k].shape]
+    differ(what, wrong)
+
+
+def differ(what, wrong):
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        fail(f"{what}: {len(wrong)} keys differ, first {', '.join(wrong[:10])}{more}")
+
+
+def pretrained(kind, name, meta=False, **options):
+    """A part by transformers or diffusers, strictly; on the meta device from its config alone."""
+    path = fetch(name, weights=not meta)
+    try:
+        if meta:
+            with torch.device("meta"):
+                if kind is AutoModelForImageTextToText:
+                    return kind.from_config(AutoConfig.from_pretrained(path))
+                if hasattr(kind, "load_config"):                   # diffusers
+                    return kind.from_config(kind.load_config(path))
+                return kind(kind.config_class.from_pretrained(path))
+        part, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        fail(f"{name} cannot be loaded as {kind.__name__}: {str(e).strip().splitlines()[0]}")
+    differ(f"{name} does not fit its config.json",
+           [f"{k} ({m})" for m in ("missing", "unexpected") for k in sorted(info[m + "_keys"])]
+           + [f"{k[0]} (shape)" for k in sorted(info["mismatched_keys"])])
+    return part
+
+
+def dit_tensors(name, cfg, dit):
+    """Weights of a diffusers transformer's folder, whose config.json must be the preset's. What a
+    reference is added by, which diffusers does not have, starts as UniRL-Zero's."""
+    path = fetch(name)
+    theirs = json.loads((path / "config.json").read_text())
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.dit_config.items()}
+    odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
+    if odd:
+        fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
+    weights = {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
+    return dit.with_refs(weights) | weights if hasattr(dit, "with_refs") else weights
+
+
+def load_vae(cfg, dit, meta=False):
+    """The preset's VAE, whose latents must be the DiT's."""
+    config = json.loads((fetch(cfg.vae, weights=False) / "config.json").read_text())
+    kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderDC)}
+    if config.get("_class_name") not in kinds:
+        fail(f"{cfg.vae} is a {config.get('_class_name')}, not a VAE: {' or '.join(kinds)}")
+    if config["latent_channels"] != dit.latent_channels:
+        fail(f"{cfg.vae} makes latents of {config['latent_channels']} channels, preset "
+             f"{cfg.preset!r} draws {dit.latent_channels}")
+    return pretrained(kinds[config["_class_name"]], cfg.vae, meta)
+
+
+def load_vlm(cfg, meta=False):
+    """The preset's VLM, which must have the bridge's layers. -> it, tokenizer, image processor"""
+    # Eager attention on a CPU: the fused kernel's backward is 3 times slower there.
+    vlm = pretrained(AutoModelForImageTextToText, cfg.vlm, meta, dtype=torch.float32,
+                     attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+    lm = vlm.config.get_text_config()
+    if lm.hidden_size != cfg.vlm_dim or lm.num_hidden_layers < max(cfg.layers, default=0):
+        fail(f"{cfg.vlm} has {lm.num_hidden_layers} layers of width {lm.hidden_size}; "
+             f"preset {cfg.preset!r} needs width {cfg.vlm_dim}, layers {cfg.layers}")
+    if meta:
+        return vlm, None, None
+    folder = fetch(cfg.vlm)
+    return vlm, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+
+
+def adapter(part, rank, alpha, dropout=0.0):
+    """A LoRA for a part (peft's config), or None = all of it learns. DiT: Flow-GRPO's attention
+    projections, of SD3.5's second attention too, which its names leave out. VLM: every Linear and
+    Embedding of the language model (DeepGen); not of the visual tower, which gets no gradient."""
+    where = dict(dit=["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+                      "to_add_out"],
+                 vlm=r"model\.language_model\..*(embed_tokens|_proj)")
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=where[part],
+                      init_lora_weights="gaussian") if rank else None
+
+
+def untie(vlm):
+    """An embedding that changes must not drag the output layer along, which LoRA left alone."""
+    if vlm.lm_head.weight is vlm.get_input_embeddings().weight:
+        vlm.lm_head.weight = nn.Parameter(vlm.lm_head.weight.clone(), requires_grad=False)
+    vlm.config.tie_word_embeddings = vlm.config.get_text_config().tie_word_embeddings = False
+
+
+def merge(module, config, tensors, what):
+    """W += alpha/r B A, the transpose of it for an embedding. tensors: peft's names."""
+    try:
+        tuner = LoraModel(module, config, "default")
+    except ValueError as e:
+        fail(f"{what} does not fit: {str(e).splitlines()[0]}")
+    must_fit(what, tensors, get_peft_model_state_dict(module, save_embedding_layers=False))
+    set_peft_model_state_dict(module, tensors)
+    tuner.merge_and_unload()
+
+
+def load_trained(model, path, tensors, loras):
+    """What read_init has read of `path`, on top of the preset's parts."""
+    whole = {k: v for k, v in tensors.items() if "lora_" not in k}
+    parts = {k.split(".")[0] for k in whole}
+    if "vlm" in parts | loras.keys():
+        untie(model.vlm)
+    if "dit" in parts and hasattr(model.dit, "with_refs"):        # older ones had no references
+        had = {k.removeprefix("dit."): v for k, v in whole.items() if k.startswith("dit.")}
+        whole |= {f"dit.{k}": v for k, v in (model.dit.with_refs(had) | had).items()}
+    must_fit(f"{path} does not fit preset {model.cfg.preset!r}", whole,
+             {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts})
+    model.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False)
+    model.trained |= parts
+    for part, config in loras.items():
+        mine = {k.removeprefix(part + "."): v.float() for k, v in tensors.items()
+                if k.startswith(part + ".") and "lora_" in k}
+        merge(getattr(model, part), config, mine, f"{path} does not fit the preset's {part}")
+        model.adapters[part] = config, mine
+
+
+@contextmanager
+def adapters_off(module):
+    """For a while the module without its LoRA: what it was before this run."""
+    layers = [m for m in module.modules() if isinstance(m, LoraLayer)]
+    for m in layers:
+        m.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enable_adapters(True)
+
+
+def memory_plan(model, args, rows, reads, copies, device):
+    """What a run will hold, before its weights are loaded. model: on the meta device. rows: images
+    per DiT backward; reads: prompts that the VLM reads with gradient; copies: parts held twice.
+    -> the plan as text, {name: parameters or bytes}"""
+    cfg, vlm, dit = model.cfg, model.vlm, model.dit
+    n = {k: sum(p.numel() for p in getattr(model, k).parameters())
+         for k in ("vlm", "text_encoder", "bridge", "dit", "vae") if getattr(model, k) is not None}
+    n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Bytes that a backward keeps per token, layer and width in bf16, measured (LOG.md): 85 in an
+    # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
+    text = cfg.n_query + 64 + getattr(args, "limit", 0) if vlm else cfg.t5_tokens + 77
+    patches = (cfg.size // cfg.vae_factor // dit.patch_size) ** 2
+    joint = getattr(dit, "joint", True)      # not SANA, whose context is no part of its sequence
+    layers = cfg.dit_config.get("num_layers", 24)
+    if joint and (getattr(args, "edits", "") or getattr(args, "task", "") == "reflect"):
+        # a reference is more image
+        patches *= 2
+    each = 85 * (patches + text) if joint else 100 * patches
+    acts = each * rows * layers * dit.width
+    if getattr(args, "checkpoint", False):   # of each layer its fp32 inputs, of one layer all
+        acts = int(acts * (4 / 85 + 1 / layers))
+    if reads and vlm:
+        lm = vlm.config.get_text_config()
+        acts += 75 * reads * text * (lm.num_hidden_layers * lm.hidden_size
+                                     + cfg.c_layers * cfg.c_dim)
+    cast = [p for m in (model.dit, vlm if reads else None) if m for p in m.parameters()]
+    cast = sum(2 * p.numel() for p in cast if p.dtype == torch.float32)
+    acts = acts + cast if model.bf16 else int(1.4 * acts)
+    size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
+                gradient=4 * n["trained"], AdamW=8 * n["trained"],
+                average=8 * n["trained"],                      # and what it displaces while applied
+                reference=4 * sum(n[part] for part in copies), activations=acts)
+    size["sum"] = sum(size.values())
+    has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+           else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    said = ["parameters  " + "  ".join(f"{k} {v / 1e6:,.1f} M" for k, v in n.items()),
+            "GiB, rough  " + "  ".join(f"{k} {v / 2**30:.1f}" for k, v in size.items())
+            + f"  of {has / 2**30:.1f} on {device.type}"]
+    if size["sum"] > has:
+        less = [f"a lower --{k}" for k in ("micro", "batch") if hasattr(args, k) and acts > has / 4]
+        less += ["--checkpoint"] * (not getattr(args, "checkpoint", True) and acts > has / 4)
+        if getattr(args, "lora_rank", 1) == 0 and getattr(args, "train", "dit") != "bridge":
+            less.append("--lora-rank 32")
+        less += ["--beta 0"] if copies else []
+        said.append("this does not fit: try " + (", ".join(less) or "another --preset"))
+    return "\n".join(said), n | size
+
+
+def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
+    """Plan the memory, then load what the flags ask for. what: see Unified.learn. -> model"""
+    parts = given_parts(args)
+    if rank == 0:
+        plan = Unified.from_preset(args.preset, args.init, meta=True, **parts).learn(what)
+        print(memory_plan(plan.slim(device), args, rows, reads, copies, device)[0])
+    model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
+    return same_start(model.learn(what, args.seed).slim(device).to(device))

@@ -1,0 +1,268 @@
+"""Judges: any vision-language model that answers questions about images, here or at an endpoint."""
+
+import base64
+import copy
+import io
+import json
+import math
+import os
+import random
+import re
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+from http.client import HTTPException
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from common.read import arrays
+from common.run import fail, has_bf16
+from common.weights import pretrained
+from common.words import special_names, verdict
+from data.shapes.world import IMAGE, MATCH, SIDE, WHICH
+from rewards.shared import MODELS, able, classroom, processor, sources, to_device
+
+
+@dataclass
+class Judge:
+    """The vision-language model that answers for a run, and what it was asked."""
+    model: str = ""           # folder or owner/repo, at an endpoint its name; empty: MODELS
+    url: str = ""             # OpenAI-compatible, http://host:8000/v1; empty: the model runs here
+    tokens: int = 64          # longest answer
+    timeout: float = 60.0     # seconds until the endpoint's silence is a failure
+    retries: int = 3          # more attempts after a failure,
+    pause: float = 1.0        # the first so many seconds later, each next one twice as long
+    parallel: int = 16        # most questions at the endpoint at once, per process
+    error: str = ""           # the last failure
+    heard: list = field(default_factory=list)    # (answer or None, what was read in it or NaN)
+
+    @torch.no_grad()
+    def ask_all(self, questions):
+        """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
+        that judges goes through here, at temperature 0."""
+        if self.url:
+            if not self.url.startswith("http"):
+                fail(f"the judge's URL {self.url!r} must begin with http:// or https://")
+            with ThreadPoolExecutor(self.parallel) as pool:
+                return list(pool.map(lambda q: self.ask_endpoint(*q), questions))
+        small = all(x.shape[:2] == (SIDE, SIDE) for images, _ in questions for x in images)
+        model, feed = judge_model(self.model or MODELS["judge-shapes" if small else "judge"])
+        answers = []
+        for i in range(0, len(questions), 32):
+            x = turns(feed, questions[i : i + 32]).to(model.device)
+            ids = model.generate(**x, do_sample=False, max_new_tokens=self.tokens)
+            new = ids[:, x["input_ids"].shape[1]:]
+            answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
+        return answers
+
+    def ask(self, images, text):
+        """One question about images, each uint8 (H,W,3). -> answer"""
+        return self.ask_all([(images, text)])[0]
+
+    def ask_endpoint(self, images, text):
+        """One question to the endpoint; images are uint8 (H,W,3). -> answer, None after failures"""
+        content = []
+        for x in images:
+            file = io.BytesIO()
+            Image.fromarray(x).save(file, "PNG")
+            data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            content.append(dict(type="image_url", image_url=dict(url=data)))
+        content.append(dict(type="text", text=text))
+        body = dict(model=self.model or MODELS["judge"], temperature=0, max_tokens=self.tokens,
+                    messages=[dict(role="user", content=content)])
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json",
+             "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
+        for k in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"].strip()
+            except (OSError, HTTPException, ValueError, LookupError, TypeError,
+                    AttributeError) as e:
+                self.error = f"{type(e).__name__}: {e}"
+                # 4xx: a wrong key, model or request stays wrong; but 408 and 429 say "later".
+                if getattr(e, "code", 500) < 500 and e.code not in (408, 429):
+                    return None
+            if k < self.retries:  # a random part, so that what failed together comes back apart
+                time.sleep(self.pause * 2**k * random.uniform(0.5, 1))
+
+    def phrasing(self, images, ours, theirs):
+        """The classroom VLM's own question, or the one for everybody else's."""
+        own = not self.model and not self.url and classroom(images)
+        return ours.replace(IMAGE, "") if own else theirs
+
+    def read(self, meaning, answers):
+        """meaning(answer) of each, NaN where there is no answer; both are kept in `heard`."""
+        values = [math.nan if a is None else meaning(a) for a in answers]
+        self.heard += zip(answers, values)
+        return values
+
+
+@cache
+def judge_model(name):
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
+    feed = processor(AutoProcessor, name)
+    feed.tokenizer.padding_side = "left"             # answers begin where the questions end
+    return to_device(pretrained(AutoModelForImageTextToText, name, dtype=dtype)), feed
+
+
+HOLE = "<|\ue000|>"       # nobody's word
+
+
+def turns(feed, rows):
+    """rows: (images uint8 (H,W,3), text), a user's turn each -> a VLM's inputs, padded as `feed`
+    pads. A text's special_names are letters: where they stand the tokenizer reads holes, as many as
+    those letters have tokens, which then fill them."""
+    letters, said = [], partial(feed.tokenizer, add_special_tokens=False, split_special_tokens=True)
+
+    def holes(name):
+        ids = said(name[0])["input_ids"]
+        letters.extend(ids)
+        return HOLE * len(ids)
+    names = special_names(feed.tokenizer)
+    chats = [[dict(role="user", content=[
+        *(dict(type="image", image=Image.fromarray(x)) for x in images),
+        dict(type="text", text=names.sub(holes, text))])] for images, text in rows]
+    if letters:                                      # a copy: the reward model saves its tokenizer
+        feed = copy.copy(feed)
+        feed.tokenizer = copy.deepcopy(feed.tokenizer)
+        feed.tokenizer.add_tokens(HOLE, special_tokens=True)
+    x = feed.apply_chat_template(chats, add_generation_prompt=True, tokenize=True,
+                                 return_dict=True, return_tensors="pt",
+                                 processor_kwargs=dict(padding=True))
+    if letters:
+        ids = x["input_ids"]
+        ids[ids == feed.tokenizer.convert_tokens_to_ids(HOLE)] = torch.tensor(letters)
+    return x
+
+
+# The classroom's VLM knows its own phrasing only: see TASKS in data/shapes/prepare.py.
+BETTER = ('These two images were drawn for the prompt "{}". Which one fits the prompt better and '
+          'looks better? Answer only with <answer>first</answer>, <answer>second</answer> or '
+          '<answer>tie</answer>.')
+IN_A_TAG = "Answer only with the number in a tag, such as <answer>3</answer>."
+RATE = ('This image was drawn for the prompt "{}". Rate how well it fits the prompt and how good '
+        'it looks, from 1 (bad) to 5 (excellent). ' + IN_A_TAG)
+
+
+# A judge that does not keep to the tag may still state its answer: the last sentence then says
+# nothing else. Mere mention is no preference: "the second is worse than the first"; nor is the
+# last word of an answer that was cut off: "The first is better in color. The second".
+FIRST, SECOND = (f"(?:the )?(?:{one}|(?:image |picture |option )?{n})(?: image| picture| one)?"
+                 for one, n in (("first", 1), ("second", 2)))
+PREFERENCE = "|".join((
+    "(?:my |the )?(?:answer|choice|winner|(?:better|best)(?: image| picture| one)?)(?:: | is )X",
+    "X (?:is|looks|fits the prompt|matches the prompt)(?: clearly| much| slightly)? better"
+    "(?: than (?:the other(?: one)?|Y))?",
+    "i (?:prefer|choose|pick) X(?: (?:over|to) Y)?"))
+NUMBER = r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(\d+))?"
+SCORE = rf"\b(?:score|rating)(?: \(.*?\))?(?:: ?| is ){NUMBER}(?![\w-])"
+
+
+def in_the_end(answer):
+    """-> in lower case, without emphasis and quotes, what a judge's last <answer> tag holds; where
+    there is none, all that stands behind its thoughts."""
+    text = re.sub(r"(?s)^.*</think>|<think>.*|[*_`\"]", "", (answer or "").lower())
+    return (re.findall(r"(?s)<answer>(.*?)(?:</answer>|$)", text) or [text])[-1].strip()
+
+
+def choice(answer):
+    """-> 1 if the first image is called better, 0 the second, 1/2 for a tie; NaN where the answer
+    does not end by stating one of these."""
+    text = in_the_end(answer).rstrip(".! ")
+    last = re.split(r"(?<=[.!?\n])\s+", text)[-1]
+    if re.fullmatch("(?:it is )?(?:a )?tie", last):
+        return 0.5
+    for value, x, y in ((1.0, FIRST, SECOND), (0.0, SECOND, FIRST)):
+        preferred, why = PREFERENCE.replace("X", x).replace("Y", y), "(?:,? because .*)?"
+        if re.fullmatch(x + why, text) or re.fullmatch(f"(?:{preferred}){why}", last):
+            return value
+    return math.nan
+
+
+def rating(answer):
+    """A number of 1 to 5, yes or no -> [0,1]: the whole answer, or the last score that it states.
+    NaN where that is off the scale, and where there is none."""
+    text = in_the_end(answer).rstrip(".! ")
+    if text in ("yes", "no"):
+        return float(text == "yes")
+    found = re.fullmatch(NUMBER, text) or [None, *re.finditer(SCORE, text)][-1]
+    if not found or found[2] not in (None, "5") or not 1 <= float(found[1]) <= 5:
+        return math.nan
+    return float(found[1]) / 5
+
+
+def agrees(answer):
+    """The classroom's VLM says yes, or no and why -> 1, 0; NaN where it says neither."""
+    yes = verdict(answer)[0]
+    return math.nan if yes is None else float(yes)
+
+
+def preference(images, rows, judge):
+    """Pairwise judge (Pref-GRPO, DeepGen): the share of its group that an image beats, in [0,1].
+
+    Every pair is asked in both orders, so that a judge who likes the first image moves nobody
+    (DeepGen asks once), and a group's mean is 1/2. An answer that says nothing usable is a tie. A
+    pair of which one answer failed is left out; an image without any pair is NaN."""
+    text, x = judge.phrasing(images, WHICH, BETTER), arrays(images)
+    groups = {}                                # outside of training each image is its own
+    for i, m in enumerate(rows):
+        groups.setdefault(m.get("group", f"image {i}"), []).append(i)
+    for mine in groups.values():
+        assert len({rows[i]["prompt"] for i in mine}) == 1, "a group shares its prompt"
+    pairs = [(i, j) for mine in groups.values() for i in mine for j in mine if i != j]
+    if not pairs:
+        return torch.full((len(x),), 0.5)
+    answers = judge.ask_all([([x[i], x[j]], text.format(rows[i]["prompt"])) for i, j in pairs])
+    firsts = np.nan_to_num(judge.read(choice, answers), nan=0.5)
+    answers = dict(zip(pairs, answers))
+    won, asked = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x))
+    for (i, j), first in zip(pairs, firsts):
+        if answers[i, j] is not None and answers[j, i] is not None:
+            won[i] += first
+            won[j] += 1 - first
+            asked[[i, j]] += 1
+    return (won / asked).float()                                 # 0 / 0 is NaN
+
+
+def judge(images, rows, judge):
+    """`--reward judge`, pointwise, in [0,1]: a rating from 1 to 5, divided by 5 (Flow-GRPO, which
+    makes an answer without a number 0; here it is a failure); the classroom's says yes or no."""
+    text = judge.phrasing(images, MATCH, RATE)
+    read = rating if text == RATE else agrees
+    answers = judge.ask_all([([x], text.format(m["prompt"]))
+                             for x, m in zip(arrays(images), rows)])
+    return torch.tensor(judge.read(read, answers))
+
+
+# Two questions, of which the lower answer counts (as VIEScore): an untouched image keeps all, a
+# new one may show the change.
+DONE = ('The second image should be the first after the edit "{}". Rate how well that was done, '
+        "from 1 (not at all) to 5 (perfectly). " + IN_A_TAG)
+KEPT = ('The second image should be the first after the edit "{}". Rate how well all that the edit '
+        "does not concern stayed the same, from 1 (not at all) to 5 (perfectly). " + IN_A_TAG)
+
+
+def edit_judge(images, rows, judge):
+    """Pointwise judge of edits, in [0,1]: is it done, is all else as it was? The classroom's VLM is
+    asked what it has learned, whether the image matches the target's caption, which names every
+    thing; where they are it is not asked."""
+    R, which = torch.full((len(rows),), math.nan), able("edit_judge", rows)
+    texts, read = [judge.phrasing(images, MATCH, t) for t in (DONE, KEPT)], rating
+    if texts[0] == texts[1]:                                     # the classroom's
+        which, read = [i for i in which if rows[i].get("target_meta")], agrees
+        asked = [([x], texts[0].format(rows[i]["target_meta"]["prompt"]))
+                 for i, x in zip(which, arrays(images[which]))]
+    else:
+        asked = [([old, new], text.format(rows[i]["instruction"])) for text in texts
+                 for i, old, new in zip(which, sources(rows, which), arrays(images[which]))]
+    if which:
+        rated = torch.tensor(judge.read(read, judge.ask_all(asked))).view(-1, len(which))
+        R[which] = torch.where(rated.isnan().any(0), math.nan, rated.amin(0))
+    return R
