@@ -152,7 +152,7 @@ def check_scored(scores, most, step, where):
     unparsed_<reward>, of a judge's answers the share that says nothing usable. Over all ranks,
     which all call it; a share above `most` ends the run on each of them."""
     names = scores.names
-    tried = scores.weights != 0                      # a failure moves nothing, but counts
+    tried = scores.weights != 0                      # a failure gives no gradient, but counts
     failed = tried & scores.values.isnan()
     heard = [scores.answers.get(name, []) for name in names]
     idle = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]

@@ -637,7 +637,7 @@ class Unified(nn.Module):
 
     def learn(self, what, seed=0):
         """what: part -> a LoRA's config, or None: all of the part learns, of the VLM its language
-        model: the eye stays as it is. -> self"""
+        model: its visual tower stays as it is. -> self"""
         for part, config in what.items():
             module = getattr(self, part)
             if part in self.adapters:                # merged: now a share of the part's weights

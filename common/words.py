@@ -35,9 +35,9 @@ def verdict(text):
 
 
 def special_names(tokenizer):
-    """A pattern of the names of special tokens, such as <|im_end|>. Who has such a name in a prompt
-    means its letters: as a token it would end the turn, or ask for an image. One sign is no name:
-    SD3's second tokenizer pads with "!"."""
+    """A pattern of the names of special tokens, such as <|im_end|>. Someone who writes one in a
+    prompt means its letters: as a token it would end the turn, or ask for an image. One sign is no
+    name: SD3's second tokenizer pads with "!"."""
     names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)", re.IGNORECASE)
