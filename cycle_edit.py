@@ -26,7 +26,7 @@ import torch
 from common.flags import flag, parse
 from common.presets import preset, reference_ways
 from common.rl import (Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
-                       noise_keys, ratio_stats, set_up, varying, wants_final_bench)
+                       noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import fail, key, keyed, setup
 from common.show import grid, spread
 from data.shapes.bench import bench_edit, bench_shapes, source_picture
@@ -220,12 +220,9 @@ def encode(model, args, learns, prompts, images, keys):
 
 def score_both(drawn, rows, weights, judge):
     """Rewards of the edited picture, then those of the cycled one, if there is one -> Scores"""
-    scores = score(drawn[0], rows, weights[0], judge)
+    scores = score(drawn[0], rows, weights[0], judge)                            # values (N,K)
     for images, mix in zip(drawn[1:], weights[1:]):
-        more = score(images, rows, mix, judge)
-        scores.values = torch.cat([scores.values, more.values], 1)               # (N,K)
-        scores.weights = torch.cat([scores.weights, more.weights], 1)
-        scores.names, scores.answers = scores.names + more.names, scores.answers | more.answers
+        scores = scores.beside(score(images, rows, mix, judge))
     return scores
 
 
@@ -314,9 +311,11 @@ def main():
                               [initial_noise for initial_noise, _ in keys[::G]]])
             legs.append(encode(model, args, learns, *asked[leg]))
             if args.beta:
-                with swapped(model, initial):
-                    anchors.append(Anchor(initial, encode(model, args, (), *asked[leg]), args.beta,
-                                          args.kl))
+                own = legs[leg]              # the initial policy's conditions: as the bridge was
+                if "bridge" in learns:
+                    with swapped(model, initial):
+                        own = encode(model, args, (), *asked[leg])
+                anchors.append(Anchor(initial, own, args.beta, args.kl))
             paths.append(rollout(model, legs[leg].leaf(), times, window, keys, args.eta, args.kind,
                                  args.shared_noise))
             drawn.append(model.to_images(paths[leg].x0).cpu())                   # (N,3,H,W) uint8
@@ -354,7 +353,7 @@ def main():
         clock.lap("update")
 
         # 5  one row per step; held-out edits and a place to restart, now and then
-        ratios = varying(ratio_stats(seen, args.clip, recorder.D), args.beta, args.updates)
+        ratios = ratio_stats(seen, args.clip, recorder.D, args.beta)
         recorder.record(
             step, scores, dict(kept=len(kept) / len(edits), **ratios),
             failures | norms | optimiser.finite.column() | clock.row(), CURVES)

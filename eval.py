@@ -52,12 +52,11 @@ class Scores:
     answers: dict = field(default_factory=dict)  # judges': {name: [(answer or None, its value)]}
     error: str = ""                             # the last failure of a judge's endpoint
 
-    def add(self, name, values, weight):
-        """One more reward: values (N,), one weight. -> self"""
-        self.values = torch.cat([self.values, values[:, None].float()], 1)
-        self.weights = torch.cat([self.weights, torch.full((len(values), 1), float(weight))], 1)
-        self.names = [*self.names, name]
-        return self
+    def beside(self, more):
+        """These rewards, then those of `more`, of the same images -> Scores"""
+        return Scores(torch.cat([self.values, more.values], 1),
+                      torch.cat([self.weights, more.weights], 1), self.names + more.names,
+                      self.answers | more.answers, self.error or more.error)
 
     @staticmethod
     def cat(parts):
@@ -74,14 +73,19 @@ class Scores:
                 for name, total, n in zip(self.names, sums, sums[len(self.names):]) if n}
 
 
+def column_of(name):
+    """A reward's name in the log: of "file.py:function" the function's."""
+    return name.rpartition(":")[2]
+
+
 def parse_weights(text):
     """ "geneval:0.8,my_file.py:f:0.2" -> {"*": {name: weight}}; no number means 1."""
     weights = {}
     for item in text.split(","):
         name, number = re.fullmatch(r"((?:[^:]*\.py:)?[^:]*):?(.*)", item.strip(), re.S).groups()
         find(name)
-        if name in weights:
-            raise ValueError(f"reward {name!r} is given twice")
+        if column_of(name) in map(column_of, weights):
+            raise ValueError(f"reward {column_of(name)!r} is given twice")
         try:
             weights[name] = float(number or 1)
         except ValueError:
@@ -98,8 +102,9 @@ def read_weights(text, short=()):
     short: {name: the mix that it stands for}."""
     text = Path(text).read_text() if text.endswith(".json") else text
     mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}
-    for name, mix in dict(short).items():                # whole words: edit_judge is no judge
-        mixes = {k: re.sub(rf"\b{name}\b", mix, str(m)) for k, m in mixes.items()}
+    for name, mix in dict(short).items():                # whole names: edit_judge is no judge
+        mixes = {k: re.sub(rf"(^|,)(\s*){name}(?=\s*(?:[:,]|$))", rf"\1\2{mix}", str(m))
+                 for k, m in mixes.items()}
     return {kind: parse_weights(str(m))["*"] for kind, m in mixes.items()}
 
 
@@ -109,6 +114,16 @@ def weights_of(row, weights):
     if category not in weights and "*" not in weights:
         raise ValueError(f"no reward weights for category {category!r}, and no '*'")
     return weights.get(category, weights.get("*"))
+
+
+def must_be_mixed(rows, weights, reward):
+    """The user's error where --reward has no mix for a row of this category."""
+    for row in rows:
+        try:
+            weights_of(row, weights)
+        except ValueError:
+            fail(f"{reward} has no mix for prompts of category "
+                 f"{row.get('category', row.get('tag'))!r}, and no '*'")
 
 
 def score(images, rows, weights, judge=None):
@@ -123,7 +138,7 @@ def score(images, rows, weights, judge=None):
     rewards = [find(name) for name in names]
     mine = [weights_of(row, weights) for row in rows]
     W = torch.tensor([[float(w.get(k, 0)) for k in names] for w in mine])        # (N,K)
-    out = Scores(torch.full_like(W, math.nan), W, [name.rpartition(":")[2] for name in names])
+    out = Scores(torch.full_like(W, math.nan), W, [*map(column_of, names)])
     images = images.cpu()  # once, not once per reward
     for k, reward in enumerate(rewards):
         some = W[:, k].nonzero()[:, 0]
@@ -209,18 +224,13 @@ def read_rows(path, weights, reward, photos):
     which must have a mix for each row; photos: does the preset draw them?"""
     try:
         rows = read_prompts(path)
-        for row in rows:
-            weights_of(row, weights)
     except FileNotFoundError as e:
         fail(f"{e}" if photos else f"{e}; the classroom's: python -m data.shapes.prepare data")
-    except ValueError as e:
-        category = re.search("category (.*), and no '\\*'", str(e))
-        fail(f"{reward} has no mix for prompts of category {category[1]}, and no '*'"
-             if category else e)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         fail(e)
     if not rows:
         fail(f"{path} holds no prompts")
+    must_be_mixed(rows, weights, reward)
     return rows
 
 
@@ -230,22 +240,26 @@ def read_prompts_of(args, weights, photos):
     read = partial(read_rows, weights=weights, reward=args.reward, photos=photos)
     prompts = read(args.prompts)
     if args.eval_prompts:
-        return prompts, read_held_out(args.eval_prompts, prompts, args.prompts, read)
+        held = read(args.eval_prompts)
+        must_be_held_out(held, args.eval_prompts, prompts, args.prompts)
+        return prompts, sixteen(held)
     if photos and {"geneval", "geneval_strict"} & weights.get("*", {}).keys():
+        trained = {row["prompt"] for row in prompts}
         test = [json.loads(line) for line in geneval_prompts()]
-        return prompts, read_held_out(test, prompts, args.prompts, read)
+        return prompts, sixteen([row for row in test if row["prompt"] not in trained])
     return prompts, []
 
 
-def read_held_out(path, trained, where, read, same=lambda row: row["prompt"]):
-    """Rows of a held-out file, none of which (by `same`) is among the rows trained on, of the file
-    `where`. -> at most 16 of them, evenly spaced, so that every tag is there"""
-    rows = read(path) if isinstance(path, str) else path
+def must_be_held_out(rows, file, trained, where, same=lambda row: row["prompt"]):
+    """The user's error where one of a file's rows is, by `same`, among those trained on."""
     known = {same(row) for row in trained}
-    if isinstance(path, str) and (both := [row for row in rows if same(row) in known]):
-        fail(f"{path}: {both[0]['prompt']!r} is in {where}, as {len(both)} of its {len(rows)} "
+    if both := [row for row in rows if same(row) in known]:
+        fail(f"{file}: {both[0]['prompt']!r} is in {where}, as {len(both)} of its {len(rows)} "
              "prompts are: what is trained is not held out")
-    rows = [row for row in rows if same(row) not in known]
+
+
+def sixteen(rows):
+    """At most so many of them, evenly spaced, so that every tag is there."""
     n = min(16, len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 

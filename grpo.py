@@ -25,10 +25,8 @@ import torch
 from common.flags import flag, parse
 from common.read import pairs
 from common.rl import (Clock, Ldam, Recorder, check_flags, disagreeing, draw_rows, draw_window,
-                       fine_tune, ldam_layers, noise_keys, ratio_stats, set_up, varying,
-                       wants_final_bench)
-from common.run import (all_mean, fail, key, keyed, setup,
-                        table)
+                       fine_tune, ldam_layers, noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.run import all_mean, fail, key, keyed, setup, table
 from common.show import grid
 from data.shapes.bench import bench_shapes
 from eval import (before_and_after, check_scored, draw_while_judging, held_out_score,
@@ -255,9 +253,8 @@ def main():
 
     # The model, what trains it, and where the run is kept
     learns, B, G = TRAIN[args.train], args.B // world, args.G    # B from here on: of this rank
-    model, initial, optimiser = set_up(
-        Unified, args, learns, args.micro or args.window * B * G, "bridge" in learns and B,
-        args.beta, rank, device)
+    model, initial, optimiser = set_up(Unified, args, learns, args.micro or args.window * B * G,
+                                       "bridge" in learns and B, args.beta, rank, device)
     if args.sft:
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
                      skip=optimiser.start * args.updates)
@@ -280,8 +277,11 @@ def main():
         branches = encode(model, batch, args, learns, noise)
         leaf = branches.leaf()               # a copy on which the micro-batches' gradients add up
         if args.beta:
-            with swapped(model, initial):
-                anchor = Anchor(initial, encode(model, batch, args, (), noise), args.beta, args.kl)
+            own = leaf                       # the initial policy's conditions: as the bridge was
+            if "bridge" in learns:
+                with swapped(model, initial):
+                    own = encode(model, batch, args, (), noise)
+            anchor = Anchor(initial, own, args.beta, args.kl)
 
         # 2  roll out: Euler steps, except in the window, which steps at random
         rows = [row | dict(group=i) for i, row in enumerate(batch) for _ in range(G)]  # N = B G
@@ -331,7 +331,7 @@ def main():
         clock.lap("update")
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        ratios = varying(ratio_stats(seen, args.clip, recorder.D), args.beta, args.updates)
+        ratios = ratio_stats(seen, args.clip, recorder.D, args.beta)
         if args.ldam:
             taught |= dict(ldam=noise is not None)
         row = recorder.record(

@@ -19,10 +19,10 @@ from common.checkpoint import read_about, read_init
 from common.layers import (MLP, RMSNorm, attend, by_size, modulate, norm, per_sample, places,
                            ragged, run_block, time_wave, unpatchify)
 from common.presets import PARTS, SOLVERS, preset, reference_ways
-from common.run import beside, fail, has_bf16, keyed, seeded
+from common.run import beside, fail, from_file, has_bf16, keyed, seeded
 from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
-from common.weights import (adapters_off, dit_tensors, find, load_trained, load_vae, load_vlm,
+from common.weights import (adapters_off, dit_tensors, load_trained, load_vae, load_vlm,
                             must_fit)
 from common.words import END, answers, draw_token, mrope, special_names, token_rows, verdict
 
@@ -572,7 +572,10 @@ class Bridge(nn.Module):
 def build_dit(cfg):
     """The preset's DiT, with random weights."""
     if cfg.dit_class:                                # somebody's own, such as my_dit.py:MyDiT
-        return find(cfg.dit_class)(**cfg.dit_args)
+        try:
+            return from_file(cfg.dit_class)(**cfg.dit_args)
+        except ValueError as e:
+            fail(e)
     return MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
 
 

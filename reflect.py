@@ -34,15 +34,14 @@ from common.flags import flag, parse
 from common.presets import preset, reference_ways
 from common.read import UNREADABLE, read_image
 from common.rl import (Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
-                       noise_keys, ratio_stats, set_up, varying, wants_final_bench)
-from common.run import (fail, key, keyed, setup, slices,
-                        table)
+                       noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.run import fail, key, keyed, setup, slices, table
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
 from data.shapes.bench import (bench_answer, bench_reflect, bench_shapes, bench_think, scene_image,
                                source_picture)
-from eval import (Scores, before_and_after, check_scored, held_out_score, read_held_out,
-                  read_prompts, read_rows, read_weights, score, weights_of)
+from eval import (Scores, before_and_after, check_scored, held_out_score, must_be_held_out,
+                  must_be_mixed, read_prompts, read_rows, read_weights, score, sixteen, weights_of)
 from grpo import Anchor, batch_score, group_advantage, surrogate
 from model import Branches, Unified, rollout, sigmas, swapped
 from rewards.judge import Judge
@@ -305,6 +304,7 @@ def read_task(path, args, weights):
     try:
         if args.task == "reflect":
             rows = read_pool(path)
+            must_be_mixed(sum(rows, []), weights, args.reward)
             for row in sum(rows, []):
                 must_score(weights_of(row, weights), [row])
                 source_picture(row, preset(args.preset).size)    # or nothing starts
@@ -313,9 +313,7 @@ def read_task(path, args, weights):
     except FileNotFoundError as e:
         fail(f"{e}" if photos else f"{e}; the classroom's: python -m data.shapes.prepare data")
     except (OSError, ValueError) as e:
-        category = "no reward weights" in str(e) and str(e).split("category ")[1].split(",")[0]
-        fail(f"{args.reward} has no mix for prompts of category {category}, and no '*'"
-             if category else e)
+        fail(e)
     if not rows:
         fail(f"{path} holds no prompts")
     if args.task == "vqa" and not all(row.keys() & {"scene", "image"} for row in rows):
@@ -330,8 +328,9 @@ def read_held(args, weights, rows):
     held = read_task(args.eval_data, args, weights)
     if args.task != "reflect":
         about = ("scene", "image") if args.task == "vqa" else ()     # a question is of its picture
-        return read_held_out(args.eval_data, rows, args.data, lambda path: held, lambda row: (
+        must_be_held_out(held, args.eval_data, rows, args.data, lambda row: (
             row["prompt"], *(str(row[k]) for k in about if k in row)))
+        return sixteen(held)
     trained = {row["prompt"] for row in sum(rows, [])}
     if both := [row for row in sum(held, []) if row["prompt"] in trained]:
         fail(f"{both[0]['where']}: its prompt is in {args.data}, as those of {len(both)} in "
@@ -381,7 +380,8 @@ def score_samples(args, rows, words, says, able, images, weights, judge):
         if args.format:
             formed = torch.tensor([spans(t)["ok"] and end for t, end in zip(
                 words.texts, words.closed.tolist())]).float()
-            scores.add("format", formed.repeat_interleave(args.images_per_thought), args.format)
+            formed = formed.repeat_interleave(args.images_per_thought)[:, None]      # (N M,1)
+            scores = scores.beside(Scores(formed, torch.full_like(formed, args.format), ["format"]))
         return scores
     at = torch.tensor(able).nonzero()[:, 0]
     drawn = score(images[at], [rows[i] for i in at.tolist()], weights, judge)
@@ -390,8 +390,8 @@ def score_samples(args, rows, words, says, able, images, weights, judge):
     values = torch.full((len(rows), len(drawn.names)), math.nan).index_copy(0, at, drawn.values)
     mixed = torch.zeros_like(values).index_copy(0, at, drawn.weights)
     own = torch.tensor([[args.verdict, args.format]]).expand(len(rows), 2)
-    return Scores(torch.cat([said, values], 1), torch.cat([own, mixed], 1),
-                  ["verdict", "format", *drawn.names], drawn.answers, drawn.error)
+    return Scores(said, own, ["verdict", "format"]).beside(
+        Scores(values, mixed, drawn.names, drawn.answers, drawn.error))
 
 
 def benched(model, args):
@@ -609,10 +609,9 @@ def main():
         if args.task == "reflect":
             stats |= dict(redrawn=len(drawing) / len(asked))
         if dit:
-            stats |= varying(ratio_stats(seen, args.clip, recorder.D), args.beta, args.updates)
+            stats |= ratio_stats(seen, args.clip, recorder.D, args.beta)
         if lm:
-            stats |= varying(ratio_stats(spoken, args.lm_clip, 1, "lm_"), args.lm_beta,
-                             args.updates)
+            stats |= ratio_stats(spoken, args.lm_clip, 1, args.lm_beta, "lm_")
         recorder.record(
             step, scores, stats, failures | norms | optimiser.finite.column() | clock.row(),
             CURVES + [[*norms]])

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from dataclasses import asdict, field, fields
 from pathlib import Path
 
@@ -22,19 +21,30 @@ def flag(default, help, group="", paper=False):
     return field(default=default, metadata=dict(help=help, group=group, paper=paper))
 
 
-def command_line(description, epilog=""):
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def command_line(description, epilog="", names=(), settings=()):
     """A strict parser, which knows no abbreviations and takes one line for an error. Its --help is
-    the description, then groups of flags: no usage, in which the few that matter would drown."""
+    the description, then groups of flags: no usage, in which the few that matter would drown.
+    names: the flags, for the error of an unknown one; settings: see parse."""
     p = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, add_help=False,
                                 allow_abbrev=False, epilog=epilog,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    of_recipes = {flag_of(no + name): name for name in settings for no in ("", "no_")}
 
     def error(message):                                # one line instead of the whole usage
-        given = message.partition("; there are:")[0] if "unrecognized" in message else ""
-        for name in re.findall(r"--[a-z-]+", given):
+        typed = message.partition("unrecognized arguments: ")[2].split()
+        for word in typed:
+            name = word.partition("=")[0]
+            if name in of_recipes:
+                setting = of_recipes[name]
+                fail(f"{flag_of(setting)} is a setting of recipes: write {{\"{setting}\": ...}} "
+                     "into a .json file and give that as --recipe")
             if name in OLD:
                 fail(f"{name} is now {OLD[name]}")
-        fail(message)
+        fail(message + (f"; there are: {' '.join(names)}" if typed and names else ""))
     p.error = error
     return p
 
@@ -60,10 +70,6 @@ def add_flags(p, Args):
         group.add_argument(flag_of(f.name), help=about.replace("%", "%%"), **kind)
     group.add_argument("-h", "--help", action="help", help="print this text")
     p.set_defaults(**asdict(Args()))
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def recipe_of(name, Args):
@@ -92,23 +98,13 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
     that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
     says}; others that the script lacks are an error."""
     settings = [f for f in fields(Args) if f.metadata.get("paper")]
-    p = command_line(description, "Settings of recipes; to change one, give a .json as --recipe, "
-                     'such as {"recipe": "fast", "wd": 0.01}:\n' + "\n".join(
-                         f"  {f.name:14} {f.metadata['help']}"
-                         + f" [{f.default}]" * (f.default != "") for f in settings)
-                     if settings else "")
-    names = [flag_of(f.name) for f in fields(Args) if f not in settings]
-    plain = p.error
-
-    def error(message):
-        for f in settings if "unrecognized" in message else ():
-            typed = {flag_of(f.name), flag_of(f"no_{f.name}")} & {*message.split()}
-            if typed or f"{flag_of(f.name)}=" in message:
-                fail(f"{flag_of(f.name)} is a setting of recipes: write {{\"{f.name}\": ...}} into "
-                     "a .json file and give that as --recipe")
-        plain(message + (f"; there are: {' '.join(names)}" if "unrecognized" in message and not any(
-            name in OLD for name in message.split()) else ""))
-    p.error = error
+    about = [f"  {f.name:14} {f.metadata['help']}" + f" [{f.default}]" * (f.default != "")
+             for f in settings]
+    p = command_line(
+        description, "\n".join([
+            "Settings of recipes; to change one, give a .json as --recipe, such as {\"recipe\": "
+            "\"fast\", \"wd\": 0.01}:", *about]) if settings else "",
+        [flag_of(f.name) for f in fields(Args) if f not in settings], [f.name for f in settings])
     add_flags(p, Args)
     args = p.parse_args()
 

@@ -139,17 +139,22 @@ def disagreeing(advantage, G):
     return spread.repeat_interleave(G).nonzero()[:, 0]
 
 
-def ratio_stats(seen, clip, nats, prefix=""):
+def ratio_stats(seen, clip, nats, beta, prefix=""):
     """seen: for each update of the iteration a list of (rows,2), ratio and KL -> columns of the
-    log. clip: the ratio's range; nats: how many nats of the sample a unit of log-ratio is."""
+    log, but for those that are constant by construction: the KL without a beta, and how far the
+    ratio gets from 1 where there is one update. clip: the ratio's range; nats: how many nats of the
+    sample a unit of log-ratio is."""
     none = torch.tensor([[1.0, 0.0]], device=next((x.device for u in seen for x in u), "cpu"))
     ratio, kl = torch.cat([x for u in seen for x in u] or [none]).T
-    stats = dict(
-        ratio_off=(torch.cat([none, *seen[0]])[:, 0] - 1).abs().max(),
-        ratio_low=ratio.quantile(0.05), ratio_high=ratio.quantile(0.95), kl=kl.mean(),
-        clipped=((ratio - 1).abs() > clip).float().mean(),
-        # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
-        kl_old=(nats * ratio.log()).square().mean() / 2)
+    stats = dict(ratio_off=(torch.cat([none, *seen[0]])[:, 0] - 1).abs().max())
+    if beta:
+        stats |= dict(kl=kl.mean())
+    if len(seen) > 1:
+        stats |= dict(
+            ratio_low=ratio.quantile(0.05), ratio_high=ratio.quantile(0.95),
+            clipped=((ratio - 1).abs() > clip).float().mean(),
+            # E[L^2] / 2 of log-ratios L is about the KL from the old policy: in nats
+            kl_old=(nats * ratio.log()).square().mean() / 2)
     return {prefix + name: value for name, value in stats.items()}
 
 
@@ -240,14 +245,6 @@ def jsonl_of(path):
     """A file, or a folder with metadata.jsonl -> the jsonl"""
     path = beside(path)
     return path / "metadata.jsonl" if path.is_dir() else path
-
-
-def varying(stats, beta, updates):
-    """Without the columns of ratio_stats that are constant by construction: the KL where there is
-    none, and how far the ratio is from 1 where an iteration has one update."""
-    still = set() if beta else {"kl"}
-    still |= set() if updates > 1 else {"ratio_low", "ratio_high", "clipped", "kl_old"}
-    return {k: v for k, v in stats.items() if k.removeprefix("lm_") not in still}
 
 
 class Recorder:

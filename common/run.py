@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,29 @@ def beside(path):
     they run in any working directory. -> Path"""
     path = Path(path)
     return ROOT / path if path.parts[:2] == ("data", "shapes") and not path.exists() else path
+
+
+@cache
+def load_file(path):
+    """A Python file -> its module, read once."""
+    spec = spec_from_file_location(Path(path).stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def from_file(name):
+    """ "file.py:name" -> what bears that name in a user's file; ValueError: there is none."""
+    file, _, what = name.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"{name}: there is no file {file}")
+    try:
+        module = load_file(str(Path(file).resolve()))
+    except Exception as e:                           # whatever a user's file may do wrong
+        raise ValueError(f"{name}: {file} cannot be loaded, {type(e).__name__}: {e}")
+    if not callable(getattr(module, what, None)):
+        raise ValueError(f"{name}: {file} has no {what!r} that could be called")
+    return getattr(module, what)
 
 
 def fail(message):

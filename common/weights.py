@@ -3,7 +3,6 @@
 import json
 import os
 from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -19,19 +18,6 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
 
 from common.flags import given_parts
 from common.run import beside, fail, same_start
-
-
-def find(name):
-    """ "file.py:Class" -> the class of a user's file"""
-    file, _, kind = name.rpartition(":")
-    if not Path(file).is_file():
-        fail(f"{name}: there is no file {file}")
-    spec = spec_from_file_location(Path(file).stem, file)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, kind):
-        fail(f"{name}: {file} has no {kind}")
-    return getattr(module, kind)
 
 
 def fetch(name, weights=True):

@@ -13,11 +13,9 @@ training adds `group`, the number of its group. Yours is one flag away:
 One that takes a third argument called `judge` gets the run's vision-language judge: judge.ask_all.
 """
 
-import sys
-from functools import cache
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
+
+from common.run import from_file
 
 REWARDS = {                       # name -> the module where the function of that name stands
     "geneval": "rewards.geneval", "geneval_strict": "rewards.geneval", "ocr": "rewards.ocr",
@@ -29,29 +27,10 @@ REWARDS = {                       # name -> the module where the function of tha
 }
 
 
-@cache
-def load_file(path):
-    """A Python file -> its module."""
-    spec = spec_from_file_location(Path(path).stem, path)
-    module = module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def find(name):
     """A built-in reward's name, or "file.py:function" -> the function; or ValueError."""
-    file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        if not Path(file).is_file():
-            raise ValueError(f"reward {name!r}: there is no file {file}")
-        try:
-            module = load_file(str(Path(file).resolve()))
-        except Exception as e:                       # whatever a user's file may do wrong
-            raise ValueError(f"reward {name!r}: {file} cannot be loaded, {type(e).__name__}: {e}")
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"reward {name!r}: {file} has no function {function!r}")
-        return getattr(module, function)
+    if name.rpartition(":")[0].endswith(".py"):
+        return from_file(name)
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; valid: {', '.join(REWARDS)}, or "
                          "my_file.py:function")

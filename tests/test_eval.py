@@ -16,7 +16,7 @@ from data.shapes.bench import bench_shapes
 from data.shapes.judge import check, evaluate, extra_objects, read_sign, text_match
 from data.shapes.world import SHAPES, TAGS, place, relation, render, sample_meta, scene_for
 from eval import (Scores, check_scored, held_out_score, main, parse_weights, read_prompts,
-                  score)
+                  score, read_weights)
 from rewards import REWARDS
 
 
@@ -377,3 +377,41 @@ def test_command_line(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["eval.py", *argv])
         with pytest.raises(SystemExit, match=words):
             main()
+
+
+def test_a_reward_of_a_users_file(tmp_path):
+    """file.py:function, mixed with a built-in one; what is wrong with it is said in one line."""
+    file = tmp_path / "mine.py"
+    file.write_text("def dark(images, rows):\n"
+                    "    return 1 - images.float().mean((1, 2, 3)) / 255\n"
+                    "def flat(images, rows):\n    return images.float().mean()\n"
+                    "def geneval(images, rows):\n    return [0.5] * len(rows)\nconstant = 3\n")
+    weights = parse_weights(f"{file}:dark:0.25,jpeg_compressibility")
+    assert weights == {"*": {f"{file}:dark": 0.25, "jpeg_compressibility": 1.0}}
+    images = torch.stack([torch.full((3, 8, 8), v, dtype=torch.uint8) for v in (0, 255)])
+    scores = score(images, [{}, {}], weights)
+    assert scores.names == ["dark", "jpeg_compressibility"]
+    assert scores.values[:, 0].tolist() == [1, 0] and scores.weights[:, 0].tolist() == [0.25] * 2
+    assert score(images, [{}, {}], parse_weights(f"{file}:geneval")).values.tolist() == [[0.5]] * 2
+    with pytest.raises(SystemExit, match="flat' returned .* for 2 images: it must return one"):
+        score(images, [{}, {}], parse_weights(f"{file}:flat"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_that_name\n")
+    for text, words in ((f"{file}:bright", "has no 'bright'"),
+                        (f"{file}:constant", "has no 'constant'"),
+                        (f"{tmp_path}/gone.py:f", "there is no file"),
+                        (f"{broken}:f", "cannot be loaded, ModuleNotFoundError"),
+                        (f"{file}:dark,{file}:dark", "'dark' is given twice"),
+                        (f"geneval,{file}:geneval", "'geneval' is given twice")):
+        with pytest.raises(ValueError, match=words):
+            parse_weights(text)
+
+
+def test_a_short_name_is_a_whole_name():
+    """cycle_edit.py's `judge` stands for edit_judge, and no part of another name for anything."""
+    short = dict(cycle="clip:4,clip_image:1", judge="edit_judge")
+    assert read_weights("cycle,jpeg_compressibility:0.5", short)["*"] == dict(
+        clip=4.0, clip_image=1.0, jpeg_compressibility=0.5)
+    assert read_weights(" judge:2", short) == read_weights("edit_judge:2", short)
+    with pytest.raises(ValueError, match="judge.py:cycle: there is no file judge.py"):
+        read_weights("judge.py:cycle", short)

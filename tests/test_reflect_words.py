@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_cli import complaint, files
 from test_grpo import G, close, config, learned, saved
+from test_reflect import check_what_learns
 
 import common.presets as presets_py
 import reflect
@@ -188,20 +189,7 @@ def test_token_surrogate():
 
 def test_what_learns(talker, tmp_path, monkeypatch):
     """--train: in `both` what is drawn teaches the language model, too, through the queries."""
-    base = tiny.build(config(talker), init=talker / "sft").state_dict()
-    flags = [*COT, "--steps", 1, "--lr", 0.01, "--lm-lr", 0.01, "--ema", 0]
-    for what, parts in dict(lm={"vlm"}, dit={"dit"}, both={"vlm", "dit", "bridge"}).items():
-        play(talker, tmp_path / what, *flags, "--train", what)
-        new = tiny.build(config(talker), init=tmp_path / what).state_dict()
-        moved = {k for k, v in base.items() if not torch.equal(v, new[k])}
-        assert {k.split(".")[0] for k in moved} == parts
-        assert not any("visual" in k for k in moved)
-    # Steps alone, no words: the only way to the language model is through the condition.
-    monkeypatch.setattr(reflect, "token_surrogate", lambda *inputs: tuple(
-        x * weight for x, weight in zip(token_surrogate(*inputs), (0, 1))))
-    for what, reached in dict(lm=False, both=True).items():
-        row = play(talker, tmp_path / f"no-words-{what}", *flags, "--train", what)[-1]
-        assert (row["lm_grad_norm"] > 1e-5) == reached, what
+    check_what_learns(talker, tmp_path, monkeypatch, play, *COT)
 
 
 def test_ranks_and_micro_batches_of_main(talker, tmp_path):
