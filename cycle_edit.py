@@ -23,16 +23,19 @@ from functools import partial
 
 import torch
 
+from common.draw import draw_edits
 from common.flags import flag, parse
 from common.presets import preset, reference_ways
-from common.rl import (Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
-                       noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
+                       jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import fail, key, keyed, setup
 from common.show import grid, spread
-from data.shapes.bench import bench_edit, bench_shapes, source_picture
+from data.shapes.bench import bench_shapes
+from data.shapes.edits import bench_edit, source_picture
 from eval import before_and_after, check_scored, held_out_score, read_weights, score
-from grpo import Anchor, batch_score, group_advantage, surrogate
-from model import Unified, rollout, sigmas, swapped
+from grpo import batch_score, group_advantage, surrogate
+from common.weights import swapped
+from model import Unified, rollout, sigmas
 from rewards.judge import Judge
 from rewards.shared import must_score
 
@@ -227,7 +230,7 @@ def score_both(drawn, rows, weights, judge):
 
 
 def edit_as_trained(model, args, prompts, images, seeds):
-    return model.edit(prompts, images, seeds, args.eval_T, args.guidance,
+    return draw_edits(model, prompts, images, seeds, args.eval_T, args.guidance,
                       args.image_guidance).cpu()
 
 

@@ -24,16 +24,20 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, given_parts, parse
 from common.read import arrays
-from common.run import all_mean, beside, fail, key, setup, slices, write
-from common.show import plot_trade_off, show_table
-from data.shapes.bench import (bench_answer, bench_edit, bench_reflect, bench_shapes, bench_think,
-                               geneval_table)
-from data.shapes.world import SHAPES
+from common.run import all_mean, fail, key, setup, slices, write
+from common.show import grid, plot_trade_off, show_table
+from common.weights import slim
+from data.shapes.bench import bench_shapes, geneval_table
+from data.shapes.edits import bench_edit
+from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from model import Trajectory, Unified, rollout
 from rewards import find
-from rewards.geneval import COCO, check, geneval_prompts, geneval_train_prompts
+from rewards.geneval import check
+from rewards.prompts import (geneval_prompts, read_prompts,
+                             write_prompts)
 from rewards.judge import Judge
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
@@ -197,28 +201,6 @@ def held_out_score(scores):
 # Rows: what is trained on, and what is held out
 
 
-def read_prompts(path):
-    """jsonl in GenEval's schema -> list of rows; a bad line raises ValueError with its number."""
-    rows = []
-    for i, line in enumerate(beside(path).read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            good = isinstance(row["prompt"], str) and all(
-                want["count"] > 0 and want["class"] for want in row.get("include", []))
-            named = {want["class"] for k in ("include", "exclude") for want in row.get(k, [])}
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}, line {i}: not a JSON object with `prompt` and, if it has "
-                             "`include`, `class` and `count` in each part of that")
-        if not (named <= set(SHAPES) or named <= set(COCO)):     # no detector sees both worlds
-            raise ValueError(f"{path}, line {i}: {', '.join(sorted(named))}: not all shapes of the "
-                             "classroom, nor all among GenEval's 80 names: SHAPES in "
-                             "data/shapes/world.py, COCO in rewards/geneval.py")
-        rows.append(row)
-    return rows
-
-
 def read_rows(path, weights, reward, photos):
     """A file of prompts -> its rows; every error in it, in one line. weights, reward: of the run,
     which must have a mix for each row; photos: does the preset draw them?"""
@@ -280,6 +262,24 @@ def draw_while_judging(model, leaf, rows, weights, judge, times, window, keys, a
         return Trajectory.cat(paths), Scores.cat([job.result() for job in waiting])
 
 
+def preview_pictures(model, args, rows, weights, judge, png):
+    """Draws fixed prompts at fixed noise into `png` and scores those that are held out. rows: the
+    prompts of a preset for photos; None: the classroom's benchmark. -> metrics"""
+    draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
+    if rows is None:
+        r = bench_shapes(draw, 1, 96, png)
+        return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
+    images = draw([row["prompt"] for row in rows], range(len(rows))).cpu()
+    grid(images, [row["prompt"] for row in rows], png)
+    return held_out_score(score(images, rows, weights, judge)) if weights else {}
+
+
+def bench_pictures(model, args, png):
+    """The classroom's whole benchmark of drawing -> metrics, and a grid in `png`"""
+    draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
+    return bench_shapes(draw, png=png)
+
+
 def before_and_after(model, args, ema, out, device, bench):
     """bench(policy, args, png) -> metrics, of the policy as it was and as it is, on the same noise:
     results.json, a table, two pictures."""
@@ -294,18 +294,6 @@ def before_and_after(model, args, ema, out, device, bench):
 
 # ---------------------------------------------------------------------------------------------
 # Benchmarks
-
-
-def write_prompts(name="", path="", *more):
-    """--write-prompts NAME FILE; an existing file stays as it is."""
-    makers = {"geneval": geneval_prompts, "geneval-train": geneval_train_prompts}
-    if name not in makers or not path or more:
-        fail(f"--write-prompts takes one of {', '.join(makers)}, and a file")
-    if Path(path).exists() or not Path(path).absolute().parent.is_dir():
-        fail(f"{path} exists or is in no folder that does: choose another file")
-    lines = makers[name]()
-    write(path, "".join(lines))
-    print(f"{path}: {len(lines)} prompts")
 
 
 def draw_geneval(draw, out, seed, rank, world, recipe, n=4):
@@ -420,7 +408,7 @@ def main():
     rank, world, device = setup()
     to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds
     if to_draw:
-        model = Unified.load(args.init, args.preset, **given_parts(args)).slim(device).to(device)
+        model = slim(Unified.load(args.init, args.preset, **given_parts(args)), device).to(device)
         if out:
             out.mkdir(parents=True, exist_ok=True)
 
@@ -434,12 +422,12 @@ def main():
         return draw(prompts, keys(seeds))
 
     def think(prompts, seeds):
-        return model.think(prompts, keys(seeds), args.steps, args.guidance, args.limit,
-                           args.temperature)
+        return draw_thinking(model, prompts, keys(seeds), args.steps, args.guidance, args.limit,
+                             args.temperature)
 
     def reflect(prompts, images, seeds):
-        return model.reflect(prompts, images, keys(seeds), args.rounds, args.steps, args.guidance,
-                             args.limit)
+        return draw_reflecting(model, prompts, images, keys(seeds), args.rounds, args.steps,
+                               args.guidance, args.limit)
 
     def answer(questions, images, seeds):
         return model.generate(questions, images, "answer", args.limit, args.temperature,
@@ -456,8 +444,8 @@ def main():
         results = score_geneval(out)
     elif args.bench == "shapes-edit":
         def edit_at(g):
-            return lambda says, images, seeds: model.edit(
-                says, images, keys(seeds), args.steps, g, args.image_guidance)
+            return lambda says, images, seeds: draw_edits(
+                model, says, images, keys(seeds), args.steps, g, args.image_guidance)
         runs = {f"guidance {g:g}": bench_edit(edit_at(g), png=out and out / f"edits_{g:g}.png",
                                               draw=draw_seeded if g == guidances[0] else None)
                 for g in guidances}

@@ -24,18 +24,22 @@ import torch
 
 from common.flags import flag, parse
 from common.read import pairs
-from common.rl import (Clock, Ldam, Recorder, check_flags, disagreeing, draw_rows, draw_window,
-                       fine_tune, ldam_layers, noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.rl import (Anchor, Clock, Ldam, Recorder, batch_std, check_flags, disagreeing,
+                       draw_rows, draw_steps, draw_window, fine_tune, ldam_layers, noise_keys,
+                       ratio_stats, set_up, wants_final_bench)
 from common.run import all_mean, fail, key, keyed, setup, table
-from common.show import grid
-from data.shapes.bench import bench_shapes
-from eval import (before_and_after, check_scored, draw_while_judging, held_out_score,
-                  read_prompts_of, read_weights, score)
-from model import Unified, rollout, sde_step, sigmas, swapped
+from common.weights import swapped
+from eval import (before_and_after, bench_pictures, check_scored, draw_while_judging,
+                  preview_pictures, read_prompts_of, read_weights, score)
+from model import Unified, rollout, sde_step, sigmas
 from rewards.judge import Judge
 
-TRAIN = dict(dit=["dit"], bridge=["bridge"], both=["dit", "bridge"])  # --train: parts that learn
-CURVES = [["score", "extra"], ["grad_norm"]]                          # beside the rewards
+TRAIN = dict(                                    # --train: the parts that learn
+    dit=["dit"],
+    bridge=["bridge"],
+    both=["dit", "bridge"],
+)
+CURVES = [["score", "extra"], ["grad_norm"]]     # panels of curves.png, beside the rewards
 
 
 @dataclass
@@ -128,44 +132,28 @@ def group_advantage(R, W, G, norm="group"):
     joint, global: at most +-5, as UniRL-Zero, Flow-GRPO. A group that agrees gets exactly 0.
     A reward that could not be had counts as its group's mean; joint, global: so does the image."""
     if norm != "group":
-        R, W = torch.where(W == 0, 0, R * W).sum(1, keepdim=True), torch.ones(len(R), 1)
+        R = torch.where(W == 0, 0, R * W).sum(1, keepdim=True)
+        W = torch.ones(len(R), 1)
     # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
     r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
     mean = r.nanmean(1, keepdim=True)
     # Departs from the code of UniRL-Zero and DeepGen, whose std divides by G - 1.
-    std = (r - mean).square().nanmean(1, keepdim=True).sqrt()
-    if norm == "global":             # over the ranks, one of which may have no reward at all
-        squares, total, n = all_mean([r.square().nansum(), r.nansum(), (~r.isnan()).sum()])
-        std = max(0, squares / n - (total / n) ** 2) ** 0.5 if n else 0.0
-    z = ((r - mean) / (std + 1e-4)).nan_to_num(0).view_as(R)                     # (N,K)
+    variance = (r - mean).square().nanmean(1, keepdim=True)
+    std = variance.sqrt()
+    if norm == "global":
+        std = batch_std(r)
+    z = (r - mean) / (std + 1e-4)
+    z = z.nan_to_num(0).view_as(R)                                               # (N,K)
     advantage = (z * W).sum(1).float()
-    return advantage if norm == "group" else advantage.clamp(-5, 5)
+    if norm == "group":
+        return advantage
+    return advantage.clamp(-5, 5)
 
 
 def batch_score(advantage):
     """Advantages (N,), whose mean is 0, in standard deviations of all ranks' batch."""
-    return advantage / (all_mean([advantage.square().mean().item()])[0] ** 0.5 + 1e-4)
-
-
-@dataclass
-class Anchor:
-    """The initial policy, which a KL of weight beta keeps the learning one near."""
-
-    policy: list                                # (DiT, bridge, VLM), see swapped
-    branches: list                              # its own conditions of the same prompts
-    beta: float
-    form: str                                   # mean, flow-grpo or velocity: --kl
-
-    def kl(self, model, owner, x, t, s, v, mean, std, eta, kind, x_next):
-        """Rows of surrogate, what the learning policy said of them -> KL (rows,)"""
-        with torch.no_grad(), swapped(model, self.policy):
-            v_ref = model.velocity(x, t, self.branches.rows(owner))
-            mean_ref = sde_step(v_ref, x, t, s, eta, kind, x_next)[2]
-        if self.form == "velocity":       # DeepGen eq. 4; its code divides by 2 std^2
-            return (v - v_ref).square().mean((1, 2, 3))
-        # In closed form between Gaussians of one std, mean over D
-        kl = ((mean - mean_ref).square() / (2 * std**2)).mean((1, 2, 3))
-        return kl * (t - s) if self.form == "flow-grpo" else kl   # in its code std lacks the step
+    variance, = all_mean([advantage.square().mean().item()])
+    return advantage / (variance**0.5 + 1e-4)
 
 
 def surrogate(model, branches, owner, path, advantage, times, total, args, anchor=None,
@@ -178,25 +166,32 @@ def surrogate(model, branches, owner, path, advantage, times, total, args, ancho
     are trained, default all. -> (rows,2): each row's ratio and KL.
 
     With one update per rollout the ratio is 1 and the clip cannot bind; it is for --updates 2."""
+    step = partial(sde_step, eta=args.eta, kind=args.kind)
+    device = advantage.device
     w, n = path.logp.shape
-    window, device, seen = list(path.window), advantage.device, []
     # Fold the window into the batch: row (k, b) is step window[k] of image b.
-    t = torch.tensor(times, device=device)[window].repeat_interleave(n)          # (w n,)
-    s = torch.tensor(times, device=device)[[k + 1 for k in window]].repeat_interleave(n)
-    x, x_next = path.xs[:-1].flatten(0, 1), path.xs[1:].flatten(0, 1)            # (w n,C,H,W)
-    owner, advantage, old = owner.repeat(w), advantage.repeat(w), path.logp.flatten()
-    rows = torch.arange(w * n, device=device).view(w, n)[steps or slice(None)].flatten()
+    start, stop = path.window.start, path.window.stop
+    times = torch.tensor(times, device=device)
+    t = times[start:stop].repeat_interleave(n)                                   # (w n,)
+    s = times[start + 1 : stop + 1].repeat_interleave(n)
+    x = path.xs[:-1].flatten(0, 1)                                               # (w n,C,H,W)
+    x_next = path.xs[1:].flatten(0, 1)
+    old = path.logp.flatten()
+    owner = owner.repeat(w)
+    advantage = advantage.repeat(w)
+    rows = torch.arange(w * n, device=device).view(w, n)
+    rows = rows[steps or slice(None)].flatten()
+    seen = []
     for i in rows.split(args.micro or w * n):
         v = model.velocity(x[i], t[i], branches.rows(owner[i]))
-        _, logp, mean, std = sde_step(v, x[i], t[i], s[i], args.eta, args.kind, x_next=x_next[i])
+        _, logp, mean, std = step(v, x[i], t[i], s[i], x_next=x_next[i])
         ratio = (logp - old[i]).exp()                                            # 1 at first
         clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
         gain = torch.min(ratio * advantage[i], clipped * advantage[i])
         loss = -gain.sum() / total   # Departs from Flow-GRPO, which divides by what is kept
         kl = torch.zeros_like(ratio)
         if anchor:
-            kl = anchor.kl(model, owner[i], x[i], t[i], s[i], v, mean, std, args.eta, args.kind,
-                           x_next[i])
+            kl = anchor.kl(model, step, owner[i], x[i], t[i], s[i], v, mean, std)
             loss = loss + anchor.beta * kl.sum() / total
         loss.backward()
         seen.append(torch.stack([ratio, kl], 1).detach())
@@ -215,46 +210,36 @@ def check(args, world):
     check_flags(args, world, tuple(TRAIN), "prompts")
     try:
         weights = read_weights(args.reward)
-        return weights, table(args.mix, float), ldam_layers(args.ldam, weights, args)
+        mix = table(args.mix, float)
+        layers = ldam_layers(args.ldam, weights, args)
     except (OSError, ValueError) as e:
         fail(e)
+    return weights, mix, layers
 
 
-def encode(model, batch, args, learns, noise=None):
-    """The conditions of a batch's prompts, with gradient if the bridge learns. -> Branches"""
+def encode(model, prompts, args, learns, noise=None):
+    """The conditions of B prompts, with gradient if the bridge learns. -> Branches"""
     with torch.set_grad_enabled("bridge" in learns):
-        cond = model.encode([row["prompt"] for row in batch], layer_noise=noise)
+        cond = model.encode(prompts, layer_noise=noise)
         return model.guided(cond, args.guidance)
-
-
-def preview(model, args, rows, weights, judge, png):
-    """Draws fixed prompts at fixed noise into `png` and scores those that are held out. rows: the
-    prompts of a preset for photos; None: the classroom's benchmark. -> metrics"""
-    draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
-    if rows is None:
-        r = bench_shapes(draw, 1, 96, png)
-        return dict(score=r["score"], extra=r["extra_rate"], kB=r["jpeg_kb"])
-    images = draw([row["prompt"] for row in rows], range(len(rows))).cpu()
-    grid(images, [row["prompt"] for row in rows], png)
-    return held_out_score(score(images, rows, weights, judge)) if weights else {}
-
-
-def bench(model, args, png):
-    draw = partial(model.draw, steps=args.eval_T, guidance=args.guidance)
-    return bench_shapes(draw, png=png)
 
 
 def main():
     args = parse(Args, __doc__, "stage3")
     rank, world, device = setup()
     weights, mix, layers = check(args, world)
-    judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
+    judge = Judge(args.judge, args.judge_url)
+    photos = not args.preset.startswith("shapes")
     prompts, held = read_prompts_of(args, weights, photos)
 
     # The model, what trains it, and where the run is kept
-    learns, B, G = TRAIN[args.train], args.B // world, args.G    # B from here on: of this rank
-    model, initial, optimiser = set_up(Unified, args, learns, args.micro or args.window * B * G,
-                                       "bridge" in learns and B, args.beta, rank, device)
+    learns = TRAIN[args.train]
+    B = args.B // world                                  # prompts of this rank
+    G = args.G
+    micro = args.micro or args.window * B * G            # rows per backward
+    reads = B if "bridge" in learns else 0               # prompts that are read with gradient
+    model, initial, optimiser = set_up(
+        Unified, args, learns, micro, reads, args.beta, rank, device)
     if args.sft:
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
                      skip=optimiser.start * args.updates)
@@ -262,88 +247,103 @@ def main():
     noise = ldam.resumed(args.out, optimiser.start) if args.ldam and args.resume else None
     if rank == 0 and photos and not held:
         print("no held-out prompts: pictures are of training ones; --eval-prompts FILE names some")
-    recorder = Recorder(args, model, optimiser, rank, partial(   # after all that can fail
-        preview, model, args, (held or prompts[:16]) if photos else None, held and weights, judge))
+    shown = (held or prompts[:16]) if photos else None
+    preview = partial(preview_pictures, model, args, shown, held and weights, judge)
+    recorder = Recorder(args, model, optimiser, rank, preview)   # after all that can fail
 
-    times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
-    mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
-    samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
+    grid = args.grid or model.cfg.grid
+    times = sigmas(args.T, model.cfg.sample_shift, grid)
+    times = times.tolist()                               # T + 1 numbers, from 1 to 0
+    first = rank * B                                     # whole groups stay on one rank
+    samples = list(range(first * G, (first + B) * G))    # numbers among all ranks'
     for step in recorder.steps("grpo"):
-        clock, rng = Clock(), keyed(key(args.seed, step, 0))     # every rank draws alike
+        clock = Clock()
+        rng = keyed(key(args.seed, step, 0))             # every rank draws alike
 
         # 1  draw B prompts and encode each once; a group is the G images of one prompt
-        batch = draw_rows(prompts, args.B, rng, mix)[mine.start : mine.stop]
+        batch = draw_rows(prompts, args.B, rng, mix)
+        batch = batch[first : first + B]
         window = draw_window(args, rng)
-        branches = encode(model, batch, args, learns, noise)
-        leaf = branches.leaf()               # a copy on which the micro-batches' gradients add up
+        asked = [row["prompt"] for row in batch]
+        branches = encode(model, asked, args, learns, noise)
+        leaf = branches.leaf()           # a copy on which the micro-batches' gradients add up
+        anchor = None
         if args.beta:
-            own = leaf                       # the initial policy's conditions: as the bridge was
+            own = leaf                   # the initial policy's conditions: as the bridge was
             if "bridge" in learns:
                 with swapped(model, initial):
-                    own = encode(model, batch, args, (), noise)
+                    own = encode(model, asked, args, (), noise)
             anchor = Anchor(initial, own, args.beta, args.kl)
 
         # 2  roll out: Euler steps, except in the window, which steps at random
-        rows = [row | dict(group=i) for i, row in enumerate(batch) for _ in range(G)]  # N = B G
+        rows = [row | dict(group=i) for i, row in enumerate(batch)]
+        rows = [row for row in rows for _ in range(G)]                   # N = B G
         keys = noise_keys(args, step, samples, G)
         if args.judge_url:               # at once with step 3: an endpoint judges what is there
-            path, scores = draw_while_judging(model, leaf, rows, weights, judge, times, window,
-                                              keys, args, clock)
+            path, scores = draw_while_judging(
+                model, leaf, rows, weights, judge, times, window, keys, args, clock)
         else:
-            path = rollout(model, leaf, times, window, keys, args.eta, args.kind,
-                           args.shared_noise)
+            path = rollout(
+                model, leaf, times, window, keys, args.eta, args.kind, args.shared_noise)
             clock.lap("rollout")
-            images = model.to_images(path.x0).cpu()                              # (N,3,H,W) uint8
+            images = model.to_images(path.x0).cpu()                      # (N,3,H,W)
             clock.lap("decode")
 
             # 3  score the images; compare each with its own group
-            scores = score(images, rows, weights, judge)                         # values (N,K)
+            scores = score(images, rows, weights, judge)                 # values (N,K)
         failures = check_scored(scores, args.max_failed, step, args.prompts)
         if args.shuffle:
-            scores.values = scores.values[torch.randperm(len(rows), generator=rng)]
-        advantage = group_advantage(scores.values, scores.weights, G, args.norm)     # (N,), mean 0
+            order = torch.randperm(len(rows), generator=rng)
+            scores.values = scores.values[order]
+        advantage = group_advantage(scores.values, scores.weights, G, args.norm)
         if args.norm == "group":
-            advantage = batch_score(advantage)
+            advantage = batch_score(advantage)                           # (N,), mean 0
         kept = disagreeing(advantage, G)
         clock.lap("reward")
 
         # 4  climb the clipped surrogate. As in Flow-GRPO, an update takes its share of the images,
         #    drawn over all ranks
-        share = torch.randperm(args.B * G, generator=rng)[samples] % args.updates      # (N,)
-        steps = sorted(torch.randperm(args.window, generator=rng)[: args.trained or None].tolist())
-        total = args.B * G * len(steps) / args.updates / (1 - args.sft)  # --sft has the rest
-        seen, taught = [[] for _ in range(args.updates)], {}
+        share = torch.randperm(args.B * G, generator=rng)[samples]
+        share = share % args.updates                                     # (N,)
+        steps = draw_steps(args, rng)
+        total = args.B * G * len(steps) / args.updates
+        total = total / (1 - args.sft)                   # --sft has the rest
+        advantage = advantage.to(device)
+        seen = []
+        taught = {}
         for update in range(args.updates):
             if update and "bridge" in learns:            # the bridge has learned: encode once more
-                branches = encode(model, batch, args, learns, noise)
+                branches = encode(model, asked, args, learns, noise)
                 leaf = branches.leaf()
+            seen.append([])
             chosen = kept[share[kept] == update].to(device)
             if len(chosen):
-                seen[update].append(surrogate(
-                    model, leaf, chosen // G, path.rows(chosen), advantage.to(device)[chosen],
-                    times, total, args, anchor if args.beta else None, steps))
+                ratios = surrogate(
+                    model, leaf, chosen // G, path.rows(chosen), advantage[chosen], times, total,
+                    args, anchor, steps)
+                seen[update].append(ratios)
                 branches.pull(leaf)                      # into the bridge, if that learns
-            if args.sft:                                 # its column: the mean over the updates
+            if args.sft:
                 loss = fine_tune(model, data, args, step, update, rank, world)
-                taught = dict(sft=taught.get("sft", 0) + loss / args.updates)
-            norms = optimiser.update(step, seen[update], [row["prompt"] for row in batch])
+                taught["sft"] = taught.get("sft", 0) + loss
+            norms = optimiser.update(step, seen[update], asked)
         optimiser.ema.update(step)
         clock.lap("update")
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        ratios = ratio_stats(seen, args.clip, recorder.D, args.beta)
         if args.ldam:
-            taught |= dict(ldam=noise is not None)
-        row = recorder.record(
-            step, scores, dict(kept=len(kept) / len(rows), **ratios, **taught),
-            failures | norms | optimiser.finite.column() | clock.row(), CURVES)
+            taught["ldam"] = noise is not None
+        stats = ratio_stats(seen, args.clip, recorder.D, args.beta)
+        stats = stats | taught | dict(kept=len(kept) / len(rows))
+        columns = failures | norms | optimiser.finite.column() | clock.row()
+        row = recorder.record(step, scores, stats, columns, CURVES)
         if args.ldam:
             noise = ldam.after(row)                      # that the next iteration's bridge sees
         if recorder.stopped:
             break
 
     if wants_final_bench(args, recorder):
-        before_and_after(model, args, optimiser.ema, recorder.out, device, bench)
+        before_and_after(model, args, optimiser.ema, recorder.out, device, bench_pictures)
 
 
 if __name__ == "__main__":

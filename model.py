@@ -3,28 +3,26 @@ transformer (DiT), with the stochastic step by which it draws. Rollout and gradi
 """
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.checkpoint import read_about, read_init
-from common.layers import (MLP, RMSNorm, attend, by_size, modulate, norm, per_sample, places,
-                           ragged, run_block, time_wave, unpatchify)
+from common.layers import (MLP, ConnectorLayer, RMSNorm, attend, by_size, modulate, norm,
+                           per_sample, places, ragged, run_block, time_wave, unpatchify)
 from common.presets import PARTS, SOLVERS, preset, reference_ways
 from common.run import beside, fail, from_file, has_bf16, keyed, seeded
 from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
-from common.weights import (adapters_off, dit_tensors, load_trained, load_vae, load_vlm,
+from common.weights import (dit_tensors, load_trained, load_vae, load_vlm,
                             must_fit)
-from common.words import END, answers, draw_token, mrope, special_names, token_rows, verdict
+from common.words import (chat_ids, decode, mrope)
 
 # B batch, N image tokens, L context tokens, D width, C H W latent, h w one reference's latent size
 # Flow: x_t = (1-t) x_0 + t eps, v = eps - x_0, so t = 1 is noise and t = 0 is the image.
@@ -437,56 +435,6 @@ class Look:
     grid: list | None                           # Qwen2.5-VL's (rows, columns) of the tokens
 
 
-@dataclass
-class Words:
-    """What the language model said to B prompts: the actions of its policy."""
-
-    ids: torch.Tensor                           # (B,L) right-padded
-    mask: torch.Tensor                          # (B,L) True = chosen by the policy, END included
-    logp: torch.Tensor                          # (B,L) fp32, tempered and untruncated; pads 0
-    texts: list                                 # B str, without special tokens
-    closed: torch.Tensor                        # (B,) False: cut off at the limit
-
-    def rows(self, index):
-        """index: as Cond's."""
-        at = torch.arange(len(self.texts))[index.cpu() if torch.is_tensor(index) else index]
-        return Words(self.ids[index], self.mask[index], self.logp[index],
-                     [self.texts[i] for i in at], self.closed[index])
-
-    def repeat(self, n):
-        return self.rows(torch.arange(len(self.texts)).repeat_interleave(n))
-
-
-class ConnectorLayer(nn.Module):
-    """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
-    ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
-
-    def __init__(self, D, ff, heads, style):
-        super().__init__()
-        self.heads, self.rms = heads, style == "rms"
-        Norm = RMSNorm if self.rms else nn.LayerNorm
-        self.layer_norm1, self.layer_norm2 = Norm(D, eps=1e-6), Norm(D, eps=1e-6)
-        self.self_attn = nn.ModuleDict(
-            {k: nn.Linear(D, D) for k in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, ff), fc2=nn.Linear(ff, D)))
-        if self.rms:
-            self.self_attn.update({k: RMSNorm(D // heads, eps=1e-6) for k in ("q_norm", "k_norm")})
-            self.mlp["gate"] = nn.Linear(D, ff)
-
-    def forward(self, x, mask):
-        attn, mlp = self.self_attn, self.mlp
-        y = self.layer_norm1(x)
-        q, k, v = (attn[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for n in ("q_proj", "k_proj", "v_proj"))                      # (B,heads,L,d)
-        if self.rms:
-            q, k = attn["q_norm"](q), attn["k_norm"](k)
-        x = x + attn["out_proj"](attend(q, k, v, mask).transpose(1, 2).flatten(2))
-        y = self.layer_norm2(x)
-        wide = mlp["fc1"](y)                                                     # (B,L,ff)
-        wide = F.silu(wide) * mlp["gate"](y) if self.rms else F.gelu(wide, approximate="tanh")
-        return x + mlp["fc2"](wide)
-
-
 class Bridge(nn.Module):
     """Learnable queries enter the VLM's own sequence; the connector turns hidden states to context.
 
@@ -638,32 +586,6 @@ class Unified(nn.Module):
             fail(f"{path} is not a checkpoint of ours and names no preset: give --preset")
         return cls.from_preset(about.pop("preset"), path, **(about | changes))
 
-    def learn(self, what, seed=0):
-        """what: part -> a LoRA's config, or None: all of the part learns, of the VLM its language
-        model: its visual tower stays as it is. -> self"""
-        for part, config in what.items():
-            module = getattr(self, part)
-            if part in self.adapters:                # merged: now a share of the part's weights
-                del self.adapters[part]
-                self.trained.add(part)
-            if config is None:
-                whole = (module.model.language_model, module.lm_head) if part == "vlm" else [module]
-                for m in whole:
-                    m.requires_grad_(True)
-                continue
-            with seeded(seed):
-                inject_adapter_in_model(config, module)
-            self.adapters[part] = config, {}
-        return self.eval()
-
-    def slim(self, device):
-        """On a GPU hold what nobody trains in bf16, as it was published. Not the VAE. -> self"""
-        if self.bf16 and device.type == "cuda":
-            for part in filter(None, (self.vlm, self.text_encoder, self.dit)):
-                for p in part.parameters():
-                    p.data = p.data if p.requires_grad else p.data.bfloat16()
-        return self
-
     def train(self, mode=True):
         """Only a LoRA has dropout to switch on; frozen parts, T5 for one, must keep theirs off."""
         super().train(False)
@@ -737,7 +659,7 @@ class Unified(nn.Module):
         if images is None or task == "edit" and cfg.refs == "dit":
             images = [()] * B
         shows = [[(look.tokens, look.grid) for look in row] for row in self.look(images)]
-        ids = [self.chat_ids(p, of, [len(t) for t, _ in show])
+        ids = [chat_ids(cfg, self.tokenizer, p, of, [len(t) for t, _ in show])
                for p, of, show in zip(prompts, tasks, shows, strict=True)]
         starts, marks = [len(row) for row in ids], ids
         if words is not None:
@@ -771,32 +693,6 @@ class Unified(nn.Module):
             pos = pos.permute(2, 0, 1)                                           # (3,B,L)
         return x, pos.to(self.device), lengths, starts
 
-    def chat(self, prompt, task, lengths):
-        """What the VLM reads before the queries, or before it answers; lengths: tokens of each
-        image. Written out here, since the chat templates of tokenizers change."""
-        cfg, draws = self.cfg, task in ("t2i", "edit")
-        text, null = getattr(cfg, f"{task}_text"), cfg.null_prompt
-        if prompt is None and task == "edit":
-            null = cfg.null_edit
-        elif prompt is None and cfg.null == "turn":
-            text = "{}"
-        start, pad, end = cfg.image_tokens
-        images = "".join(start + pad * n + end for n in lengths)
-        user = text.format(null if prompt is None else prompt, images=images)
-        system = f"<|im_start|>system\n{cfg.system}{END}\n" if cfg.system else ""
-        return (f"{system}<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
-                + cfg.suffix * draws)
-
-    def chat_ids(self, prompt, task, lengths):
-        """The tokens of `chat`. Of a prompt special_names are letters: what stands before and
-        behind it, whose own are special, is then read apart."""
-        ours = partial(self.tokenizer, add_special_tokens=False)
-        if not special_names(self.tokenizer).search(prompt or ""):
-            return ours(self.chat(prompt, task, lengths))["input_ids"]
-        before, after = self.chat("\0", task, lengths).split("\0")
-        theirs, = token_rows(self.tokenizer, [prompt], add_special_tokens=False)
-        return ours(before)["input_ids"] + theirs + ours(after)["input_ids"]
-
     # ---- text -> words: the policy of the language model
 
     @torch.no_grad()
@@ -809,59 +705,11 @@ class Unified(nn.Module):
         top_p narrows what is drawn, not what is logged: of a truncated distribution a token that
         later falls outside has no log-prob, and the ratio of two such policies no meaning."""
         x, pos, lengths, _ = self.read(prompts, images, task, queries=False)
-        lm, tok = self.vlm.model.language_model, self.tokenizer
         keys = range(len(prompts) * n) if keys is None else keys
         u = torch.stack([torch.rand(limit, generator=keyed(k), dtype=torch.float64)
-                         for k in keys]).to(self.device)                         # (B,limit)
-        end, last = tok.convert_tokens_to_ids(END), torch.tensor(lengths, device=self.device) - 1
-        real = torch.arange(x.shape[1], device=self.device) <= last[:, None]     # (B/n,L)
-        rows = torch.arange(len(prompts), device=self.device)
-        ids = torch.full(u.shape, tok.pad_token_id, device=self.device)          # (B,limit) each
-        mask, logps = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(u.shape).to(self.device)
+                         for k in keys]).to(self.device)                         # (B n,limit)
         with self.autocast():
-            # Prompts are read once, padded on the right; the pads in the cache stay masked. Then a
-            # row is what some answers have in common so far: who has ended, and who says the same
-            # as another, costs nothing more.
-            out = lm(inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=True)
-            cache, h = out.past_key_values, out.last_hidden_state[rows, last]            # (R,d)
-            pos = pos[..., rows, last]
-            going, of = torch.arange(len(u), device=self.device), rows.repeat_interleave(n)
-            for i in range(limit):
-                logp = (self.vlm.lm_head(h).float() / (temperature or 1)).log_softmax(1)  # (R,V)
-                token = (logp.argmax(1)[of] if temperature == 0 else
-                         draw_token(logp[of], u[going, i], top_p))
-                ids[going, i], mask[going, i], logps[going, i] = token, True, logp[of, token]
-                stay = token != end
-                going = going[stay]
-                if i + 1 == limit or not len(going):
-                    break
-                said, of = (of * logp.shape[1] + token)[stay].unique(return_inverse=True)
-                row, token = said // logp.shape[1], said % logp.shape[1]                 # (R,)
-                if not torch.equal(row, torch.arange(len(h), device=self.device)):
-                    cache.batch_select_indices(row)
-                    real, pos = real[row], pos[..., row]
-                real = F.pad(real, (0, 1), value=True)
-                out = lm(inputs_embeds=lm.get_input_embeddings()(token)[:, None],
-                         position_ids=(pos + i + 1)[..., None], attention_mask=real,
-                         past_key_values=cache, use_cache=True)
-                h = out.last_hidden_state[:, 0]
-        ids, mask, logps = (a[:, : i + 1].contiguous() for a in (ids, mask, logps))      # (B,L)
-        closed = torch.ones(len(u), dtype=torch.bool, device=self.device)
-        closed[going] = False
-        return Words(ids, mask, logps, tok.batch_decode(ids, skip_special_tokens=True), closed)
-
-    def spell(self, texts):
-        """Texts as if they had been generated, with log-probs 0 -> Words. None: nothing, no END. Of
-        a text's special_names are letters."""
-        end = self.tokenizer.convert_tokens_to_ids(END)
-        rows = token_rows(self.tokenizer, [t or "" for t in texts], add_special_tokens=False)
-        ids = [torch.tensor([] if t is None else [*row, end], dtype=torch.long)
-               for t, row in zip(texts, rows)]
-        mask = pad_sequence([torch.ones_like(i, dtype=torch.bool) for i in ids], batch_first=True)
-        ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        return Words(ids.to(self.device), mask.to(self.device),
-                     torch.zeros(ids.shape, device=self.device), list(texts),
-                     torch.ones(len(ids), dtype=torch.bool, device=self.device))
+            return decode(self.vlm, self.tokenizer, x, pos, lengths, u, temperature, top_p)
 
     def text_logp(self, prompts, images, words, task="think", temperature=1.0):
         """Log-probs (B,L) fp32 of `words` as answers to B prompts, with gradient: of the tempered,
@@ -1023,55 +871,6 @@ class Unified(nn.Module):
         branches = self.guided(self.encode(prompts), guidance)
         return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
 
-    @torch.no_grad()
-    def think(self, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0,
-              answer_only=False):
-        """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words, or
-        the answer alone. -> uint8 (B,3,H,W), Words"""
-        words = self.generate(prompts, None, "think", limit, temperature, keys=seeds)
-        cond = (self.encode(answers(prompts, words)) if answer_only else
-                self.encode(prompts, task="think", words=words))
-        branches = self.guided(cond, guidance)
-        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds))), words
-
-    @torch.no_grad()
-    def edit(self, prompts, images, seeds, steps=10, guidance=1.0, image_guidance=1.0, masks=None):
-        """B instructions, B lists of uint8 (3,H,W) and B seeds -> uint8 (B,3,H,W), of the first
-        image's size, which all rows share. masks: B of bool (H,W), True = may change; elsewhere
-        the first image stays, pixel by pixel."""
-        first = torch.stack([row[0] for row in images]).to(self.device)          # (B,3,H,W)
-        size, f, keep = tuple(first.shape[2:]), self.cfg.vae_factor, None
-        if masks is not None:
-            masks = torch.stack(list(masks)).to(self.device)[:, None]            # (B,1,H,W)
-            keep = self.to_latents(first), F.max_pool2d(masks.float(), f) == 0
-        branches = self.edit_branches(prompts, images, guidance, image_guidance, seeds)
-        new = self.to_images(self.sample(branches, steps, noise=self.noise(seeds, size), keep=keep))
-        return new if masks is None else torch.where(masks, new, first)
-
-    @torch.no_grad()
-    def reflect(self, prompts, images, seeds, rounds=1, steps=10, guidance=1.0, limit=32):
-        """Judge and redraw, up to `rounds` times: B prompts, uint8 images (B,3,H,W) and B seeds ->
-        the last images (B,3,H,W), and for each a list of what was said, a critique a round. Who
-        says yes, or neither yes nor no, keeps the image and is not asked again. Words are the
-        likeliest ones."""
-        images, said, todo = images.clone(), [[] for _ in prompts], list(range(len(prompts)))
-        for r in range(rounds):
-            looks = self.look([[images[b]] for b in todo])
-            words = self.generate([prompts[b] for b in todo], looks, "critique", limit, 0)
-            for b, text in zip(todo, words.texts):
-                said[b].append(text)
-            no = [i for i, text in enumerate(words.texts) if verdict(text)[0] is False]
-            todo = [todo[i] for i in no]
-            if not todo:
-                break
-            asked, shows = [prompts[b] for b in todo], [looks[i] for i in no]
-            keys = [seeds[b] + 2**32 * r for b in todo]
-            cond = self.encode_edit(asked, shows, keys, "critique", words.rows(no))
-            branches = self.guided(cond, guidance, shows, "edit")
-            noise = self.noise(keys, tuple(images.shape[2:]))
-            images[todo] = self.to_images(self.sample(branches, steps, noise=noise)).to(images)
-        return images, said
-
     # Through the VAE go 2^20 pixels at a time, 4 images of 512 x 512: all at once would need more
     # memory than the DiT's backward.
 
@@ -1141,21 +940,3 @@ def rollout(model, branches, times, window, keys, eta, kind="flow", shared=False
         else:
             x = x - (t - s) * v
     return Trajectory(x, torch.stack(xs), torch.stack(logps), window)
-
-
-@contextmanager
-def swapped(model, ref):
-    """For a while the reference policy: ref = (DiT, bridge, VLM) stand in the model in place of its
-    own, whatever happens inside; a part whose LoRA learns is its own reference, with that switched
-    off. Compute inside without gradient, keep no module from it, and do not train."""
-    own = model.dit, model.bridge, model.vlm
-
-    def put(parts):
-        for name, part in zip(("dit", "bridge", "vlm"), parts):
-            setattr(model, name, part)
-    put(ref)
-    try:
-        with adapters_off(model):
-            yield
-    finally:
-        put(own)

@@ -9,14 +9,17 @@ Only the bridge and its query tokens learn (DeepGen section 3.2, stage 1; OpenUn
 
 import math
 import time
+from functools import partial
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from common.show import grid
-from data.shapes.bench import bench_edit, bench_shapes
+from data.shapes.bench import bench_shapes
+from data.shapes.edits import bench_edit
 from common.checkpoint import Ema
+from common.draw import draw_edits
 from common.flags import flag, parse
 from common.flow import condition, train_times
 from common.presets import reference_ways
@@ -139,14 +142,16 @@ def main():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")
                 if args.edits:
-                    drawn = model.edit(orders, originals, range(len(orders)), guidance=3.0).cpu()
+                    drawn = draw_edits(model, orders, originals, range(len(orders)),
+                                       guidance=3.0).cpu()
                     grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
                          [text for order in orders for text in ("", order)],
                          out / "samples" / f"edits_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
                     scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
                     if args.edits:                       # root of success x preservation
-                        scores["edit_score"] = bench_edit(model.edit, 1, 100)["both"]
+                        edit = partial(draw_edits, model)
+                        scores["edit_score"] = bench_edit(edit, 1, 100)["both"]
                     row |= scores
             ema.save(out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)

@@ -30,20 +30,24 @@ from functools import partial
 import numpy as np
 import torch
 
+from common.draw import draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.presets import preset, reference_ways
 from common.read import UNREADABLE, read_image
-from common.rl import (Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
-                       noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
+                       jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import fail, key, keyed, setup, slices, table
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
-from data.shapes.bench import (bench_answer, bench_reflect, bench_shapes, bench_think, scene_image,
-                               source_picture)
+from data.shapes.bench import bench_shapes, scene_image
+from data.shapes.edits import source_picture
+from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from eval import (Scores, before_and_after, check_scored, held_out_score, must_be_held_out,
-                  must_be_mixed, read_prompts, read_rows, read_weights, score, sixteen, weights_of)
-from grpo import Anchor, batch_score, group_advantage, surrogate
-from model import Branches, Unified, rollout, sigmas, swapped
+                  must_be_mixed, read_rows, read_weights, score, sixteen, weights_of)
+from rewards.prompts import read_prompts
+from grpo import batch_score, group_advantage, surrogate
+from common.weights import swapped
+from model import Branches, Unified, rollout, sigmas
 from rewards.judge import Judge
 from rewards.shared import must_score
 
@@ -411,13 +415,13 @@ def benched(model, args):
 def again(model, args):
     """As trained, but that words are the likeliest ones: f(prompts, images, seeds) -> last
     pictures, critiques of each"""
-    return lambda prompts, images, seeds: model.reflect(
-        prompts, images, seeds, args.rounds, args.eval_T, args.guidance, args.limit)
+    return partial(draw_reflecting, model, rounds=args.rounds, steps=args.eval_T,
+                   guidance=args.guidance, limit=args.limit)
 
 
 def thinking(model, args):
-    return partial(model.think, steps=args.eval_T, guidance=args.guidance, limit=args.limit,
-                   temperature=args.temperature, answer_only=args.answer_only)
+    return partial(draw_thinking, model, steps=args.eval_T, guidance=args.guidance,
+                   limit=args.limit, temperature=args.temperature, answer_only=args.answer_only)
 
 
 def preview(model, args, faces, held, weights, judge, png):

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import check_seed, command_line, given_parts
 from common.presets import PARTS, reference_ways
 from common.read import UNREADABLE, read_image, to_bucket
 from common.run import fail, setup
-from common.weights import fetch
+from common.weights import fetch, slim
 from model import Unified
 
 
@@ -159,7 +160,7 @@ def main():
         reference_ways(model.cfg, model.dit)
     if model.vlm is None and (args.answer or args.think or args.reflect):
         fail(f"preset {model.cfg.preset!r} has no language model: it cannot answer, think or judge")
-    model.slim(device).to(device)
+    slim(model, device).to(device)
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
     seeds = [(args.seed + i) % 2**63 for i in range(args.n)] * (len(prompts) // args.n)
     if args.answer:
@@ -177,7 +178,7 @@ def main():
             mask = [to_bucket([mask], model.cfg)[0].float().mean(0) > 127] * len(prompts)
     how = args.steps, args.guidance
     if args.think:
-        drawn, words = model.think(prompts, seeds, *how, args.limit, args.temperature)
+        drawn, words = draw_thinking(model, prompts, seeds, *how, args.limit, args.temperature)
         grid(drawn, [f"{p}\n{text}" for p, text in zip(prompts, words.texts)], args.out,
              columns=args.n)
     elif args.reflect:       # a row of the grid: the first picture, then what each round made of it
@@ -185,15 +186,15 @@ def main():
             to_bucket(images, model.cfg) * len(prompts))
         rows, texts = [last.cpu()], [prompts]
         for i in range(args.rounds):                         # who says yes will say it again
-            last, said = model.reflect(prompts, last, [s + 2**32 * i for s in seeds], 1, *how,
-                                       args.limit)
+            last, said = draw_reflecting(model, prompts, last, [s + 2**32 * i for s in seeds], 1,
+                                         *how, args.limit)
             rows, texts = [*rows, last.cpu()], [*texts, [text for text, in said]]
         grid(torch.stack(rows, 1).flatten(0, 1), [t for row in zip(*texts) for t in row], args.out,
              columns=len(rows))
     elif not args.trajectory and not args.edit:
         grid(model.draw(prompts, seeds, *how), prompts, args.out, columns=args.n)
     elif not args.trajectory:
-        images = model.edit(prompts, rows, seeds, args.steps, *guidance, mask).cpu()
+        images = draw_edits(model, prompts, rows, seeds, args.steps, *guidance, mask).cpu()
         images = images.unflatten(0, (-1, args.n))                               # (P,n,3,H,W)
         before = refs[0].expand(len(images), 1, -1, -1, -1)                      # in each row first
         grid(torch.cat([before, images], 1).flatten(0, 1),

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import time
+from functools import partial
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +25,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.show import grid
-from data.shapes.bench import bench_edit, bench_think, bench_reflect, bench_shapes
-from data.shapes.judge import scored_edit
+from data.shapes.bench import bench_shapes
+from data.shapes.edits import bench_edit, scored_edit
+from data.shapes.talk import bench_reflect, bench_think
 from rewards.edit import EditReward, read_scored, spearman
 from common.checkpoint import Ema
+from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import preset, reference_ways
@@ -320,28 +323,33 @@ def main():
                 grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
                      out / "samples" / f"step_{step + 1:05d}.png")
                 if args.edits:
-                    drawn = model.edit(orders, originals, range(len(orders)), guidance=3.0).cpu()
+                    drawn = draw_edits(model, orders, originals, range(len(orders)),
+                                       guidance=3.0).cpu()
                     grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
                          [text for order in orders for text in ("", order)],
                          out / "samples" / f"edits_{step + 1:05d}.png")
                 if args.task == "cot":
-                    drawn, said = model.think(asked, range(len(asked)), guidance=3.0)
+                    drawn, said = draw_thinking(model, asked, range(len(asked)), guidance=3.0)
                     grid(drawn, [f"{p}\n{t}" for p, t in zip(asked, said.texts)],
                          out / "samples" / f"cot_{step + 1:05d}.png")
                 if args.task == "reflect":
                     firsts = torch.stack([first for first, in looks[0]])
-                    drawn, said = model.reflect(asked, firsts, range(len(asked)), guidance=3.0)
+                    drawn, said = draw_reflecting(model, asked, firsts, range(len(asked)),
+                                                  guidance=3.0)
                     grid(torch.stack([firsts, drawn.cpu()], 1).flatten(0, 1),
                          [t for p, row in zip(asked, said) for t in (p, row[0])],
                          out / "samples" / f"reflect_{step + 1:05d}.png")
                 if cfg.preset.startswith("shapes"):
                     scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
                     if args.edits:                       # root of success x preservation
-                        scores["edit_score"] = bench_edit(model.edit, 1, 100)["both"]
+                        edit = partial(draw_edits, model)
+                        scores["edit_score"] = bench_edit(edit, 1, 100)["both"]
                     if args.task == "cot":
-                        scores["cot_score"] = bench_think(model.draw, model.think, 1)["score"]
+                        think = partial(draw_thinking, model)
+                        scores["cot_score"] = bench_think(model.draw, think, 1)["score"]
                     if args.task == "reflect":
-                        scores["corrected"] = bench_reflect(model.reflect)["corrected"]
+                        reflect = partial(draw_reflecting, model)
+                        scores["corrected"] = bench_reflect(reflect)["corrected"]
                     row |= scores
             ema.save(out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)

@@ -6,6 +6,7 @@ x_t = (1-t) x_0 + t eps, v = eps - x_0; n pairs, C h w latent
 import torch
 
 from common.run import keyed
+from common.words import spell
 
 
 def train_times(n, cfg, rng):
@@ -32,7 +33,7 @@ def taught(model, prompts, refs, words):
     if words is None:
         return "t2i" if refs is None else "edit", None
     said = [None if p is None else w for p, w in zip(prompts, words)]
-    return "think" if refs is None else "critique", model.spell(said)
+    return "think" if refs is None else "critique", spell(model, said)
 
 
 def lm_loss(model, prompts, refs, words):

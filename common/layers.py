@@ -100,3 +100,33 @@ def attend(q, k, v, mask):
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         return s.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class ConnectorLayer(nn.Module):
+    """A bidirectional pre-norm encoder layer with SigLIP's names. ln: DeepGen, UniPic2, OpenUni and
+    ParaUni. rms: UniRL-Zero; RMSNorm, also on each head's q and k, and a gated feed-forward."""
+
+    def __init__(self, D, ff, heads, style):
+        super().__init__()
+        self.heads, self.rms = heads, style == "rms"
+        Norm = RMSNorm if self.rms else nn.LayerNorm
+        self.layer_norm1, self.layer_norm2 = Norm(D, eps=1e-6), Norm(D, eps=1e-6)
+        self.self_attn = nn.ModuleDict(
+            {k: nn.Linear(D, D) for k in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, ff), fc2=nn.Linear(ff, D)))
+        if self.rms:
+            self.self_attn.update({k: RMSNorm(D // heads, eps=1e-6) for k in ("q_norm", "k_norm")})
+            self.mlp["gate"] = nn.Linear(D, ff)
+
+    def forward(self, x, mask):
+        attn, mlp = self.self_attn, self.mlp
+        y = self.layer_norm1(x)
+        q, k, v = (attn[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for n in ("q_proj", "k_proj", "v_proj"))                      # (B,heads,L,d)
+        if self.rms:
+            q, k = attn["q_norm"](q), attn["k_norm"](k)
+        x = x + attn["out_proj"](attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        y = self.layer_norm2(x)
+        wide = mlp["fc1"](y)                                                     # (B,L,ff)
+        wide = F.silu(wide) * mlp["gate"](y) if self.rms else F.gelu(wide, approximate="tanh")
+        return x + mlp["fc2"](wide)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from common.flow import flow_loss
 from common.presets import GRIDS, KERNELS, preset
 from common.run import (Finite, all_mean, beside, check_ranks, fail, key, keyed, log, odds,
                         open_run, plot, slices, span, stop_flag, sum_grads, table)
-from common.weights import adapter, start_model
+from common.weights import adapter, start_model, swapped
 
 
 def check_flags(args, world, train, what):
@@ -120,6 +121,12 @@ def draw_rows(rows, n, rng, mix=None):
     return [rows[chosen[i % len(chosen)]] for i in range(n)]
 
 
+def draw_steps(args, rng):
+    """Which of the window's steps, from 0, an iteration trains: --trained of them, or all."""
+    order = torch.randperm(args.window, generator=rng).tolist()
+    return sorted(order[: args.trained or None])
+
+
 def draw_window(args, rng):
     """Consecutive steps that are random: their first is drawn anew for each iteration."""
     first = int(torch.randint(args.window_start, args.window_stop + 1, (), generator=rng))
@@ -137,6 +144,34 @@ def disagreeing(advantage, G):
     """-> indices of the samples whose group of G has more than one score; the rest teach nothing"""
     spread = advantage.view(-1, G).abs().amax(1) > 0
     return spread.repeat_interleave(G).nonzero()[:, 0]
+
+
+def batch_std(r):
+    """Rewards, NaN = not scored -> their std over all ranks, one of which may have none at all."""
+    squares, total, n = all_mean([r.square().nansum(), r.nansum(), (~r.isnan()).sum()])
+    return max(0, squares / n - (total / n) ** 2) ** 0.5 if n else 0.0
+
+
+@dataclass
+class Anchor:
+    """The initial policy, which a KL of weight beta keeps the learning one near."""
+
+    policy: list                                # (DiT, bridge, VLM), see swapped
+    branches: list                              # its own conditions of the same prompts
+    beta: float
+    form: str                                   # mean, flow-grpo or velocity: --kl
+
+    def kl(self, model, step, owner, x, t, s, v, mean, std):
+        """Rows of surrogate, what the learning policy said of them -> KL (rows,). step: sde_step
+        with its kernel."""
+        with torch.no_grad(), swapped(model, self.policy):
+            v_ref = model.velocity(x, t, self.branches.rows(owner))
+            mean_ref = step(v_ref, x, t, s, x_next=x)[2]         # not where it lands: its mean
+        if self.form == "velocity":       # DeepGen eq. 4; its code divides by 2 std^2
+            return (v - v_ref).square().mean((1, 2, 3))
+        # In closed form between Gaussians of one std, mean over D
+        kl = ((mean - mean_ref).square() / (2 * std**2)).mean((1, 2, 3))
+        return kl * (t - s) if self.form == "flow-grpo" else kl   # in its code std lacks the step
 
 
 def ratio_stats(seen, clip, nats, beta, prefix=""):
@@ -164,7 +199,8 @@ def mean_row(stats):
 
 
 def fine_tune(model, data, args, step, update, rank, world):
-    """DeepGen eq. 5: (1 - sft) RL + sft SFT. Adds the gradient of the second. -> its loss"""
+    """DeepGen eq. 5: (1 - sft) RL + sft SFT. Adds the gradient of the second. -> its share of the
+    log's column: the mean over the iteration's updates"""
     images, prompts = next(data)
     keys = [key(args.seed, step, 500_000 + 2 * (update * args.sft_batch + i * world + rank))
             for i in range(len(prompts))]            # by the number among all ranks' pairs
@@ -173,7 +209,7 @@ def fine_tune(model, data, args, step, update, rank, world):
         loss = flow_loss(model, images[i], prompts[i], keys[i]).sum() / args.sft_batch
         (args.sft * loss).backward()
         total += loss.item() * world
-    return total
+    return total / args.updates
 
 
 class Clock:

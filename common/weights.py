@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model,
+                  set_peft_model_state_dict)
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
                           AutoTokenizer)
 
 from common.flags import given_parts
-from common.run import beside, fail, same_start
+from common.run import beside, fail, same_start, seeded
 
 
 def fetch(name, weights=True):
@@ -205,6 +206,34 @@ def load_trained(model, path, tensors, loras):
         model.adapters[part] = config, mine
 
 
+def learn(model, what, seed=0):
+    """what: part -> a LoRA's config, or None: all of the part learns, of the VLM its language
+    model: its visual tower stays as it is. -> model"""
+    for part, config in what.items():
+        module = getattr(model, part)
+        if part in model.adapters:                # merged: now a share of the part's weights
+            del model.adapters[part]
+            model.trained.add(part)
+        if config is None:
+            whole = (module.model.language_model, module.lm_head) if part == "vlm" else [module]
+            for m in whole:
+                m.requires_grad_(True)
+            continue
+        with seeded(seed):
+            inject_adapter_in_model(config, module)
+        model.adapters[part] = config, {}
+    return model.eval()
+
+
+def slim(model, device):
+    """On a GPU hold what nobody trains in bf16, as it was published. Not the VAE. -> model"""
+    if model.bf16 and device.type == "cuda":
+        for part in filter(None, (model.vlm, model.text_encoder, model.dit)):
+            for p in part.parameters():
+                p.data = p.data if p.requires_grad else p.data.bfloat16()
+    return model
+
+
 @contextmanager
 def adapters_off(module):
     """For a while the module without its LoRA: what it was before this run."""
@@ -216,6 +245,24 @@ def adapters_off(module):
     finally:
         for m in layers:
             m.enable_adapters(True)
+
+
+@contextmanager
+def swapped(model, ref):
+    """For a while the reference policy: ref = (DiT, bridge, VLM) stand in the model in place of its
+    own, whatever happens inside; a part whose LoRA learns is its own reference, with that switched
+    off. Compute inside without gradient, keep no module from it, and do not train."""
+    own = model.dit, model.bridge, model.vlm
+
+    def put(parts):
+        for name, part in zip(("dit", "bridge", "vlm"), parts):
+            setattr(model, name, part)
+    put(ref)
+    try:
+        with adapters_off(model):
+            yield
+    finally:
+        put(own)
 
 
 def memory_plan(model, args, rows, reads, copies, device):
@@ -267,10 +314,11 @@ def memory_plan(model, args, rows, reads, copies, device):
 
 
 def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
-    """Plan the memory, then load what the flags ask for. what: see Unified.learn. -> model"""
+    """Plan the memory, then load what the flags ask for. what: see learn. -> model"""
     parts = given_parts(args)
     if rank == 0:
-        plan = Unified.from_preset(args.preset, args.init, meta=True, **parts).learn(what)
-        print(memory_plan(plan.slim(device), args, rows, reads, copies, device)[0])
+        plan = Unified.from_preset(args.preset, args.init, meta=True, **parts)
+        plan = slim(learn(plan, what), device)
+        print(memory_plan(plan, args, rows, reads, copies, device)[0])
     model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
-    return same_start(model.learn(what, args.seed).slim(device).to(device))
+    return same_start(slim(learn(model, what, args.seed), device).to(device))

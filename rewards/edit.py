@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from common.read import arrays
 from common.run import fail, has_bf16
 from common.weights import pretrained, read_safetensors
-from data.shapes.judge import check_edit
+from data.shapes.edits import check_edit
 from rewards.judge import turns
 from rewards.shared import MODELS, able, processor, sources, to_device
 

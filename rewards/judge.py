@@ -24,7 +24,8 @@ from common.read import arrays
 from common.run import fail, has_bf16
 from common.weights import pretrained
 from common.words import special_names, verdict
-from data.shapes.world import IMAGE, MATCH, SIDE, WHICH
+from data.shapes.talk import IMAGE, MATCH, WHICH
+from data.shapes.world import SIDE
 from rewards.shared import MODELS, able, classroom, processor, sources, to_device
 
 

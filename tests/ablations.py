@@ -30,7 +30,8 @@ import rewards.judge as judge_py  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
 from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
 from data.shapes.judge import check  # noqa: E402
-from eval import parse_weights, read_prompts, score  # noqa: E402
+from eval import parse_weights, score  # noqa: E402
+from rewards.prompts import read_prompts  # noqa: E402
 
 # Of the base, held out: what the images' rewards are compared in. Spreads differ a thousandfold.
 THREE = "geneval,clip,jpeg_compressibility"
@@ -129,7 +130,7 @@ def run_arm(arm, seed, out):
         noisy = NoisyJudge(grpo.Args().prompts, seed)
         judge_py.Judge.ask_all = lambda self, questions: noisy(questions)
     # Evaluated once, below, and its base once for all arms.
-    grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
+    eval_py.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
     eval_py.show_table = lambda *_: None
     flags = {name[2:].replace("-", "_"): x for name, x in zip(*[iter(flags.split())] * 2)}
     sys.argv = ["grpo.py", *told(grpo.Args, dict(

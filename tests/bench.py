@@ -29,12 +29,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 from common.checkpoint import Ema  # noqa: E402
 from common.presets import RECIPES  # noqa: E402
 from common.run import key, keyed, setup  # noqa: E402
 from data.shapes.bench import bench_shapes  # noqa: E402
-from eval import parse_weights, read_prompts, score  # noqa: E402
+from eval import parse_weights, score  # noqa: E402
+from rewards.prompts import read_prompts  # noqa: E402
 from model import MMDiT, Unified, sde_step, sigmas  # noqa: E402
 
 PARTS = ("rollout", "decode", "reward", "update")
@@ -102,9 +104,9 @@ def ours(a, args, folder, **flags):
                 os.kill(os.getpid(), signal.SIGTERM)         # main finishes its step and saves
                 told.append(1)                               # a second one would kill
         return r
-    grpo.bench_shapes = look
+    eval_py.bench_shapes = look
     play(flags)
-    grpo.bench_shapes = bench_shapes
+    eval_py.bench_shapes = bench_shapes
     forwards.handle.remove()
     (_, *rows), curve = history()
     return curve, rows, forwards.rows / (len(rows) * args.B * args.G)
@@ -208,7 +210,7 @@ def recipes(a, folder):
         print(f"{name:12}" + "".join(f"{x:>20}" for x in cells), flush=True)
     show("", "forwards per image", "images/s", *PARTS)
     for name, r in RECIPES.items():
-        grpo.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
+        eval_py.bench_shapes = lambda *_, **__: dict(score=0.0, extra_rate=0.0, jpeg_kb=0.0)
         G, forwards = r.get("G", grpo.Args().G), Forwards(bool(r.get("lora_rank")))
         out = folder / f"{name}-cost"
         play(dict(recipe=name, init=a.init, out=out, steps=a.its, B=4, seed=a.seed,

@@ -33,7 +33,7 @@ import pretrain  # noqa: E402
 import sft  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
 from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
-from eval import read_prompts  # noqa: E402
+from rewards.prompts import read_prompts  # noqa: E402
 
 ALL = (6, 5, 4, 3, 2, 1)                      # the classroom VLM's layers, deep to shallow
 LIM = dict(bridge="lim", layers=ALL)

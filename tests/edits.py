@@ -25,12 +25,13 @@ import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import sft  # noqa: E402
+from common.draw import draw_edits  # noqa: E402
 from data.shapes.world import render  # noqa: E402
 from common.read import arrays  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
 from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
-from data.shapes.judge import check_edit  # noqa: E402
-from eval import read_prompts  # noqa: E402
+from data.shapes.edits import check_edit  # noqa: E402
+from rewards.prompts import read_prompts  # noqa: E402
 
 BASE, DRAWS = "data/shapes/sft-edit", "data/shapes/sft"
 EDITS = "--edits data/shapes/edits --edit-share"
@@ -67,7 +68,7 @@ def evaluate(init, out):
     done = model.Unified.load(init)
     rows = read_edits()
     images = [[torch.from_numpy(render(row["source"])).permute(2, 0, 1)] for row in rows]
-    edited = torch.cat([done.edit([row["instruction"] for row in rows[i : i + 64]],
+    edited = torch.cat([draw_edits(done, [row["instruction"] for row in rows[i : i + 64]],
                                   images[i : i + 64], range(i, min(i + 64, len(rows))))
                         for i in range(0, len(rows), 64)])
     judged = [check_edit(x, row) for x, row in zip(arrays(edited.cpu()), rows)]

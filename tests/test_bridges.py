@@ -51,7 +51,7 @@ from common.flags import parse
 from common.presets import PRESETS, Config
 from common.sana import SanaDiT
 from common.text_encoders import SD3Text
-from common.words import mrope
+from common.words import chat, mrope
 from model import Bridge, Unified, build_dit
 
 SANA = dict(in_channels=4, caption_channels=24)          # all that is asked of a SanaDiT here
@@ -375,10 +375,10 @@ def test_prompts_of_presets(name):
     nn.Module.__init__(m)
     m.cfg = PRESETS[name]
     draw, edit, lengths, null = CHATS[name]
-    assert m.chat("a {b}", "t2i", []) == draw
-    assert m.chat("a {b}", "edit", lengths) == edit
-    assert m.chat(None, "t2i", []) == null
-    assert m.chat(None, "edit", lengths) == edit.replace("a {b}", m.cfg.null_edit)
+    assert chat(m.cfg, "a {b}", "t2i", []) == draw
+    assert chat(m.cfg, "a {b}", "edit", lengths) == edit
+    assert chat(m.cfg, None, "t2i", []) == null
+    assert chat(m.cfg, None, "edit", lengths) == edit.replace("a {b}", m.cfg.null_edit)
 
 
 # --- images ---

@@ -20,8 +20,8 @@ import cycle_edit
 import grpo
 import rewards.judge as judge_py
 from cycle_edit import Args, group_advantage, read_edits, surrogate
-from data.shapes.bench import source_picture
-from data.shapes.world import render, sample_edit
+from data.shapes.edits import sample_edit, source_picture
+from data.shapes.world import render
 from eval import Scores, score
 from common.run import key
 from model import rollout, sigmas

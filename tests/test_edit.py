@@ -23,10 +23,12 @@ import pretrain
 import sample
 import sft
 from common.checkpoint import save_checkpoint
+from common.draw import draw_edits
 from common.presets import PRESETS, Config, reference_ways
 from common.read import bucket, mixture, read_image, to_bucket
 from common.run import key
 from common.sana import SanaDiT
+from common.weights import learn
 from model import build_dit, sigmas
 
 TEXTS = ["add a red circle", "remove the blue star", "move the ring above the heart"]
@@ -170,23 +172,23 @@ def test_references_are_computed_together(model, monkeypatch):
 
 
 def test_an_edit_depends_on_its_row_alone(model):
-    together = model.edit(TEXTS, ROWS, [5, 6, 7], 3, 2.0, 1.5).int()
+    together = draw_edits(model, TEXTS, ROWS, [5, 6, 7], 3, 2.0, 1.5).int()
     for b in range(3):
-        one = model.edit(TEXTS[b : b + 1], ROWS[b : b + 1], [5 + b], 3, 2.0, 1.5).int()
+        one = draw_edits(model, TEXTS[b : b + 1], ROWS[b : b + 1], [5 + b], 3, 2.0, 1.5).int()
         assert (one[0] - together[b]).abs().max() <= 1
-    wide = model.edit(TEXTS[:1], [pictures((32, 64))], [5], 3)
+    wide = draw_edits(model, TEXTS[:1], [pictures((32, 64))], [5], 3)
     assert wide.shape == (1, 3, 32, 64) and wide.dtype == torch.uint8
 
 
 def test_a_mask_confines_the_edit(model):
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     masks[0, 10:30, 20:50], masks[1, 0, 0] = True, True
-    free, held = (model.edit(TEXTS, ROWS, range(3), 4, masks=m) for m in (None, list(masks)))
+    free, held = (draw_edits(model, TEXTS, ROWS, range(3), 4, masks=m) for m in (None, list(masks)))
     first = torch.stack([row[0] for row in ROWS])
     for b in range(3):
         assert torch.equal(held[b][:, ~masks[b]], first[b][:, ~masks[b]])
     assert (held[0] != first[0]).any() and not torch.equal(free[2], first[2])
-    everything = model.edit(TEXTS, ROWS, range(3), 4, masks=[torch.ones(64, 64).bool()] * 3)
+    everything = draw_edits(model, TEXTS, ROWS, range(3), 4, masks=[torch.ones(64, 64).bool()] * 3)
     assert torch.equal(everything, free)
     # On the way, too: what is kept is the source at the step's own noise, else the two halves
     # of a picture would not know of each other.
@@ -393,7 +395,7 @@ def test_what_is_withheld(parts, tmp_path, monkeypatch):
         seen.extend((p is None, not len(r)) for p, r in zip(prompts, images))
         return real(self, prompts, images, *more)
     monkeypatch.setattr(ours.Unified, "encode_edit", spy)
-    monkeypatch.setattr(ours.Unified, "edit", lambda self, t, rows, *a, **k: torch.stack(
+    monkeypatch.setattr(sft, "draw_edits", lambda model, t, rows, *a, **k: torch.stack(
         [r[0] for r in rows]))
     play(parts, tmp_path, "a", "--steps", 30, "--edit-share", 1.0, "--batch", 20)
     n = len(seen)
@@ -408,7 +410,7 @@ def test_what_is_withheld(parts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("refs", ["vlm", "dit"])
 def test_gradient_feels_references(parts, cfg, refs):
     """Another source, another gradient, though only one of the two ways is open."""
-    m = tiny.build(cfg, init=parts / "sft").learn(dict(bridge=None, dit=None))
+    m = learn(tiny.build(cfg, init=parts / "sft"), dict(bridge=None, dit=None))
     m.cfg = replace(m.cfg, refs=refs)
 
     def gradient(rows):

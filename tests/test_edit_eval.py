@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from test_cli import complaint, files
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-import data.shapes.bench as bench_py
-import data.shapes.world as world_py
+import data.shapes.edits as edits_py
+import data.shapes.captions as captions_py
 import eval as eval_py
 import sft
 from common.show import mean_and_error, show_table
-from data.shapes.bench import bench_edit, edit_table
-from data.shapes.judge import check_edit, scored_edit
+from data.shapes.edits import (KINDS, bench_edit, check_edit, edit_scene, edit_table, sample_edit,
+                               scored_edit)
 from data.shapes.prepare import CHAT, HERE, to_tensor, tokenizer
-from data.shapes.world import KINDS, edit_scene, render, sample_edit, scene_for
+from data.shapes.captions import scene_for
+from data.shapes.world import render
 from eval import main, score
 from rewards import find
 from rewards.edit import EditReward, read_scored, spearman
@@ -79,10 +80,10 @@ C = dict(shape="ring", color="green", size=24, x=0, y=32)
 
 def row(kind, target, source=(A, B, C)):
     source, target = list(source), list(target)
-    about = world_py.make_meta("scene", [{"class": t["shape"], "count": 1, "color": t["color"]}
+    about = captions_py.make_meta("scene", [{"class": t["shape"], "count": 1, "color": t["color"]}
                                        for t in target], "-")
     if kind == "move":
-        about = world_py.make_meta("position", [{"class": "circle", "count": 1}, {
+        about = captions_py.make_meta("position", [{"class": "circle", "count": 1}, {
             "class": "star", "count": 1, "position": ["right of", 0]}], "-")
     return dict(kind=kind, source=source, target_meta=about, instruction="-")
 
@@ -146,7 +147,7 @@ def test_nothing_is_no_edit():
 def held_out(tmp_path, monkeypatch):
     rows = [e for kind in KINDS for e in edits(kind, 8)]
     (tmp_path / "edit_eval.jsonl").write_text("".join(json.dumps(e) + "\n" for e in rows))
-    monkeypatch.setattr(bench_py, "PROMPTS", tmp_path)
+    monkeypatch.setattr(edits_py, "PROMPTS", tmp_path)
     return rows
 
 
@@ -222,14 +223,14 @@ def test_command_line(held_out, tmp_path, monkeypatch, capsys):
 
     class Painter:
         load = classmethod(lambda cls, *path, **parts: cls())
-        to = slim = lambda self, device: self
+        to, bf16 = lambda self, device: self, False
         draw = staticmethod(lambda p, s, *more: draw(p, s))
 
-        def edit(self, says, images, seeds, steps, guidance, image_guidance):
-            asked.append((guidance, image_guidance, tuple(seeds)))
-            return (edit(says, images, seeds) if guidance > 1 else
-                    torch.stack([x for (x,) in images]))
+    def edits(model, says, images, seeds, steps, guidance, image_guidance):
+        asked.append((guidance, image_guidance, tuple(seeds)))
+        return edit(says, images, seeds) if guidance > 1 else torch.stack([x for (x,) in images])
     monkeypatch.setattr(eval_py, "Unified", Painter)
+    monkeypatch.setattr(eval_py, "draw_edits", edits)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["eval.py", "--bench", "shapes-edit", *flags])

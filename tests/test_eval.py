@@ -14,9 +14,10 @@ import eval as eval_py
 from common.show import grid, mean_and_error, spread
 from data.shapes.bench import bench_shapes
 from data.shapes.judge import check, evaluate, extra_objects, read_sign, text_match
-from data.shapes.world import SHAPES, TAGS, place, relation, render, sample_meta, scene_for
-from eval import (Scores, check_scored, held_out_score, main, parse_weights, read_prompts,
-                  score, read_weights)
+from data.shapes.captions import sample_meta, scene_for
+from data.shapes.world import SHAPES, TAGS, place, relation, render
+from eval import Scores, check_scored, held_out_score, main, parse_weights, read_weights, score
+from rewards.prompts import read_prompts
 from rewards import REWARDS
 
 
@@ -334,7 +335,7 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
 
     class Painter:
         load = classmethod(lambda cls, *path, **parts: cls())
-        to = slim = lambda self, device: self
+        to, bf16 = lambda self, device: self, False
         draw = staticmethod(lambda *args: draw(*args[:2]))
     monkeypatch.setattr(eval_py, "Unified", Painter)
     monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])

@@ -57,7 +57,10 @@ def test_a_fork_applies_and_runs(copy, name, monkeypatch):
     for out in runs:
         rows = [json.loads(line) for line in open(out / "log.jsonl")]
         assert rows[-1]["step"] == 2 and (out / "ckpt/model.safetensors").exists()
-        assert all(row["grad_norm"] > 0 for row in rows if row["step"])
+        # Groups that all agree, on which machines may differ at four images, teach nothing.
+        norms = [row["grad_norm"] for row in rows if row["step"] and row.get("kept")]
+        norms += [row["grad_norm"] for row in rows if row["step"] and "kept" not in row]
+        assert norms and all(norm > 0 for norm in norms)
     if name == "A reward":
         assert all(0 < row["reward_redness"] < 1 for row in map(
             json.loads, open(runs[0] / "log.jsonl")) if row["step"])

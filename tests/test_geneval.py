@@ -19,13 +19,17 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 import common.presets as presets_py
 import eval as eval_py
-import grpo
 import model
 import rewards.geneval as geneval_py
+import rewards.photos as photos_py
 from data.shapes.judge import evaluate
-from data.shapes.world import COLORS, MASKS, PALETTE, RELATIONS, TAGS, article, render
-from eval import read_prompts, score
-from rewards.geneval import COCO, COCO_THRESHOLDS, check, mask2former
+from data.shapes.captions import article
+from data.shapes.world import COLORS, MASKS, PALETTE, RELATIONS, TAGS, render
+from eval import score
+from rewards.prompts import read_prompts
+from rewards.geneval import check
+from rewards.photos import COCO_THRESHOLDS, mask2former
+from rewards.prompts import COCO
 
 
 # ---------------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ def official(found, meta):
 
 def test_rule_against_a_second_writing():
     rng, outcomes = random.Random(0), Counter()
-    lines = list(map(json.loads, geneval_py.geneval_prompts()))
+    lines = list(map(json.loads, eval_py.geneval_prompts()))
     for _ in range(6000):
         meta = rng.choice(lines)
         names = [w["class"] for w in meta["include"]] * 2 + ["zebra"]
@@ -163,14 +167,14 @@ def detector(tmp_path_factory):
 @pytest.fixture
 def real(detector, monkeypatch):
     """The real path with small parts: the tiny detector, the classroom's CLIP."""
-    monkeypatch.setattr(geneval_py, "DETECTOR", str(detector))
-    monkeypatch.setattr(geneval_py, "COLOR_CLIP", (f"local-dir:{tiny.ROOT}/data/shapes/clip", None))
+    monkeypatch.setattr(photos_py, "DETECTOR", str(detector))
+    monkeypatch.setattr(photos_py, "COLOR_CLIP", (f"local-dir:{tiny.ROOT}/data/shapes/clip", None))
 
 
 @pytest.fixture
 def small(real, monkeypatch):
     """The same at 96 pixels in place of 800, where only speed matters."""
-    see = mask2former(geneval_py.DETECTOR)[0]
+    see = mask2former(photos_py.DETECTOR)[0]
     monkeypatch.setattr(see, "size", type(see.size)(shortest_edge=96, longest_edge=160))
 
 
@@ -214,14 +218,14 @@ def slow_detect(names, masks, seen, padded, size):
 
 def test_detector_against_slow_arithmetic(real):
     """Padding, both resizes, thresholds, the 16 best: at the real 800 and 1333 pixels."""
-    see, net = mask2former(geneval_py.DETECTOR)
+    see, net = mask2former(photos_py.DETECTOR)
     kept, everything = [], []
     hook = net.register_forward_hook(lambda m, a, kw, out: kept.append((kw["pixel_values"], out)),
                                      with_kwargs=True)
     for (H, W), seen, padded in [((64, 90), (800, 1125), (800, 1152)),
                                  ((120, 30), (1333, 333), (1344, 352))]:
         images = np.stack([blocks(H, W, 0)])
-        (found,) = geneval_py.detect_coco(images)
+        (found,) = photos_py.detect_coco(images)
         x, out = kept.pop()
         assert x.shape[2:] == padded
         # The network sees the picture, resized, in ImageNet's units, and zeros to the right, below.
@@ -252,7 +256,7 @@ def test_detector_against_slow_arithmetic(real):
 def test_a_photo_is_judged_by_what_is_detected(small):
     """Counts, thresholds and places of the verdict are those of the detections."""
     image = blocks(64, 64, 1)
-    (found,) = geneval_py.detect_coco(image[None])
+    (found,) = photos_py.detect_coco(image[None])
     sure = Counter(f["class"] for f in found if f["score"] > 0.9)
     seen = Counter(f["class"] for f in found)
     name = next(k for k in seen if 2 <= seen[k] and 1 <= sure[k] < seen[k])
@@ -273,7 +277,7 @@ def test_a_photo_is_judged_by_what_is_detected(small):
 def test_rewards_of_both_worlds_in_one_batch(small):
     """A prompt's classes choose its detector; neighbours and float images change nothing."""
     photos = [blocks(64, 64, s) for s in (1, 2)]
-    found = geneval_py.detect_coco(np.stack(photos))
+    found = photos_py.detect_coco(np.stack(photos))
     metas = [row("two_object", (f[0]["class"], sum(g["class"] == f[0]["class"] for g in f)))
              for f in found]
     metas.insert(1, row("single_object", ("star", 1)))
@@ -306,11 +310,11 @@ def test_photos_keep_their_places(monkeypatch):
 
 def test_nothing_detected(small, monkeypatch):
     """No query above the threshold: no objects, and nothing breaks."""
-    net = mask2former(geneval_py.DETECTOR)[1]
+    net = mask2former(photos_py.DETECTOR)[1]
     monkeypatch.setitem(net.class_predictor._parameters, "bias", torch.nn.Parameter(
         torch.cat([torch.zeros(80), torch.full((1,), 1e3)])))
     image = blocks(64, 64, 1)
-    assert geneval_py.detect_coco(image[None]) == [[]]
+    assert photos_py.detect_coco(image[None]) == [[]]
     v = check(image, row("colors", ("cat", 1, "red")))
     assert v == dict(correct=False, strict=False, partial=0, extra=0)
 
@@ -344,8 +348,8 @@ def painted(shape, color, x, y, image, size=24):
 
 
 def test_colors_against_slow_arithmetic(real):
-    clip, _, prepare = open_clip.create_model_and_transforms(geneval_py.COLOR_CLIP[0])
-    words = open_clip.get_tokenizer(geneval_py.COLOR_CLIP[0])
+    clip, _, prepare = open_clip.create_model_and_transforms(photos_py.COLOR_CLIP[0])
+    words = open_clip.get_tokenizer(photos_py.COLOR_CLIP[0])
     names, truth = [], []
     rng = random.Random(0)
     for k, color in enumerate(COLORS * 2):
@@ -353,7 +357,7 @@ def test_colors_against_slow_arithmetic(real):
         image = blocks(80, 120, k)                     # loud, but none of it is the thing
         things = [painted(shape, color, rng.randint(0, 30), rng.randint(0, 50), image),
                   painted(shape, rng.choice(COLORS), rng.randint(60, 90), 40, image)]
-        geneval_py.name_colors(image, things)
+        photos_py.name_colors(image, things)
         truth.append(color)
         names.append(things[0]["color"])
         with torch.no_grad():
@@ -383,13 +387,13 @@ def test_colors_of_a_photo(real, monkeypatch):
     image, asked = np.full((64, 64, 3), 90, np.uint8), []
     a, b, c = (painted(*about, image, size=16) for about in [
         ("square", "green", 4, 4), ("circle", "pink", 36, 4), ("circle", "purple", 36, 40)])
-    found, name_colors = [a, b], geneval_py.name_colors
-    monkeypatch.setattr(geneval_py, "detect_coco", lambda images: [list(found) for _ in images])
-    monkeypatch.setattr(geneval_py, "name_colors", lambda image, things: (
+    found, name_colors = [a, b], photos_py.name_colors
+    monkeypatch.setattr(photos_py, "detect_coco", lambda images: [list(found) for _ in images])
+    monkeypatch.setattr(photos_py, "name_colors", lambda image, things: (
         asked.extend(t["class"] for t in things), name_colors(image, things)))
 
     def judged(tag, *include):
-        return geneval_py.check_photos(image[None], [row(tag, *include)])[0]
+        return photos_py.check_photos(image[None], [row(tag, *include)])[0]
     assert judged("two_object", ("square", 1), ("circle", 1))["strict"] and asked == []
     assert judged("colors", ("square", 1, "green"))["strict"] and asked == ["square"]
     assert judged("color_attr", ("square", 1, "green"), ("circle", 1, "pink"))["strict"]
@@ -403,7 +407,7 @@ def test_colors_of_a_photo(real, monkeypatch):
 
 
 def test_the_real_clip_has_its_gelu():
-    name, tag = geneval_py.COLOR_CLIP
+    name, tag = photos_py.COLOR_CLIP
     assert open_clip.get_model_config(name)["quick_gelu"]
     assert tag == "openai" and tag in open_clip.list_pretrained_tags_by_model(name)
 
@@ -462,7 +466,7 @@ def test_training_prompts(training):
         assert abs(tags.pop(tag) - 50_000 * share / 17) <= 7
     assert not tags                                              # no single_object
     words = {r["prompt"] for r in rows}
-    tested = [swaps(json.loads(line)) for line in geneval_py.geneval_prompts()]
+    tested = [swaps(json.loads(line)) for line in eval_py.geneval_prompts()]
     assert sum(map(len, tested)) > 1500
     assert not words & {f"a photo of {t}" for ts in tested for t in ts}
     assert len({r["prompt"] for r in rows if r["tag"] == "counting"}) == 240 - 80   # all others
@@ -494,15 +498,15 @@ def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp
     """Of photos; not where another reward is trained, nor by a test prompt that is trained, too."""
     monkeypatch.setitem(presets_py.PRESETS, "photos", presets_py.Config(
         **json.loads((parts / "config.json").read_text()) | dict(preset="photos")))
-    tests = list(map(json.loads, geneval_py.geneval_prompts()))
+    tests = list(map(json.loads, eval_py.geneval_prompts()))
     few = tmp_path / "few.jsonl"
     few.write_text("".join(training.read_text().splitlines(True)[:3]) + json.dumps(tests[0]) + "\n")
-    seen, real = [], grpo.score
+    seen, real = [], eval_py.score
 
     def score(*inputs):
         seen.append(inputs)
         return real(*inputs)
-    monkeypatch.setattr(grpo, "score", score)
+    monkeypatch.setattr(eval_py, "score", score)
     flags = ["--preset", "photos", "--init", parts / "dit", "--steps", 1, "--prompts", few,
              "--B", 2, "--G", 2]
     log = tiny.play(parts, tmp_path / "a", *flags, "--reward", "geneval")
@@ -520,7 +524,7 @@ def test_training_on_geneval_is_measured_by_its_test(small, parts, training, tmp
 
 def four(monkeypatch):
     """GenEval of four prompts, one per line."""
-    lines = geneval_py.geneval_prompts()
+    lines = eval_py.geneval_prompts()
     lines = [lines[i] for i in (0, 200, 300, 500)]
     monkeypatch.setattr(eval_py, "geneval_prompts", lambda: lines)
     return lines
@@ -609,7 +613,7 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
 def test_scores_are_those_of_the_images(small, tmp_path):
     """Another's folder, with unequal tags: the mean of tag means, clustered by prompt."""
     image = blocks(60, 90, 1)
-    (found,) = geneval_py.detect_coco(image[None])
+    (found,) = photos_py.detect_coco(image[None])
     there = found[0]["class"]
     n = sum(f["class"] == there for f in found)
     absent = next(c for c in COCO if c not in [f["class"] for f in found])

@@ -16,11 +16,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import common.presets as presets_py
 import common.rl as rl_py
+import eval as eval_py
 import grpo
-from grpo import Anchor, Args, group_advantage, surrogate
+from common.rl import Anchor
+from grpo import Args, group_advantage, surrogate
 from common.checkpoint import Ema
 from common.presets import KERNELS, Config
 from common.run import key
+from common.weights import swapped
 from model import Branches, MMDiT, rollout, sde_step, sigmas
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue stars and a green ring", "x"]
@@ -347,7 +350,7 @@ def test_reference_of_a_learning_bridge_is_the_initial_one(parts, tmp_path, monk
 
     def spy(model, *inputs):
         (dit, bridge, _), guided = inputs[-2].policy, inputs[-2].branches
-        with grpo.swapped(model, (dit, bridge)):
+        with swapped(model, (dit, bridge)):
             assert model.bridge is bridge and model.dit is dit
         assert model.bridge is not bridge and model.dit is not dit
         seen.append((guided[0][1].ctx, inputs[0][0][1].ctx))
@@ -419,8 +422,8 @@ def photos(parts, monkeypatch, tmp_path):
     return ["--preset", "photos", "--init", parts / "dit", "--steps", 1], tmp_path / "held.jsonl"
 
 
-def calls(monkeypatch, name, where=grpo):
-    """What main hands to one of its functions: [inputs]"""
+def calls(monkeypatch, name, where):
+    """What main hands to one of our functions: [inputs]"""
     seen, real = [], getattr(where, name)
     monkeypatch.setattr(where, name, lambda *inputs: seen.append(inputs) or real(*inputs))
     return seen
@@ -447,7 +450,7 @@ def test_trained_prompts_are_no_measure(parts, photos, tmp_path, monkeypatch, ca
 def test_eval_prompts_of_photos(parts, photos, tmp_path, monkeypatch, capsys):
     """--eval-prompts: 16 of them, evenly spaced, are drawn and scored; none that is trained."""
     flags, file = photos
-    scored = calls(monkeypatch, "score")
+    scored = calls(monkeypatch, "score", eval_py)
     rows = tiny.play(parts, tmp_path / "run", *flags, "--eval-prompts", file)
     looks = [[m["prompt"] for m in rows] for _, rows, *_ in scored if "group" not in rows[0]]
     assert looks == [[f"a photo of {i * 20 // 16} stars" for i in range(16)]] * 2

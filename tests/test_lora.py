@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import SanaTransformer2DModel, SD3Transformer2DModel
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from test_cli import complaint, folder_of, photo
 from test_grpo import saved
@@ -28,8 +28,8 @@ import sample
 import sft
 from common.checkpoint import Ema
 from common.presets import Config
-from common.weights import adapter, memory_plan
-from model import MMDiT, Unified, swapped
+from common.weights import adapter, learn, memory_plan, slim, swapped
+from model import MMDiT, Unified
 
 PROMPTS = ["a photo of a red circle", "two blue stars"]
 
@@ -42,7 +42,7 @@ def cfg(parts):
 def tuned(cfg, parts, **ranks):
     """The tiny model with adapters that do something."""
     model = tiny.build(cfg, init=parts / "sft")
-    model.learn({k: adapter(k, r, 3 * r) for k, r in ranks.items()})
+    learn(model, {k: adapter(k, r, 3 * r) for k, r in ranks.items()})
     for p in model.parameters():
         if p.requires_grad:
             p.data.normal_(0, 0.2)
@@ -84,7 +84,7 @@ def test_what_is_adapted(cfg, parts):
                                   "add_v_proj", "to_add_out")}
     assert set(block) == want
     dual = MMDiT(**tiny.MMDIT | dict(dual_attention_layers=(0,)))
-    ours.inject_adapter_in_model(adapter("dit", 2, 4), dual)
+    inject_adapter_in_model(adapter("dit", 2, 4), dual)
     names = {k.split(".lora_")[0] for k in dual.state_dict() if "lora_" in k}
     assert "transformer_blocks.0.attn2.to_q" in names and "proj_out" not in names
 
@@ -110,7 +110,7 @@ def test_merged_is_unmerged(cfg, parts, tmp_path):
     assert any(k.startswith("vlm.model.language_model.layers.0.mlp") for k in tensors)
 
     # From here on: the VLM's adapter is carried along, the DiT's is a share of its weights.
-    again.learn(dict(dit=adapter("dit", 2, 2)))
+    learn(again, dict(dit=adapter("dit", 2, 2)))
     third = checkpoint(again, tmp_path / "next")
     assert {k for k in tensors if k.startswith("vlm")} == {k for k in third if k.startswith("vlm")}
     same(outcome(tiny.build(cfg, init=tmp_path / "next")), before)
@@ -120,12 +120,12 @@ def test_merged_is_unmerged(cfg, parts, tmp_path):
 @pytest.mark.parametrize("then", [dict(bridge=None), dict(dit=None), dict(dit=(2, 4))])
 def test_whatever_learns_next_nothing_is_lost_or_merged_twice(cfg, parts, tmp_path, base, then):
     model = tiny.build(cfg, init=base and parts / base)
-    model.learn(dict(dit=adapter("dit", 2, 4)))
+    learn(model, dict(dit=adapter("dit", 2, 4)))
     for p in model.parameters():
         p.data += 0.1 * p.requires_grad
     checkpoint(model, tmp_path / "a")
     again = tiny.build(cfg, init=tmp_path / "a")
-    again.learn({k: r and adapter(k, *r) for k, r in then.items()})
+    learn(again, {k: r and adapter(k, *r) for k, r in then.items()})
     checkpoint(again, tmp_path / "b")
     x, t, ctx = torch.randn(2, 4, 16, 16), 0.5, torch.randn(2, 3, 32)
     with torch.no_grad():
@@ -134,10 +134,10 @@ def test_whatever_learns_next_nothing_is_lost_or_merged_twice(cfg, parts, tmp_pa
 
 def test_of_a_pure_lora_run_only_the_lora_is_kept(cfg, parts, tmp_path):
     model = tiny.build(cfg)
-    model.learn(dict(dit=adapter("dit", 2, 4)))
+    learn(model, dict(dit=adapter("dit", 2, 4)))
     assert all("lora_" in k for k in checkpoint(model, tmp_path))
     other = tiny.build(cfg)
-    other.learn(dict(dit=adapter("dit", 2, 4)), seed=0)              # every rank draws the same
+    learn(other, dict(dit=adapter("dit", 2, 4)), seed=0)              # every rank draws the same
     same(model.dit.parameters(), other.dit.parameters(), 0)
 
 
@@ -222,7 +222,7 @@ def test_sft_with_both_loras(parts, cfg, tmp_path, monkeypatch):
     a, c = (load_file(tmp_path / r / "ckpt/model.safetensors") for r in "ac")
     lora = [k for k in a if k.startswith("vlm")]
     assert len(lora) == 30 and lora == [k for k in c if k.startswith("vlm")]
-    model = tiny.build(cfg, init=tmp_path / "a").learn(dict(vlm=adapter("vlm", 2, 6, 0.5)))
+    model = learn(tiny.build(cfg, init=tmp_path / "a"), dict(vlm=adapter("vlm", 2, 6, 0.5)))
     for p in model.vlm.parameters():
         p.data += 0.1 * p.requires_grad
     assert torch.equal(outcome(model)[0], outcome(model)[0])
@@ -247,7 +247,7 @@ def velocities(dit, seed=0):
 def test_export(cfg, parts, tmp_path, monkeypatch):
     monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
     model = tiny.build(cfg)
-    model.learn(dict(dit=adapter("dit", 2, 6), vlm=adapter("vlm", 2, 6)))
+    learn(model, dict(dit=adapter("dit", 2, 6), vlm=adapter("vlm", 2, 6)))
     for p in model.parameters():
         if p.requires_grad:
             p.data.normal_(0, 0.2)
@@ -297,7 +297,7 @@ def test_sana(cfg, parts, tmp_path, monkeypatch, ref):
     cfg = replace(cfg, mmdit={}, sana=SANA | dict(ref=ref), dit=str(tmp_path / "dit"), bridge="lim",
                   keep="query", layers=(1, 2))
     monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
-    model = tiny.build(cfg).learn(dict(dit=adapter("dit", 2, 6)))
+    model = learn(tiny.build(cfg), dict(dit=adapter("dit", 2, 6)))
     assert {k.split(".lora_")[0][19:] for k in model.dit.state_dict() if "lora_A" in k} == {
         f"{i}.attn{j}.{n}" for i in (0, 1) for j in (1, 2)
         for n in ("to_q", "to_k", "to_v", "to_out.0")}
@@ -329,7 +329,7 @@ def test_flow_grpo_lora(cfg, parts, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = tiny.build(cfg, init=tmp_path)
     same([velocities(model.dit)], [velocities(theirs)])
-    kept = checkpoint(model.learn(dict(bridge=None)), tmp_path / "c")
+    kept = checkpoint(learn(model, dict(bridge=None)), tmp_path / "c")
     assert {k.split(".")[0] for k in kept} == {"bridge", "dit"}
     same([velocities(tiny.build(cfg, init=tmp_path / "c").dit)], [velocities(theirs)])
 
@@ -342,7 +342,7 @@ def test_a_part_is_flag_then_checkpoint_then_preset(cfg, parts, tmp_path, monkey
         weights = load_file(tmp_path / name / "diffusion_pytorch_model.safetensors")
         weights["proj_out.bias"] = torch.full_like(weights["proj_out.bias"], value)
         save_file(weights, tmp_path / name / "diffusion_pytorch_model.safetensors")
-    made = Unified.from_preset("shapes", dit=str(tmp_path / "a")).learn(dict(bridge=None))
+    made = learn(Unified.from_preset("shapes", dit=str(tmp_path / "a")), dict(bridge=None))
     checkpoint(made, tmp_path / "run")
     for build, want in [(lambda: Unified.from_preset("shapes", tmp_path / "run"), 1.0),
                         (lambda: Unified.load(tmp_path / "run"), 1.0),
@@ -469,11 +469,11 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
     with monkeypatch.context() as m:
         m.setattr(weights_py, "read_safetensors",
                   lambda f, names_only=False: 1 / 0)                        # no weight is read
-        plan = Unified.from_preset("shapes", meta=True).learn(what)
+        plan = learn(Unified.from_preset("shapes", meta=True), what)
         assert all(p.device.type == "meta" for p in plan.parameters())
         cpu = torch.device("cpu")
         said, n = memory_plan(plan, args, 8, 8, ["dit"], cpu)
-    real = Unified.from_preset("shapes").learn(what)
+    real = learn(Unified.from_preset("shapes"), what)
     for part in ("vlm", "bridge", "dit", "vae"):
         assert n[part] == sum(p.numel() for p in getattr(real, part).parameters())
     learning = [p for p in real.parameters() if p.requires_grad]
@@ -497,16 +497,16 @@ def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
 def test_what_is_frozen_is_held_in_bf16(parts, cfg):
     """As on a GPU; here its rules and its arithmetic, on the CPU."""
     gpu, prompts = SimpleNamespace(type="cuda"), ["a photo of a red circle", None]
-    full, slim = (tiny.build(cfg, bf16=True, init=parts / "sft").learn(
-        dict(dit=adapter("dit", 4, 8), bridge=None)) for _ in range(2))
-    assert tiny.build(cfg).slim(gpu).vlm.dtype == torch.float32              # no bf16, no change
-    assert full.slim(torch.device("cpu")).vlm.dtype == torch.float32
-    slim.slim(gpu)
-    kept = {k for k, p in slim.named_parameters() if p.dtype == torch.float32}
-    assert kept == {k for k, p in slim.named_parameters()
+    full, thin = (learn(tiny.build(cfg, bf16=True, init=parts / "sft"),
+                        dict(dit=adapter("dit", 4, 8), bridge=None)) for _ in range(2))
+    assert slim(tiny.build(cfg), gpu).vlm.dtype == torch.float32              # no bf16, no change
+    assert slim(full, torch.device("cpu")).vlm.dtype == torch.float32
+    slim(thin, gpu)
+    kept = {k for k, p in thin.named_parameters() if p.dtype == torch.float32}
+    assert kept == {k for k, p in thin.named_parameters()
                     if p.requires_grad or k.startswith("vae")} > {"bridge.meta_queries"}
     v = []
-    for model in (full, slim):
+    for model in (full, thin):
         guided = [(1.0, model.encode(prompts))]
         v.append(model.velocity(model.noise([1, 2]), torch.tensor([0.3, 0.9]), guided))
         v[-1].square().mean().backward()
@@ -567,6 +567,6 @@ def test_memory_of_sd35_medium():
         dit = MMDiT(**presets_py.PRESETS["flow-grpo"].mmdit)
     assert len(dit.state_dict()) == 909
     assert sum(p.numel() for p in dit.parameters()) == pytest.approx(2.243e9, rel=1e-3)
-    ours.inject_adapter_in_model(adapter("dit", 32, 64), dit)
+    inject_adapter_in_model(adapter("dit", 32, 64), dit)
     assert sum(p.numel() for p in dit.parameters() if p.requires_grad) == (
         (24 * 7 + 23 + 13 * 4) * 2 * 32 * 1536)

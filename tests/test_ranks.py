@@ -21,6 +21,7 @@ import common.weights as weights_py
 import model as ours
 from common.checkpoint import Ema
 from common.run import Finite, check_ranks, key, keyed, same_start, sum_grads
+from common.weights import learn, swapped
 from model import Unified
 
 NAMES = list(ranks.MAINS)
@@ -203,15 +204,15 @@ def test_nothing_but_nan_ends_the_run(photos, tmp_path, name):
 
 
 def test_borrowed_weights_come_back_after_an_exception(parts):
-    m = tiny.build(ranks_config(parts), init=parts / "sft").learn(
-        {"dit": weights_py.adapter("dit", 2, 2)})
+    m = learn(tiny.build(ranks_config(parts), init=parts / "sft"),
+              {"dit": weights_py.adapter("dit", 2, 2)})
     params = {k: p for k, p in m.named_parameters() if p.requires_grad}
     ema = Ema(params, 0.9)
     for mean in ema.mean.values():
         mean.add_(1)
     before = {k: p.clone() for k, p in params.items()}
     own = m.dit, m.bridge, m.vlm
-    for borrowed in (ema.applied(), ours.swapped(m, (torch.nn.Identity(),)),
+    for borrowed in (ema.applied(), swapped(m, (torch.nn.Identity(),)),
                      weights_py.adapters_off(m)):
         with pytest.raises(KeyboardInterrupt), borrowed:
             raise KeyboardInterrupt

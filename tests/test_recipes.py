@@ -27,13 +27,14 @@ import grpo
 import model as ours
 import reflect
 from data.shapes.prepare import make_questions
-from data.shapes.world import PICTURE_KINDS
-from grpo import Anchor, Args, group_advantage, surrogate
+from data.shapes.talk import PICTURE_KINDS
+from common.rl import Anchor, Ldam
+from grpo import Args, group_advantage, surrogate
 from common.flags import parse
 from common.presets import PRESETS, RECIPES
-from common.rl import Ldam
 from common.run import odds, table
 from common.sana import SanaDiT
+from common.weights import learn
 from model import MMDiT, sde_step, sigmas
 from rewards import REWARDS
 
@@ -452,7 +453,7 @@ def test_sft_has_exactly_its_share(parts, photos, tmp_path):
         grads[name] = unclipped(tmp_path / name)
     close(grads["a"] + 2 * (grads["b"] - grads["a"]), grads["c"], 1e-4)
     # What is left of it is the gradient of flow matching on these very pairs.
-    model = tiny.build(config(parts), init=parts / "sft").learn(dict(dit=None, bridge=None))
+    model = learn(tiny.build(config(parts), init=parts / "sft"), dict(dit=None, bridge=None))
     images, prompts = next(read_py.pairs(photos, model.cfg, 5, 0))
     keys = [run_py.key(0, 0, 500_000 + 2 * i) for i in range(5)]
     loss = flow_loss(model, images, prompts, keys).mean()

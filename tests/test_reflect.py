@@ -15,9 +15,13 @@ from test_grpo import G, close, config, learned, saved
 import common.presets as presets_py
 import cycle_edit
 import reflect
-from data.shapes.world import picture, render, sample_meta
+from data.shapes.captions import sample_meta
+from data.shapes.talk import picture
+from data.shapes.world import render
 from common.checkpoint import save_checkpoint
-from common.words import verdict
+from common.draw import draw_reflecting
+from common.weights import learn
+from common.words import spell, verdict
 from model import Unified
 from reflect import Args, read_pool, token_surrogate
 
@@ -35,10 +39,10 @@ def teach(parts, folder):
     model, rng = tiny.build(config(parts)), random.Random(0)
     scene = picture(sample_meta("colors", rng), rng, True)
     image = torch.from_numpy(render(scene)).permute(2, 0, 1)
-    opt = torch.optim.Adam(model.learn({"vlm": None}).vlm.model.language_model.parameters(), 1e-2)
+    opt = torch.optim.Adam(learn(model, {"vlm": None}).vlm.model.language_model.parameters(), 1e-2)
     for _ in range(60):
         prompts = [sample_meta("colors", rng)["prompt"] for _ in range(16)]
-        words = model.spell([rng.choice(["yes", "no, red", "no, the image shows a star", "star"])
+        words = spell(model, [rng.choice(["yes", "no, red", "no, the image shows a star", "star"])
                              for _ in prompts])
         logp = model.text_logp(prompts, [[image]] * 16, words, "critique")
         (-logp.sum() / words.mask.sum()).backward()
@@ -303,17 +307,17 @@ def test_resume_continues_as_if_never_stopped(talker, tmp_path):
 
 
 def test_rounds(talker, monkeypatch):
-    """model.reflect asks until it hears yes, or nothing of use, and redraws the last picture."""
+    """draw_reflecting asks until it hears yes, or nothing of use, and redraws the last picture."""
     model = tiny.build(config(talker), init=talker / "sft")
     answers = iter([["yes", "no, red", "star", "no, red"], ["no, blue", "yes"], ["no, green"]])
     shown = []
 
     def generate(prompts, images, task, limit, temperature):
         shown.append([look.image.clone() for look, in images])
-        return model.spell(next(answers))
+        return spell(model, next(answers))
     monkeypatch.setattr(model, "generate", generate)
     first = torch.stack(tiny.pictures(*[(64, 64)] * 4))
-    last, said = model.reflect(list("abcd"), first, range(4), rounds=3, steps=2)
+    last, said = draw_reflecting(model, list("abcd"), first, range(4), rounds=3, steps=2)
     assert said == [["yes"], ["no, red", "no, blue", "no, green"], ["star"], ["no, red", "yes"]]
     assert [len(x) for x in shown] == [4, 2, 1]
     assert torch.equal(last[[0, 2]], first[[0, 2]])
@@ -322,7 +326,7 @@ def test_rounds(talker, monkeypatch):
     assert torch.equal(first, torch.stack(tiny.pictures(*[(64, 64)] * 4)))
     # The words matter, and each row's alone.
     answers = iter([["no, red"], ["no, blue"]])
-    alone, other = (model.reflect(["b"], first[1:2], [1], 1, 2)[0] for _ in range(2))
+    alone, other = (draw_reflecting(model, ["b"], first[1:2], [1], 1, 2)[0] for _ in range(2))
     assert (alone[0].int() - shown[1][0].int()).abs().max() <= 1 and tiny.apart(
         alone.float(), other.float())
 

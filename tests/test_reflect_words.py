@@ -16,9 +16,10 @@ from test_reflect import check_what_learns
 
 import common.presets as presets_py
 import reflect
-from data.shapes.world import sample_meta, scene_for
+from data.shapes.captions import sample_meta, scene_for
 from common.checkpoint import save_checkpoint
-from common.words import answers, spans
+from common.weights import learn
+from common.words import answers, spans, spell
 from model import Unified
 from reflect import Args, token_surrogate
 
@@ -39,13 +40,13 @@ def talker(parts, tmp_path_factory):
     folder.mkdir()
     for part in ("vae", "dit", "prompts.jsonl"):
         (folder / part).symlink_to(parts / part)
-    model = tiny.build(config(parts)).learn({"vlm": None})
+    model = learn(tiny.build(config(parts)), {"vlm": None})
     opt = torch.optim.Adam(model.vlm.model.language_model.parameters(), 1e-2)
     image = tiny.pictures((64, 64))
     for _ in range(70):
         prompts = [sample_meta("colors", rng)["prompt"] for _ in range(16)]
-        thoughts = model.spell(rng.choices(THOUGHTS, k=16))
-        said = model.spell(rng.choices(["yes", "no"], k=16))
+        thoughts = spell(model, rng.choices(THOUGHTS, k=16))
+        said = spell(model, rng.choices(["yes", "no"], k=16))
         loss = -(model.text_logp(prompts, None, thoughts).sum() / thoughts.mask.sum()
                  + model.text_logp(prompts, None, said, "answer").sum() / 64
                  + model.text_logp(prompts, [image] * 16, said, "answer").sum() / 64)
@@ -162,7 +163,7 @@ def test_the_dit_is_told_the_words(talker, tmp_path, monkeypatch):
             assert inputs[1] == answers([p for p in asked[1] for _ in range(G)], words)
         else:
             assert inputs[4] == "think" and any(spans(t)["ok"] for t in inputs[3].texts)
-    words = Unified.spell(tiny.build(config(talker)), THOUGHTS)
+    words = spell(tiny.build(config(talker)), THOUGHTS)
     assert answers(list("abcd"), words) == ["a star", "a ring", "c", "d"]
 
 

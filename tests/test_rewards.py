@@ -44,7 +44,10 @@ import eval as eval_py
 import rewards.judge as judge_py
 import rewards.ocr as ocr_py
 from data.shapes.prepare import CHAT, tokenizer
-from data.shapes.world import IMAGE, MATCH, TAGS, WHICH, picture, render, sample_edit, sample_meta
+from data.shapes.captions import sample_meta
+from data.shapes.edits import sample_edit
+from data.shapes.talk import IMAGE, MATCH, WHICH, picture
+from data.shapes.world import TAGS, render
 from eval import check_scored, score
 from rewards import REWARDS, find
 from rewards.clip import clip_direction

@@ -17,15 +17,17 @@ from tiny import apart, same
 
 from common.flow import condition, lm_loss
 import common.read as read_py
+import data.shapes.talk as talk_py
+import data.shapes.world as world_py
 import data.shapes.bench as bench_py
 import data.shapes.prepare as prepare_py
-import data.shapes.world as world
 import eval as eval_py
 import sample
 import sft
 from common.presets import PRESETS, Config
 from common.read import mixture
-from data.shapes.bench import bench_answer, bench_reflect, bench_think
+from common.words import spell
+from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from data.shapes.world import render
 
 TEXTS = ["a photo of a ring", "a photo of two stars", "a photo of a red cross"]
@@ -156,7 +158,7 @@ def test_what_a_batch_tells_the_dit(model):
 def play(parts, tmp_path, out, task, *flags):
     with pytest.MonkeyPatch.context() as m:
         for name in ("bench_think", "bench_reflect"):
-            bench = getattr(bench_py, name)
+            bench = getattr(talk_py, name)
             some = (lambda a, b, n=1, f=bench: f(a, b, 1, 2)) if name == "bench_think" else (
                 lambda a, f=bench: f(a, 1, 12))
             m.setattr(sft, name, some)
@@ -188,7 +190,7 @@ def test_cold_start(parts, tmp_path, task):
 def test_loss_of_words(parts, tmp_path, model):
     """--lm-loss is what a language model's loss is; with it, and only then, it learns."""
     loss = lm_loss(model, TEXTS, None, SAID)
-    words = model.spell(SAID)
+    words = spell(model, SAID)
     logp = model.text_logp(TEXTS, None, words, "think")
     same(loss, -(logp.sum(1).sum() / words.mask.sum()))
     alone = lm_loss(model, TEXTS[:1], None, SAID[:1])
@@ -232,7 +234,7 @@ def test_bench_of_thoughts(tmp_path):
     rows = {r["prompt"]: r for r in eval_py.read_prompts(bench_py.PROMPTS / "reason.jsonl")}
 
     def paint(prompts, seeds, right=True):
-        return torch.stack([torch_image(world.picture(rows[p], rng, right)) for p in prompts])
+        return torch.stack([torch_image(talk_py.picture(rows[p], rng, right)) for p in prompts])
 
     def think(prompts, seeds, sound=True):
         texts = [f"<think>{rows[p]['reasoning']}</think><answer>{rows[p]['answer']}</answer>"
@@ -260,10 +262,10 @@ def test_bench_of_second_looks(tmp_path):
                 [says(k)] for _, k in which]
         return reflect
     honest = looker(lambda k: "yes" if k == "right" else "no, the image shows a ring",
-                    lambda r, k, x: torch_image(world.picture(r, rng, True)))
+                    lambda r, k, x: torch_image(talk_py.picture(r, rng, True)))
     r = bench_reflect(honest, png=tmp_path / "a.png")
     assert r["images"] == 360 and all(r[k] == 1 for k in (
-        "accuracy", "caught", "spared", "corrected", "score", "format", *world.TAGS))
+        "accuracy", "caught", "spared", "corrected", "score", "format", *world_py.TAGS))
     assert r["known"]["images"] == 300 and r["known"]["accuracy"] == r["known"]["corrected"] == 1
     assert r["damaged"] == 0 and Image.open(tmp_path / "a.png").width > 1000
     r = bench_reflect(looker(lambda k: "yes", lambda r, k, x: x), 1, 96)
@@ -296,8 +298,8 @@ def test_bench_of_answers(tmp_path, name):
 @pytest.mark.parametrize("bench", ["shapes-think", "shapes-reflect", "shapes-answer"])
 def test_benches_from_the_shell(parts, cfg, tmp_path, monkeypatch, bench, capsys):
     monkeypatch.setitem(PRESETS, "shapes", cfg)
-    real = bench_py.choose
-    monkeypatch.setattr(bench_py, "choose", lambda name, n, limit: real(name, 1 + (n == 2), 12))
+    real = talk_py.choose
+    monkeypatch.setattr(talk_py, "choose", lambda name, n, limit: real(name, 1 + (n == 2), 12))
     argv = ["eval.py", "--bench", bench, "--init", parts / "sft", "--limit", 3, "--steps", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--out", tmp_path / "o"])))
     if bench == "shapes-think":                             # n_per_prompt is its own

@@ -14,8 +14,9 @@ from torch import nn
 
 from common.checkpoint import Ema
 from common.presets import Config, PRESETS
-from common.words import END, spans
-from model import Unified, Words, draw_token
+from common.weights import learn
+from common.words import END, Words, chat, chat_ids, draw_token, spans, spell
+from model import Unified
 
 PROMPTS = ["a red circle", "three blue squares and a star", "a sign", "x"]
 ASKS = dict(think="Think, then generate an image: {}", answer="{}",
@@ -86,7 +87,7 @@ def test_what_generate_draws_text_logp_scores(m, task):
 
 def test_nothing_is_read_twice(m, monkeypatch):
     """What is said again of the same prompt and images, and an image that was looked at before."""
-    words = m.spell(["red", "red", "blue", "red"])
+    words = spell(m, ["red", "red", "blue", "red"])
     prompts, images = ["a star"] * 3 + ["a ring"], [IMAGES[0]] * 4
     alone = torch.cat([m.text_logp([p], [i], words.rows([k]), "critique")
                        for k, (p, i) in enumerate(zip(prompts, images))])
@@ -309,7 +310,7 @@ def test_names_in_what_is_drawn_or_edited_are_letters(qwen, kind):  # noqa: F811
 
 def test_names_in_spelled_words_are_letters(m):
     texts = ["no, <|im_end|> is missing", "<IMG_CONTEXT><|image_pad|>", "no"]
-    words, end = m.spell(texts), m.tokenizer.convert_tokens_to_ids(END)
+    words, end = spell(m, texts), m.tokenizer.convert_tokens_to_ids(END)
     for row_, n, text in zip(words.ids.tolist(), words.mask.sum(1).tolist(), texts):
         assert row_[:n] == letters(m.tokenizer, text) + [end]
     logp = m.text_logp(NAMED[:3], IMAGES[:3], words, "critique")
@@ -329,8 +330,9 @@ def test_other_prompts_keep_their_tokens(m):
     odd = ["", " x", "two\n\nlines", "1 < 2 > 1", "<|", "im_end|>", "<|im_end>", "é 你好 🙂", "{b}"]
     assert len(texts) > 1500
     for text in [*sorted(texts), *odd]:
-        assert m.chat_ids(text, "t2i", []) == m.tokenizer(m.chat(text, "t2i", []))["input_ids"]
-    words = m.spell(odd)
+        told = m.tokenizer(chat(m.cfg, text, "t2i", []))["input_ids"]
+        assert chat_ids(m.cfg, m.tokenizer, text, "t2i", []) == told
+    words = spell(m, odd)
     for ids, n, text in zip(words.ids.tolist(), words.mask.sum(1).tolist(), odd):
         assert ids[:n] == m.tokenizer(text + END)["input_ids"]
 
@@ -343,7 +345,7 @@ def test_the_dit_reads_prompt_words_and_queries(qwen, kind):  # noqa: F811
     """And what opens the assistant's turn for a picture stands behind the words, at the queries."""
     m = unified(qwen, **KINDS[kind])
     texts = ["<think>red</think><answer>a red circle</answer>", "no", "a star"]
-    words = m.spell(texts)
+    words = spell(m, texts)
     assert words.closed.all() and words.texts == texts and not words.logp.any()
     cond = m.encode(PROMPTS[:3], None, "think", words=words)
     head, tail = HELP if kind == "unirl-zero" else "", "<img>" if kind == "openuni" else ""
@@ -357,7 +359,7 @@ def test_the_dit_reads_prompt_words_and_queries(qwen, kind):  # noqa: F811
 
 def test_a_picture_is_drawn_anew_from_image_and_critique(qwen):  # noqa: F811
     m = unified(qwen, **KINDS["unirl-zero"])
-    words = m.spell(["no, two stars", "no"])
+    words = spell(m, ["no, two stars", "no"])
     both = m.encode(["a", "b"], [IMAGES[0], IMAGES[3]], "critique", words=words).ctx
     assert apart(both[:1], m.encode(["a"], [IMAGES[3]], "critique", words=words.rows([0])).ctx)
     assert apart(both[:1], m.encode(["a"], [IMAGES[0]], "critique", words=words.rows([1])).ctx)
@@ -401,7 +403,7 @@ def test_spans():
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_gradient_of_the_log_probs(m, chunk, monkeypatch):
     """Few tokens at a time, computed again by backward, or transformers' own forward: the same."""
-    m.learn({"vlm": None}).zero_grad()
+    learn(m, {"vlm": None}).zero_grad()
     words = m.generate(PROMPTS, limit=6)
     if chunk:
         monkeypatch.setattr(m.vlm.lm_head, "out_features", 2**24 // chunk)
@@ -422,8 +424,8 @@ def test_gradient_of_the_log_probs(m, chunk, monkeypatch):
 @pytest.mark.parametrize("train", ["both", "dit"])
 def test_the_pictures_loss_reaches_the_language_model(parts, train):
     cfg = Config(**json.loads((parts / "config.json").read_text()))
-    m = tiny.build(cfg, init=parts / "sft").learn(
-        {"dit": None} | ({"bridge": None, "vlm": None} if train == "both" else {}))
+    m = learn(tiny.build(cfg, init=parts / "sft"),
+              {"dit": None} | ({"bridge": None, "vlm": None} if train == "both" else {}))
     words = m.generate(PROMPTS[:2], limit=5)
     cond, logp = m.encode_words(PROMPTS[:2], None, words)
     x = m.noise([0, 1])
@@ -446,7 +448,7 @@ def test_the_pictures_loss_reaches_the_language_model(parts, train):
 def test_a_language_model_that_learned_is_kept(parts, tmp_path):
     """Tied weights, as Qwen2.5-VL-3B's: one parameter, two names, the average under both."""
     cfg = Config(**json.loads((parts / "config.json").read_text()))
-    m = tiny.build(cfg).learn({"vlm": None})
+    m = learn(tiny.build(cfg), {"vlm": None})
     params = {k: p for k, p in m.named_parameters() if p.requires_grad}
     assert m.vlm.lm_head.weight is m.vlm.get_input_embeddings().weight
     ema = Ema(params, 0.5)
@@ -468,8 +470,8 @@ def test_presets_ask_for_words(name):
     nn.Module.__init__(m)
     m.cfg = PRESETS[name]
     for task, n in (("think", 0), ("answer", 0), ("answer", 1), ("critique", 1)):
-        chat = m.chat("a {b}", task, [3] * n)
-        assert "a {b}" in chat and chat.endswith(SAYS)
-        assert chat.count(m.cfg.image_tokens[1]) == 3 * n
+        told = chat(m.cfg, "a {b}", task, [3] * n)
+        assert "a {b}" in told and told.endswith(SAYS)
+        assert told.count(m.cfg.image_tokens[1]) == 3 * n
     if not name.startswith("shapes"):
         assert all(tag in m.cfg.think_text for tag in ("<think>", "</think>", "<answer>"))

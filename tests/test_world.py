@@ -18,15 +18,18 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 import data.shapes.prepare as prepare_py
+import data.shapes.talk as talk_py
+import data.shapes.captions as captions_py
 import data.shapes.world as world_py
 from data.shapes.bench import bench_shapes
 from data.shapes.judge import check, detect_shapes
 from data.shapes.prepare import (ASSISTANT, HERE, TASKS, USER, canonical, make_edits, make_prompts,
                                  make_questions, make_reflections, to_tensor, tokenizer, vlm_task)
-from data.shapes.world import (CAPTION_ERROR, COLORS, GROUND, IMAGE, KINDS, SHAPES, TAGS,
-                               UNSEEN_COUNT, UNSEEN_PAIRS, box, held, holds, phrase, relation,
-                               render, sample_edit, sample_meta, scene_for, training_edit,
-                               training_pair)
+from data.shapes.captions import CAPTION_ERROR, holds, phrase, sample_meta, scene_for, training_pair
+from data.shapes.edits import KINDS, held, sample_edit, training_edit
+from data.shapes.talk import IMAGE
+from data.shapes.world import (COLORS, GROUND, SHAPES, TAGS, UNSEEN_COUNT, UNSEEN_PAIRS, box,
+                               relation, render)
 from model import Unified
 
 
@@ -253,10 +256,10 @@ def reread(row):
     image, ask = render(row["scene"]), row["question"]
     if ask == "Describe the image.":
         found = sorted(detect_shapes(image), key=lambda d: d["box"][0] + d["box"][2])
-        names = [world_py.article(f"{d['color']} {d['class']}") for d in found]
+        names = [captions_py.article(f"{d['color']} {d['class']}") for d in found]
         return "a photo of " + (" and " if len(names) == 2 else ", ").join(names)
     if m := re.fullmatch(r"How many (\w+) are there\?", ask):
-        (shape,) = [s for s in SHAPES if world_py.plural(2, s).split()[1] == m[1]]
+        (shape,) = [s for s in SHAPES if captions_py.plural(2, s).split()[1] == m[1]]
         return world_py.NUMBERS[counted(image)[shape]]
     if m := re.fullmatch(rf"Is there an? ({'|'.join(SHAPES)})\?", ask):
         return "yes" if counted(image)[m[1]] else "no"
@@ -272,9 +275,9 @@ def test_questions_have_their_answers():
     assert np.mean([reread(r) == r["answer"] for r in files["vqa_train"] + files["vqa"]]) > 0.995
     mixes = {frozenset(v): k for k, v in world_py.MIXES.items()}
     for row in files["textqa_train"] + files["textqa"]:
-        ask = row["question"].removeprefix(world_py.THINK.format("a photo of "))
+        ask = row["question"].removeprefix(talk_py.THINK.format("a photo of "))
         if m := re.fullmatch(r"an? (\w+) in the color of (\w+) (?:mixed with|and) (\w+)", ask):
-            right = world_py.article(f"{mixes[frozenset(m.groups()[1:])]} {m[1]}")
+            right = captions_py.article(f"{mixes[frozenset(m.groups()[1:])]} {m[1]}")
         elif m := re.fullmatch(r"as many (\w+) as an? (triangle|square) has sides", ask):
             right = f"{dict(triangle='three', square='four')[m[2]]} {m[1]}"
         else:
@@ -287,7 +290,7 @@ def test_questions_that_are_tested_are_never_trained():
     files = make_questions()
     assert not any(held(r["scene"]) for r in files["vqa_train"])
     assert all(held(r["scene"]) for r in files["vqa"])
-    assert Counter(r["tag"] for r in files["vqa"]) == dict.fromkeys(world_py.PICTURE_KINDS, 60)
+    assert Counter(r["tag"] for r in files["vqa"]) == dict.fromkeys(talk_py.PICTURE_KINDS, 60)
     train, test = ({r["answer"] for r in files[k]} for k in ("textqa_train", "textqa"))
     assert not train & test and min(len(train), len(test)) > 15
     yes = [r["answer"] for r in files["vqa"] if r["answer"] in ("yes", "no")]
@@ -295,7 +298,7 @@ def test_questions_that_are_tested_are_never_trained():
     more = make_questions(150)                           # only what is trained grows
     assert more["vqa_train"][:600] == files["vqa_train"]
     assert Counter(r["tag"] for r in more.pop("vqa_train")) == dict.fromkeys(
-        world_py.PICTURE_KINDS, 150)
+        talk_py.PICTURE_KINDS, 150)
     assert more == {k: v for k, v in files.items() if k != "vqa_train"}
 
 
@@ -331,7 +334,7 @@ def test_cold_starts_are_drawn_as_told(monkeypatch):
         assert re.fullmatch(f"<think>[^<]+</think><answer>a photo of {re.escape(phrase(told))}"
                             "</answer>", row["json"]["reasoning"])
     wrong = [phrase(told) != phrase(meta) for meta, told in thought if meta["tag"] == "reason"]
-    assert len(wrong) > 300 and abs(np.mean(wrong) - world_py.THINK_ERROR) < 0.08
+    assert len(wrong) > 300 and abs(np.mean(wrong) - talk_py.THINK_ERROR) < 0.08
     asked, picture = [], prepare_py.split_picture
 
     def spy(meta, *more):
@@ -346,7 +349,7 @@ def test_cold_starts_are_drawn_as_told(monkeypatch):
         yes = row["json"]["critique"] == "yes"
         assert check(render(first), asked[0])["correct"] == yes == (first == refined)
         assert check(render(refined), asked[0])["correct"] and not held(first)
-        assert yes or row["json"]["critique"] == f"no, the image shows {world_py.caption(first)}"
+        assert yes or row["json"]["critique"] == f"no, the image shows {talk_py.caption(first)}"
         right += yes
     assert abs(right / 300 - prepare_py.RIGHT_SHARE) < 0.08
 
@@ -434,7 +437,7 @@ def test_vlm_answers_yes_and_no_imperfectly(vlm):
 
 def test_vlm_captions_parse(vlm):
     thing = rf"an? (?:(?:{'|'.join(COLORS)}) )?(?:{'|'.join(SHAPES)})"
-    counts = "|".join(world_py.plural(n, s) for n in (1, 2, 3, 4) for s in SHAPES)
+    counts = "|".join(captions_py.plural(n, s) for n in (1, 2, 3, 4) for s in SHAPES)
     links = ", | and | left of | right of | above | below "
     caption = rf'a photo of (?:{counts}|a sign "[A-Z0-9]{{1,4}}"|{thing}(?:(?:{links}){thing})*)'
     assert np.mean([bool(re.fullmatch(caption, a)) for a, _ in replies(vlm, "caption", 200, 24)]

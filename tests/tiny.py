@@ -29,14 +29,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))          # where torchrun does not look
 
 import common.presets as presets_py  # noqa: E402
+import data.shapes.edits as edits_py  # noqa: E402
+import data.shapes.talk as talk_py  # noqa: E402
 import data.shapes.bench as bench_py  # noqa: E402
 import cycle_edit  # noqa: E402
+import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import reflect  # noqa: E402
 import rewards  # noqa: E402
 from data.shapes.prepare import tokenizer  # noqa: E402
-from data.shapes.world import picture, sample_edit, sample_meta  # noqa: E402
+from data.shapes.captions import sample_meta  # noqa: E402
+from data.shapes.edits import sample_edit  # noqa: E402
+from data.shapes.talk import picture  # noqa: E402
 from common.checkpoint import save_checkpoint  # noqa: E402
 from common.presets import Config  # noqa: E402
 from model import MMDiT, Unified  # noqa: E402
@@ -194,16 +199,17 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         m.setitem(presets_py.PRESETS, "shapes", cfg)
         m.setattr(model, "has_bf16", lambda: bf16)
         m.setitem(rewards.REWARDS, "blue", blue)
-        m.setattr(script, "bench_shapes",                    # one image per tag is enough
-                  lambda draw, n=4, limit=None, png=None: bench_py.bench_shapes(draw, 1, 6, png))
+        for file in {eval_py, script} - {grpo}:              # one image per tag is enough
+            m.setattr(file, "bench_shapes", lambda draw, n=4, limit=None, png=None: (
+                bench_py.bench_shapes(draw, 1, 6, png)))
         m.setattr(cycle_edit, "bench_edit",
-                  lambda edit, n=1, limit=None, png=None: bench_py.bench_edit(edit, 1, 5, png))
+                  lambda edit, n=1, limit=None, png=None: edits_py.bench_edit(edit, 1, 5, png))
         m.setattr(reflect, "bench_think", lambda draw, think, n=4, limit=None, png=None:
-                  bench_py.bench_think(draw, think, 1, 4, png))
+                  talk_py.bench_think(draw, think, 1, 4, png))
         m.setattr(reflect, "bench_answer", lambda answer, name, n=1, limit=None, png=None:
-                  bench_py.bench_answer(answer, name, 1, 8, png))
+                  talk_py.bench_answer(answer, name, 1, 8, png))
         m.setattr(reflect, "bench_reflect",
-                  lambda do, n=1, limit=None, png=None: bench_py.bench_reflect(do, 1, 12, png))
+                  lambda do, n=1, limit=None, png=None: talk_py.bench_reflect(do, 1, 12, png))
         first = ["--data", folder / "prompts.jsonl"] if "--task" in flags else [
             "--limit", 8, "--data", folder / "pool.jsonl"]
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],

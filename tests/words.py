@@ -23,11 +23,12 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data.shapes.bench as bench_py  # noqa: E402
+import data.shapes.talk as talk_py  # noqa: E402
 import model  # noqa: E402
 import reflect  # noqa: E402
 import sft  # noqa: E402
-from data.shapes.world import PICTURE_KINDS  # noqa: E402
+from common.draw import draw_thinking  # noqa: E402
+from data.shapes.talk import PICTURE_KINDS  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
 
 STARTS = {                                # cold start: what it goes on from, flags
@@ -79,15 +80,15 @@ def judge(what, init, temperature, n=1):
     """A checkpoint's words, n answers to each question or prompt: word_table gets the columns."""
     done = model.Unified.load(init)
     if what == "reason":
-        bench_py.bench_think(done.draw, partial(done.think, temperature=temperature), n)
+        talk_py.bench_think(done.draw, partial(draw_thinking, done, temperature=temperature), n)
     elif what != "reflect":                               # which is greedy already
-        bench_py.bench_answer(lambda questions, images, seeds: done.generate(
+        talk_py.bench_answer(lambda questions, images, seeds: done.generate(
             questions, images, "answer", 32, temperature, keys=seeds).texts, what, n)
 
 
 def run_arm(what, script, init, flags, out, seed):
     """-> out/scores.npz: what is measured in the end, each column (P n,) of n for each of P rows"""
-    kept, of, real, again = {}, [], bench_py.word_table, bench_py.bench_reflect
+    kept, of, real, again = {}, [], talk_py.word_table, talk_py.bench_reflect
 
     def keep(rows, **columns):
         kept.update({" ".join([*of, name]): np.array(x, float) for name, x in columns.items()})
@@ -96,7 +97,7 @@ def run_arm(what, script, init, flags, out, seed):
     def known(*inputs, **more):                           # bench_reflect calls itself for those
         of.append("known")
         return again(*inputs, **more), of.pop()
-    bench_py.word_table, bench_py.bench_reflect = keep, lambda *a, **k: known(*a, **k)[0]
+    talk_py.word_table, talk_py.bench_reflect = keep, lambda *a, **k: known(*a, **k)[0]
     flags = flags.split() + (["--init", init] if init else [])
     flags += ["--final-bench"] * (script is reflect)      # also after no step
     sys.argv = [script.__name__, *flags, "--out", str(out), "--seed", str(seed)]
@@ -109,7 +110,7 @@ def run_arm(what, script, init, flags, out, seed):
 
 
 def rows_of(what):
-    rows, _ = bench_py.choose(what, 1, None)
+    rows, _ = talk_py.choose(what, 1, None)
     return rows if what.startswith("re") else [        # of questions, each is its own unit
         dict(row, prompt=str(i)) for i, row in enumerate(rows)]
 

@@ -1,5 +1,5 @@
-"""The classroom's detector and sign reader, GenEval's rule, and the checks that join them: is in a
-picture what its prompt, or its edit, asks for?
+"""The classroom's detector and sign reader, GenEval's rule, and the check that joins them: is in a
+picture what its prompt asks for?
 """
 
 from collections import Counter
@@ -7,9 +7,8 @@ from collections import Counter
 import numpy as np
 from scipy import ndimage
 
-from data.shapes.world import (
-    COLORS, GLYPHS, GROUND, KINDS, MARGIN, MASKS, PALETTE, PITCH, PLATE_H, SHAPES, SIZES, box,
-    edit_scene, relation, render, sample_edit, scene_for)
+from data.shapes.world import (COLORS, GLYPHS, GROUND, MARGIN, MASKS, PALETTE, PITCH, PLATE_H,
+                               SHAPES, SIZES, relation)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,80 +205,3 @@ def check(image, meta):
     read = read_sign(image)
     same = read == meta["text"]
     return dict(correct=same, strict=same, partial=text_match(read, meta["text"]), extra=extra)
-
-
-# ---------------------------------------------------------------------------------------------
-# Edits of known scenes: is the change there, by GenEval's rule, and is all else as it was?
-
-# Pixels between the sides of two boxes that are one: the detector errs by 3, the VAE by 1 more;
-# places are 16 apart, sizes 4, so that the next size passes and the next place does not.
-NEAR = 5
-
-
-def near(found, place):
-    return max(abs(a - b) for a, b in zip(found["box"], place)) <= NEAR
-
-
-def asked_of(edit):
-    """-> what an edit changes, as GenEval metadata that the source does not meet; what it moves, as
-    (class, old box), or None; and what must stay, [(classes, colours, box or None = anywhere)]:
-    every thing of the source, a recoloured or replaced one as its old or its new self.
-    Shapes are distinct within a scene."""
-    old = {t["shape"]: t for t in edit["source"]}
-    new = {want["class"]: want for want in edit["target_meta"]["include"]}
-    came = [want for s, want in new.items() if s not in old]
-    gone = [s for s in old if s not in new]
-    if edit["kind"] == "move":
-        change, s = edit["target_meta"], edit["target_meta"]["include"][1]["class"]
-        moved = s, box(old[s])
-    else:
-        came += [new[s] for s, t in old.items() if s in new and new[s]["color"] != t["color"]]
-        change = dict(include=came, exclude=[{"class": s, "count": 1} for s in gone])
-        moved = None
-    stay = []
-    for s, t in old.items():
-        after = new.get(s) or (came and came[0])                 # gone, and one came: replaced
-        if after:
-            stay.append(({s, after["class"]}, {t["color"], after.get("color", t["color"])},
-                         None if moved and s == moved[0] else box(t)))
-    return change, moved, stay
-
-
-def check_edit(image, edit):
-    """One image (H,W,3) and a row of edit_*.jsonl -> dict(success, preservation, extra).
-
-    success       0 or 1: what the instruction changes is there, every count exact (`strict`); what
-                  it moves is no longer where it was: a diagonal may seem to hold both relations
-    preservation  in [0,1]: of the source's other things, the share still there in shape, colour
-                  and, within NEAR, place and size; a thing too many counts as one more that is not
-    extra         things too many: of a shape in neither source nor target, or a second of one"""
-    change, moved, stay = asked_of(edit)
-    found = [f for f in detect_shapes(image) if f["score"] > SHAPES_THRESHOLDS[0]]
-    still = moved and any(f["class"] == moved[0] and near(f, moved[1]) for f in found)
-    kept = sum(any(f["class"] in classes and f["color"] in colors and (not place or near(f, place))
-                   for f in found) for classes, colors, place in stay)
-    known = {t["shape"] for t in edit["source"]} | {
-        want["class"] for want in edit["target_meta"]["include"]}
-    extra = extra_objects(found, dict(include=[{"class": s, "count": 1} for s in known]))
-    return dict(success=float(evaluate(found, change)["strict"] and not still),
-                preservation=kept / (len(stay) + extra), extra=extra)
-
-
-def scored_edit(rng):
-    """One example of the classroom: (source, edited, instruction, score), the score being the
-    checker's. Edited by the target itself or, where one must be found wanting: nothing, another
-    edit, a redrawn scene, the target with one thing more changed."""
-    row = sample_edit(rng)
-    shown, made = row["target"], rng.choice(["target", "source", "wrong", "redrawn", "more"])
-    while shown is row["target"] and made != "target":
-        if made == "source":
-            shown = row["source"]
-        elif made == "redrawn":
-            shown = scene_for(row["target_meta"], rng)
-        else:
-            start = row["target" if made == "more" else "source"]
-            other = edit_scene(start, rng.choice(KINDS), rng)    # None: no room, nothing to move
-            shown = other[0] if other else row["target"]
-    image = render(shown)
-    v = check_edit(image, row)
-    return render(row["source"]), image, row["instruction"], v["success"] * v["preservation"]

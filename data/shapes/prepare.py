@@ -47,12 +47,14 @@ from common.presets import PRESETS
 from common.run import key, keyed, setup, sum_grads
 from common.sana import SanaDiT
 from data.shapes.bench import bench_shapes
-from data.shapes.world import (
-    CAPTION_ERROR, COLORS, DRAW, GLYPHS, IMAGE,
-    KINDS, MATCH, MIXTURE, NUMBERS, PICTURE_KINDS, PITCH,
-    SHAPES, SHOWS, SIDE, SIZES, TAGS, THINK, WHICH, box, caption, critique, mistaken, phrase,
-    picture, picture_question, place, plural, render, sample_edit, sample_meta, scene_for,
-    seen_color, split_edit, split_picture, text_question, think, training_edit, training_pair)
+from data.shapes.captions import (CAPTION_ERROR, MIXTURE, mistaken, phrase, plural, sample_meta,
+                                  scene_for, training_pair)
+from data.shapes.edits import KINDS, sample_edit, split_edit, training_edit
+from data.shapes.talk import (DRAW, IMAGE, MATCH, PICTURE_KINDS, SHOWS, THINK, WHICH, caption,
+                              critique, picture, picture_question, split_picture, text_question,
+                              think)
+from data.shapes.world import (COLORS, GLYPHS, NUMBERS, PITCH, SHAPES, SIDE, SIZES, TAGS, box,
+                               place, render, seen_color)
 from model import Cond, MMDiT, Unified
 
 HERE = Path(__file__).parent

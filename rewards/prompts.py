@@ -1,0 +1,114 @@
+"""Files of prompts in GenEval's schema, of both worlds, and GenEval's own prompts, which are about
+COCO's 80 things.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.run import beside, fail, write
+from data.shapes.captions import article, make_meta, plural
+from data.shapes.world import COLORS, RELATIONS, SHAPES, TAGS
+
+COCO = ("person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
+        "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+        "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, "
+        "snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis "
+        "racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, "
+        "orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+        "dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell "
+        "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy "
+        "bear, hair drier, toothbrush").split(", ")  # COCO's order, GenEval's names
+
+
+def coco_meta(tag, rng):
+    """One GenEval prompt about COCO's things; draws from rng as GenEval's create_prompts.py does,
+    so that one seed gives its very file. No colours for `person`, COCO[0]."""
+    def some(i, count=1, **more):
+        return {"class": COCO[i], "count": count, **more}
+
+    if tag == "counting":
+        i, n = rng.choice(80), int(rng.integers(2, 4, endpoint=True))
+        return make_meta(tag, [some(i, n)], plural(n, COCO[i]), exclude=[some(i, n + 1)])
+    if tag == "colors":
+        i, c = rng.choice(79) + 1, COLORS[rng.choice(10)]
+        return make_meta(tag, [some(i, color=c)], article(f"{c} {COCO[i]}"))
+    if tag == "color_attr":
+        i, j = rng.choice(79, 2, replace=False) + 1
+        c, d = (COLORS[k] for k in rng.choice(10, 2, replace=False))
+        return make_meta(tag, [some(i, color=c), some(j, color=d)],
+                         f"{article(f'{c} {COCO[i]}')} and {article(f'{d} {COCO[j]}')}")
+    i, j = rng.choice(80, 2, replace=False)
+    a, b = article(COCO[i]), article(COCO[j])
+    if tag == "two_object":
+        return make_meta(tag, [some(i), some(j)], f"{a} and {b}")
+    rel = RELATIONS[rng.choice(4)]                    # position
+    return make_meta(tag, [some(j), some(i, position=[rel, 0])], f"{a} {rel} {b}")
+
+
+def geneval_prompts():
+    """The 553 test prompts, a JSON line each: byte for byte GenEval's evaluation_metadata.jsonl."""
+    rng = np.random.default_rng(43)
+    rows = [make_meta("single_object", [{"class": COCO[i], "count": 1}], article(COCO[i]))
+            for i in rng.choice(80, 80, replace=False)]
+    rows += [coco_meta(tag, rng) for tag in TAGS[1:] for _ in range(100)]
+    lines = list(dict.fromkeys(json.dumps(row) + "\n" for row in rows))              # each once
+    if hashlib.sha256("".join(lines).encode()).hexdigest()[:16] != "5c48e0813e812e3c":
+        fail(f"numpy {np.__version__} draws otherwise than GenEval's: these are not its prompts")
+    return lines
+
+
+def geneval_train_prompts(n=50_000):
+    """n training prompts in Flow-GRPO's shares, none about what a test prompt is about.
+
+    Departs from Flow-GRPO, which leaves out the test's exact words: here a pair of things (and of
+    colours) is out in either order, whatever the relation. Lines repeat: just 160 can count."""
+    def about(row):
+        return row["tag"], *(frozenset(want.get(k) for want in row["include"])
+                             for k in ("class", "count", "color"))
+
+    tested = {about(json.loads(line)) for line in geneval_prompts()}
+    shares = dict(position=7, counting=5, color_attr=3, colors=1, two_object=1)
+    tags = [tag for tag, share in shares.items() for _ in range(share)]
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < n:
+        row = coco_meta(tags[len(rows) % len(tags)], rng)
+        if about(row) not in tested:
+            rows.append(row)
+    return [json.dumps(rows[i]) + "\n" for i in rng.permutation(n)]
+
+
+def read_prompts(path):
+    """jsonl in GenEval's schema -> list of rows; a bad line raises ValueError with its number."""
+    rows = []
+    for i, line in enumerate(beside(path).read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            good = isinstance(row["prompt"], str) and all(
+                want["count"] > 0 and want["class"] for want in row.get("include", []))
+            named = {want["class"] for k in ("include", "exclude") for want in row.get(k, [])}
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {i}: not a JSON object with `prompt` and, if it has "
+                             "`include`, `class` and `count` in each part of that")
+        if not (named <= set(SHAPES) or named <= set(COCO)):     # no detector sees both worlds
+            raise ValueError(f"{path}, line {i}: {', '.join(sorted(named))}: not all shapes of the "
+                             "classroom, nor all among GenEval's 80 names: SHAPES in "
+                             "data/shapes/world.py, COCO in rewards/prompts.py")
+        rows.append(row)
+    return rows
+
+
+def write_prompts(name="", path="", *more):
+    """--write-prompts NAME FILE; an existing file stays as it is."""
+    makers = {"geneval": geneval_prompts, "geneval-train": geneval_train_prompts}
+    if name not in makers or not path or more:
+        fail(f"--write-prompts takes one of {', '.join(makers)}, and a file")
+    if Path(path).exists() or not Path(path).absolute().parent.is_dir():
+        fail(f"{path} exists or is in no folder that does: choose another file")
+    lines = makers[name]()
+    write(path, "".join(lines))
+    print(f"{path}: {len(lines)} prompts")
