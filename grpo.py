@@ -199,14 +199,8 @@ def surrogate(model, branches, owner, path, advantage, times, total, args, ancho
 
 
 def check(args, world):
-    """Every error a user can make, before anything is loaded or written. -> rewards and their
+    """Errors that a user can make, before anything is loaded or written. -> rewards and their
     weights by category, weights of categories in the draw, layers that see a reward's noise"""
-    photos = not args.preset.startswith("shapes")
-    if args.prompts == Args.prompts and photos:
-        fail(f"preset {args.preset!r} draws photos and needs --prompts of its own: eval.py "
-             "--write-prompts geneval-train FILE writes some")
-    if args.eval_prompts and not photos:
-        fail("--eval-prompts is for photos: the classroom has held-out prompts of its own")
     check_flags(args, world, tuple(TRAIN), "prompts")
     try:
         weights = read_weights(args.reward)

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
 
 from common.presets import PARTS, RECIPES, preset
@@ -132,6 +132,19 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
                       {k: v for k, v in values.items() if k not in without})
     check_seed(args)
     return Args(**vars(args))
+
+
+def fork(Args, without, **own):
+    """Args of a script that departs from another's: without some of its fields, and with its own,
+    {name: flag(...)}, behind them -> dataclass"""
+    kept, title = [], ""
+    for f in fields(Args):
+        about = f.metadata
+        title = about["group"] or title                  # of a group whose first field is left out
+        if f.name not in {*without, *own}:
+            kept.append((f.name, f.type, flag(f.default, about["help"], title, about["paper"])))
+            title = ""
+    return make_dataclass("Args", kept + [(name, type(f.default), f) for name, f in own.items()])
 
 
 def given_parts(args):

@@ -43,13 +43,20 @@ def lm_loss(model, prompts, refs, words):
     return -logp.sum() / words.mask.sum().clamp(min=1)
 
 
+def noised(model, x0, keys):
+    """Latents x0 (n,C,h,w), each at a random time and with noise that are drawn from its key alone
+    -> x_t (n,C,h,w), t (n,), v* = eps - x0 (n,C,h,w)"""
+    t, eps = torch.empty(len(keys)), torch.empty(x0.shape)
+    for i, k in enumerate(keys):
+        t[i : i + 1] = train_times(1, model.cfg, keyed(k))
+        eps[i] = torch.randn(x0.shape[1:], generator=keyed(k + 1))
+    t, eps = t.to(x0.device), eps.to(x0.device)
+    return torch.lerp(x0, eps, t.view(-1, 1, 1, 1)), t, eps - x0
+
+
 def flow_loss(model, images, prompts, keys):
     """The flow matching loss of n pairs, as in sft.py, but that no caption is withheld. images
     uint8 (n,3,H,W); time and noise of a pair are drawn from its key alone. -> (n,)"""
-    x0 = model.to_latents(images)                                             # (n,C,h,w)
-    t = torch.cat([train_times(1, model.cfg, keyed(k)) for k in keys]).to(model.device)
-    eps = torch.stack([torch.randn(x0.shape[1:], generator=keyed(k + 1)) for k in keys])
-    eps = eps.to(model.device)
-    x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+    x_t, t, target = noised(model, model.to_latents(images), keys)            # (n,C,h,w)
     v = model.velocity(x_t, t, [(1.0, model.encode(prompts))])
-    return (v - (eps - x0)).square().mean((1, 2, 3))
+    return (v - target).square().mean((1, 2, 3))

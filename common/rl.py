@@ -21,6 +21,11 @@ from common.run import (Finite, all_mean, beside, check_ranks, fail, key, keyed,
 from common.weights import adapter, start_model, swapped
 
 
+def one_of(name, value, valid):
+    if value not in valid:
+        fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
+
+
 def check_flags(args, world, train, what):
     """The errors that a user of any RL script can make, before anything is loaded or written.
     train: the values of --train; what: the script draws B of it, such as "prompts"."""
@@ -28,6 +33,16 @@ def check_flags(args, world, train, what):
         fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
     if args.B % world:
         fail(f"--B {args.B} {what} cannot be shared by {world} ranks: choose a multiple")
+    one_of("train", args.train, train)
+    one_of("norm", args.norm, ("group", "joint", "global"))
+    if args.lora_rank and args.train == "bridge":
+        fail("--lora-rank adapts the DiT: --train dit or both")
+    if hasattr(args, "window"):
+        check_window(args, world)
+
+
+def check_window(args, world):
+    """The same, of scripts that step at random on a window of steps."""
     if not (args.window > 0 <= args.window_start <= args.window_stop < args.T - args.window):
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
@@ -39,15 +54,9 @@ def check_flags(args, world, train, what):
     if sft := getattr(args, "sft", 0):
         if not 0 <= sft < 1 or args.sft_batch % world:
             fail(f"--sft {sft} is a share in [0,1), --sft-batch a multiple of the {world} ranks")
-    for name, value, valid in (("train", args.train, train),
-                               ("kl", args.kl, ("mean", "flow-grpo", "velocity")),
-                               ("grid", args.grid or "uniform", GRIDS),
-                               ("norm", args.norm, ("group", "joint", "global")),
-                               ("kind", args.kind, KERNELS)):
-        if value not in valid:
-            fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
-    if args.lora_rank and args.train == "bridge":
-        fail("--lora-rank adapts the DiT: --train dit or both")
+    one_of("kl", args.kl, ("mean", "flow-grpo", "velocity"))
+    one_of("grid", args.grid or "uniform", GRIDS)
+    one_of("kind", args.kind, KERNELS)
 
 
 def adapters(args, parts):
@@ -293,7 +302,7 @@ class Recorder:
         self.stopped = False                             # on any rank: then all stop together
         self.out, self.begin = open_run(args.out, args, args.resume, optimiser.start, rank)
         self.D = math.prod(model.noise([0]).shape)
-        if rank == 0:
+        if rank == 0 and hasattr(args, "clip"):
             print(f"--clip {args.clip:g} is {args.clip * self.D:.3g} nats: a log-prob is a mean "
                   f"over {self.D} latent numbers")
         if not args.resume:
