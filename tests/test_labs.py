@@ -1,7 +1,10 @@
 """labs/: the laws of their losses, and that each runs as grpo.py does. As a script, under torchrun,
 this file plays a lab: FOLDER OUT LAB FLAGS."""
 
+import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,12 +13,14 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_cli import complaint
+from test_forks import copy  # noqa: F401
 from test_grpo import config as tiny_config
 
 from common.flow import flow_loss, noised
 from labs import awm, dgpo, nft
 
 LABS = dict(nft=nft, awm=awm, dgpo=dgpo)
+PATCHES = sorted(file.name for file in (tiny.ROOT / "labs").glob("*.diff"))
 MU, SIGMA, P = (torch.tensor(x, dtype=torch.float64) for x in (
     (-2.0, 0.5, 2.0), (0.3, 0.2, 0.5), (0.2, 0.5, 0.3)))         # a 1-D Gaussian mixture
 GOOD = torch.tensor([0.1, 0.9, 0.4], dtype=torch.float64)        # how good its components are
@@ -172,6 +177,23 @@ def test_what_was_removed_is_no_flag(parts, tmp_path, capsys):
 def test_labs_are_short():
     for file in LABS.values():
         assert len(Path(file.__file__).read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_patch_applies_and_learns(copy, name):  # noqa: F811
+    diff = (tiny.ROOT / "labs" / name).read_text()
+    added = [line for line in diff.splitlines() if line.startswith("+") and line[:3] != "+++"]
+    assert 0 < len(added) <= 40
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
+    flags = ("--steps 3 --B 2 --G 6 --T 6 --window 2 --window-stop 2 --eval-T 1 --updates 2 "
+             "--lr 1e-3 --clip 1 --out run")
+    done = subprocess.run([sys.executable, "grpo.py", *flags.split()], cwd=copy, text=True,
+                          capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in open(copy / "run/log.jsonl")][1:]
+    assert len(rows) == 3 and any(row["grad_norm"] > 0 for row in rows)
+    assert all(row["ratio_off"] == 0 for row in rows)            # the first update's: exactly 1
+    assert any(row["ratio_high"] > row["ratio_low"] for row in rows)
 
 
 if __name__ == "__main__":
