@@ -28,7 +28,7 @@ from common.flags import flag, parse
 from common.presets import preset, reference_ways
 from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
                        jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import fail, key, keyed, setup
+from common.run import PER_SAMPLE, fail, key, keyed, setup
 from common.show import grid, spread
 from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit, source_picture
@@ -72,22 +72,22 @@ class Args:
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
     grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's",
-                     paper=True)
+                     setting=True)
     window: int = flag(3, "consecutive steps that are random, and trained")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", paper=True)
+    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
     window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
     kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
     eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
-                              paper=True)
+                              setting=True)
     guidance: float = flag(1.0, "weight of the text in rollout and update; 1: no guidance")
     image_guidance: float = flag(1.0, "weight of the source in rollout and update; 1: no guidance")
     refs: str = flag("", "what is shown the pictures: vlm, dit or both; empty: as it was trained")
 
     train: str = flag("dit", "dit, bridge (with its queries) or both", group="What learns")
     lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", paper=True)
-    wd: float = flag(0.0, "weight decay of AdamW", paper=True)
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
+    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
     ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
 
     norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
@@ -98,7 +98,7 @@ class Args:
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
     beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
     kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
-                   "(without the step size) or velocity (between velocities)", paper=True)
+                   "(without the step size) or velocity (between velocities)", setting=True)
 
     judge: str = flag("", "VLM that judges, and that writes what inverses are missing; empty: see "
                       "rewards/shared.py", group="Rewards")
@@ -303,7 +303,7 @@ def main():
         # 2  roll out the edit; its picture is the reference of the way back: roll that out as well
         asked, legs, anchors, paths, drawn = [], [], [], [], []
         for leg in range(1 + back):
-            keys = noise_keys(args, step, samples, G, 200, 100 * leg)
+            keys = noise_keys(args, step, samples, G, 2 * PER_SAMPLE, leg * PER_SAMPLE)
             if leg:       # N references, so N conditions; a group starts from one noise nonetheless
                 asked.append([[row["inverse"] for row in edits],
                               model.look([[image] for image in drawn[0]], "edit"),

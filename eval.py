@@ -216,14 +216,19 @@ def read_rows(path, weights, reward, photos):
     return rows
 
 
-def read_prompts_of(args, weights, photos):
-    """-> rows of grpo.py's --prompts and, of photos, held-out ones: of --eval-prompts, or of
-    GenEval's own test where that is the reward"""
+def check_prompts(args):
+    """The user's error where a preset for photos has the classroom's prompts, or the reverse."""
+    photos = not args.preset.startswith("shapes")
     if args.prompts == type(args).prompts and photos:            # nobody named any
         fail(f"preset {args.preset!r} draws photos and needs --prompts of its own: eval.py "
              "--write-prompts geneval-train FILE writes some")
     if args.eval_prompts and not photos:
         fail("--eval-prompts is for photos: the classroom has held-out prompts of its own")
+
+
+def read_prompts_of(args, weights, photos):
+    """-> rows of grpo.py's --prompts and, of photos, held-out ones: of --eval-prompts, or of
+    GenEval's own test where that is the reward"""
     read = partial(read_rows, weights=weights, reward=args.reward, photos=photos)
     prompts = read(args.prompts)
     if args.eval_prompts:

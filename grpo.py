@@ -29,8 +29,8 @@ from common.rl import (Anchor, Clock, Ldam, Recorder, batch_std, check_flags, di
                        ratio_stats, set_up, wants_final_bench)
 from common.run import all_mean, fail, key, keyed, setup, table
 from common.weights import swapped
-from eval import (before_and_after, bench_pictures, check_scored, draw_while_judging,
-                  preview_pictures, read_prompts_of, read_weights, score)
+from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
+                  draw_while_judging, preview_pictures, read_prompts_of, read_weights, score)
 from model import Unified, rollout, sde_step, sigmas
 from rewards.judge import Judge
 
@@ -66,34 +66,34 @@ class Args:
 
     kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple",
                      group="Sampling")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", paper=True)
+    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
     window_stop: int = flag(3, "last step, from 0, at which it may start; each update draws one")
     guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: half the forwards")
-    grid: str = flag("", "times: uniform or diffusers; empty: the preset's", paper=True)
-    shared_noise: bool = flag(True, "a group starts from one initial noise", paper=True)
-    mix: str = flag("", "weight of each prompt by its category: text:3,*:1", paper=True)
+    grid: str = flag("", "times: uniform or diffusers; empty: the preset's", setting=True)
+    shared_noise: bool = flag(True, "a group starts from one initial noise", setting=True)
+    mix: str = flag("", "weight of each prompt by its category: text:3,*:1", setting=True)
 
     train: str = flag("dit", "dit, bridge (with its queries) or both", group="What learns")
     lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", paper=True)
-    wd: float = flag(0.0, "weight decay of AdamW", paper=True)
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
+    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
     ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
 
     clip: float = flag(2e-3, "the ratio is kept within 1 +- this", group="Objective")
     norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage")
     updates: int = flag(1, "optimiser steps per rollout, each on its share of the images")
     trained: int = flag(0, "of the window's steps so many, drawn anew, are trained; 0: all",
-                        paper=True)
+                        setting=True)
     beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
-    kl: str = flag("mean", "which KL: mean, flow-grpo or velocity, see Anchor", paper=True)
+    kl: str = flag("mean", "which KL: mean, flow-grpo or velocity, see Anchor", setting=True)
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
     sft: float = flag(0.0, "weight, below 1, of a fine-tuning loss (DeepGen) beside the rewards")
     sft_data: str = flag("data/shapes/train", "its images and prompts, as pretrain.py's --data")
-    sft_batch: int = flag(32, "its images per update, over all ranks", paper=True)
+    sft_batch: int = flag(32, "its images per update, over all ranks", setting=True)
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
-    ldam_gamma: float = flag(0.1, "size of that noise", paper=True)
-    ldam_leap: float = flag(100.0, "growth of the gradient norm that it waits for", paper=True)
-    ldam_falls: int = flag(5, "falls of the reward that it waits for", paper=True)
+    ldam_gamma: float = flag(0.1, "size of that noise", setting=True)
+    ldam_leap: float = flag(100.0, "growth of the gradient norm that it waits for", setting=True)
+    ldam_falls: int = flag(5, "falls of the reward that it waits for", setting=True)
 
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see rewards/shared.py",
                       group="Rewards")
@@ -135,7 +135,8 @@ def group_advantage(R, W, G, norm="group"):
         R = torch.where(W == 0, 0, R * W).sum(1, keepdim=True)
         W = torch.ones(len(R), 1)
     # In fp64 the mean of equal fp32 numbers is that number: 3 x 1/3 agree to the last bit.
-    r = R.double().view(-1, G, R.shape[1])                                       # (B,G,K)
+    r = R.double()
+    r = r.view(-1, G, R.shape[1])                                                # (B,G,K)
     mean = r.nanmean(1, keepdim=True)
     # Departs from the code of UniRL-Zero and DeepGen, whose std divides by G - 1.
     variance = (r - mean).square().nanmean(1, keepdim=True)
@@ -143,8 +144,10 @@ def group_advantage(R, W, G, norm="group"):
     if norm == "global":
         std = batch_std(r)
     z = (r - mean) / (std + 1e-4)
-    z = z.nan_to_num(0).view_as(R)                                               # (N,K)
-    advantage = (z * W).sum(1).float()
+    z = z.nan_to_num(0)
+    z = z.view_as(R)                                                             # (N,K)
+    advantage = (z * W).sum(1)
+    advantage = advantage.float()
     if norm == "group":
         return advantage
     return advantage.clamp(-5, 5)
@@ -201,6 +204,7 @@ def surrogate(model, branches, owner, path, advantage, times, total, args, ancho
 def check(args, world):
     """Errors that a user can make, before anything is loaded or written. -> rewards and their
     weights by category, weights of categories in the draw, layers that see a reward's noise"""
+    check_prompts(args)
     check_flags(args, world, tuple(TRAIN), "prompts")
     try:
         weights = read_weights(args.reward)

@@ -627,7 +627,7 @@ class Unified(nn.Module):
         temperature of None. Where the language model learns both carry gradient into it, and so
         what is drawn teaches it through the queries (UniRL-Zero)."""
         cfg = self.cfg
-        x, pos, lengths, starts = self.read(prompts, images, task, words)
+        x, pos, lengths, starts = self.sequence(prompts, images, task, words)
         with self.autocast():
             out = self.vlm.model.language_model(
                 inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
@@ -646,7 +646,7 @@ class Unified(nn.Module):
                 "edit" if images is not None and len(images[b]) else "t2i"
                 for b, p in enumerate(prompts)]
 
-    def read(self, prompts, images, task, words=None, queries=True):
+    def sequence(self, prompts, images, task, words=None, queries=True):
         """What the VLM is to read: per row the chat, its `words` and the queries -> embeddings
         (B,L,d), position ids (3,B,L) or (B,L), each row's length, and where its words begin. The
         VLM is causal and padded on the right: no row sees another's length, and position ids are
@@ -704,7 +704,7 @@ class Unified(nn.Module):
 
         top_p narrows what is drawn, not what is logged: of a truncated distribution a token that
         later falls outside has no log-prob, and the ratio of two such policies no meaning."""
-        x, pos, lengths, _ = self.read(prompts, images, task, queries=False)
+        x, pos, lengths, _ = self.sequence(prompts, images, task, queries=False)
         keys = range(len(prompts) * n) if keys is None else keys
         u = torch.stack([torch.rand(limit, generator=keyed(k), dtype=torch.float64)
                          for k in keys]).to(self.device)                         # (B n,limit)
@@ -722,7 +722,7 @@ class Unified(nn.Module):
         first = [which.index(k) for k in range(len(each))]
         prompts, images = ([of[i] for i in first] if of else None for of in (prompts, images))
         words = words.rows(first)
-        x, pos, _, starts = self.read(prompts, images, task, words, queries=False)
+        x, pos, _, starts = self.sequence(prompts, images, task, words, queries=False)
         with self.autocast():
             out = self.vlm.model.language_model(inputs_embeds=x, position_ids=pos,
                                                 attention_mask=None, use_cache=False)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common.show import grid
 from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit
-from common.checkpoint import Ema
+from common.checkpoint import Ema, resume_run, save_run
 from common.draw import draw_edits
 from common.flags import flag, parse
 from common.flow import condition, train_times
@@ -76,7 +76,7 @@ def main():
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     ema = Ema(params, args.ema)
-    start = ema.resume(args.out, opt) if args.resume else 0
+    start = resume_run(ema, args.out, opt) if args.resume else 0
     cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits:
         reference_ways(cfg, model.dit)
@@ -153,7 +153,7 @@ def main():
                         edit = partial(draw_edits, model)
                         scores["edit_score"] = bench_edit(edit, 1, 100)["both"]
                     row |= scores
-            ema.save(out, model, step + 1, opt)
+            save_run(ema, out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
         if stopped:

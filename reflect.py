@@ -36,7 +36,7 @@ from common.presets import preset, reference_ways
 from common.read import UNREADABLE, read_image
 from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
                        jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import fail, key, keyed, setup, slices, table
+from common.run import PER_SAMPLE, fail, key, keyed, setup, slices, table
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
 from data.shapes.bench import bench_shapes, scene_image
@@ -113,7 +113,7 @@ class Args:
     images_per_thought: int = flag(1, "cot: images of one thought, which learns by their mean")
     answer_only: bool = flag(False, "cot: the DiT is told the answer, not prompt and thought")
     mix: str = flag("", "weight of each row by its category, as text:3,*:1; empty: all alike",
-                    paper=True)
+                    setting=True)
 
     verdict: float = flag(1.0, "reflect: weight of the reward for a right verdict, 0 or 1",
                           group="Rewards")
@@ -127,23 +127,23 @@ class Args:
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
     grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's",
-                     paper=True)
+                     setting=True)
     window: int = flag(3, "consecutive steps that are random, and trained")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", paper=True)
+    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
     window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
     kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
     eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
-                              paper=True)
+                              setting=True)
     guidance: float = flag(1.0, "weight of prompt and critique in rollout and update; 1: none")
     refs: str = flag("", "what redraws from the picture: vlm, dit or both; empty: the preset's")
 
     lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
                           group="What learns")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", paper=True)
+    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
     vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA")
     vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
-    wd: float = flag(0.0, "weight decay of AdamW", paper=True)
+    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
     ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
 
     norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
@@ -156,7 +156,7 @@ class Args:
     beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy of it")
     lm_beta: float = flag(0.1, "as --beta, of tokens")
     kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
-                   "(without the step size) or velocity (between velocities)", paper=True)
+                   "(without the step size) or velocity (between velocities)", setting=True)
 
     vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
                     group="Weights in place of the preset's")
@@ -427,35 +427,52 @@ def thinking(model, args):
 def preview(model, args, faces, held, weights, judge, png):
     """Fixed rows at fixed noise: pictures and words to look at; where they are held out, a quick
     score. -> metrics"""
-    classroom, prompts = args.preset.startswith("shapes"), [row["prompt"] for row in faces]
-    seeds, metrics = range(len(faces)), {}
-    if classroom and args.task != "reflect":
-        metrics = benched(model, args)(1, 96, png)
-    elif args.task == "reflect":
-        firsts = torch.stack([source_picture(row, model.cfg.size) for row in faces])
-        last, said = again(model, args)(prompts, firsts, seeds)
-        grid(torch.stack([firsts, last.cpu()], 1).flatten(0, 1),
-             [t for p, row in zip(prompts, said) for t in (p, " / ".join(row))], png,
-             [f for row in faces for f in (row["right"], None)])
-        if classroom:
-            metrics = benched(model, args)(1, 96)
-        elif held:
-            faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
-            right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
-            return held_out_score(score(last.cpu(), faced, weights, judge)) | dict(
-                accuracy=sum(right) / len(right))
-    elif args.task == "cot":
-        images, words = thinking(model, args)(prompts, seeds)
-        grid(images.cpu(), [f"{p}: {t}" for p, t in zip(prompts, words.texts)], png)
-        return held_out_score(score(images.cpu(), faces, weights, judge)) if held else {}
-    else:
-        pictures = [[asked_about(row)] for row in faces] if args.task == "vqa" else None
-        said = model.generate(prompts, pictures, "answer", args.limit, args.temperature,
-                              keys=seeds).texts
-        right = [answer_of(t) == row["answer"] for t, row in zip(said, faces)]
-        show_answers(prompts, said, right, png)
-        return dict(score=sum(right) / len(right)) if held else {}
-    return {name: metrics[k] for name, k in LOOK[args.task].items()} if metrics else {}
+    if args.task != "reflect" and args.preset.startswith("shapes"):
+        return quick_bench(model, args, png)
+    show = dict(reflect=show_reflections, cot=show_thoughts).get(args.task, show_asked)
+    return show(model, args, faces, held, weights, judge, png)
+
+
+def quick_bench(model, args, png=None):
+    metrics = benched(model, args)(1, 96, png)
+    return {name: metrics[k] for name, k in LOOK[args.task].items()}
+
+
+def show_reflections(model, args, faces, held, weights, judge, png):
+    """First pictures and last ones, with what was said of them."""
+    prompts = [row["prompt"] for row in faces]
+    firsts = torch.stack([source_picture(row, model.cfg.size) for row in faces])
+    last, said = again(model, args)(prompts, firsts, range(len(faces)))
+    grid(torch.stack([firsts, last.cpu()], 1).flatten(0, 1),
+         [t for p, row in zip(prompts, said) for t in (p, " / ".join(row))], png,
+         [f for row in faces for f in (row["right"], None)])
+    if args.preset.startswith("shapes"):
+        return quick_bench(model, args)
+    if not held:
+        return {}
+    faced = [row | dict(source_image=x) for row, x in zip(faces, firsts)]
+    right = [verdict(row[0])[0] == face["right"] for row, face in zip(said, faces)]
+    return held_out_score(score(last.cpu(), faced, weights, judge)) | dict(
+        accuracy=sum(right) / len(right))
+
+
+def show_thoughts(model, args, faces, held, weights, judge, png):
+    """Pictures, with what was thought before they were drawn."""
+    prompts = [row["prompt"] for row in faces]
+    images, words = thinking(model, args)(prompts, range(len(faces)))
+    grid(images.cpu(), [f"{p}: {t}" for p, t in zip(prompts, words.texts)], png)
+    return held_out_score(score(images.cpu(), faces, weights, judge)) if held else {}
+
+
+def show_asked(model, args, faces, held, weights, judge, png):
+    """Questions and answers."""
+    prompts = [row["prompt"] for row in faces]
+    pictures = [[asked_about(row)] for row in faces] if args.task == "vqa" else None
+    said = model.generate(prompts, pictures, "answer", args.limit, args.temperature,
+                          keys=range(len(faces))).texts
+    right = [answer_of(t) == row["answer"] for t, row in zip(said, faces)]
+    show_answers(prompts, said, right, png)
+    return dict(score=sum(right) / len(right)) if held else {}
 
 
 def whole_bench(model, args, png):
@@ -477,11 +494,11 @@ def main():
 
     # The model, what trains it, and where the run is kept
     learns, B, G = TRAIN[args.task][args.train], args.B // world, args.G     # B: of this rank
-    lm, dit, M = "vlm" in learns, "dit" in learns, args.images_per_thought
-    anchored = dit and args.beta or lm and args.lm_beta
+    speaks, draws, M = "vlm" in learns, "dit" in learns, args.images_per_thought
+    anchored = draws and args.beta or speaks and args.lm_beta
     model, initial, optimiser = set_up(
-        Unified, args, learns, dit and (args.micro or args.window * B * G * M),
-        lm and (args.micro or B * G), anchored, rank, device)
+        Unified, args, learns, draws and (args.micro or args.window * B * G * M),
+        speaks and (args.micro or B * G), anchored, rank, device)
     ways = reference_ways(model.cfg, model.dit) if args.task == "reflect" else ()
     if rank == 0 and photos and not held:
         print("no held-out rows: what is shown is of training rows, and there is no score; "
@@ -494,7 +511,7 @@ def main():
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
     mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
     samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
-    able = [may for may in may_draw(args, mine) for _ in range(G)]
+    able = [allowed for allowed in may_draw(args, mine) for _ in range(G)]
     for step in recorder.steps("reflect"):
         clock, rng = Clock(), keyed(key(args.seed, step, 0))     # every rank draws alike
 
@@ -510,17 +527,19 @@ def main():
             looks = [look for look in looks for _ in range(G)]
 
         # 2  the language model answers each row G times
+        last = PER_SAMPLE - 1                            # of a sample's numbers: for its words
+        word_keys = [key(args.seed, step, n * M * PER_SAMPLE + last) for n in samples]
         words = model.generate([row["prompt"] for row in batch], looks and looks[::G],
                                ASKS[args.task], args.limit, args.temperature, args.top_p,
-                               [key(args.seed, step, n * M * 100 + 99) for n in samples], G)
+                               word_keys, G)
         says = [verdict(text) for text in words.texts]           # reflect: yes or no, well formed?
         clock.lap("words")
 
         # 3  some draw, each from words of its own, a group from one initial noise. The log-probs
         #    kept are not those the words were drawn with but of the update's own pass over them,
         #    which conditions the DiT: so the ratio starts at 1
-        drawing = [n for n, may in enumerate(able)
-                   if may and (args.task == "cot" or says[n][0] is False)]
+        drawing = [n for n, allowed in enumerate(able)
+                   if allowed and (args.task == "cot" or says[n][0] is False)]
         place = {n: k for k, n in enumerate(drawing)}            # sample -> its row among these
         keys = noise_keys(args, step, [n * M + m for n in samples for m in range(M)], G * M)
         images = torch.stack([row["source_image"] for row in asked]) if (
@@ -528,27 +547,27 @@ def main():
         old_logp, refs, branches = torch.zeros_like(words.logp), {}, Branches()
         if drawing:
             if "dit" in ways:                            # a group shares the noise of its reference
-                of = list(dict.fromkeys(n // G * G for n in drawing))
-                of = dict(zip(of, model.ref_latents([looks[n] for n in of],
-                                                    [keys[n][0] for n in of])))
-                refs = {n: of[n // G * G] for n in drawing}
+                shared = list(dict.fromkeys(n // G * G for n in drawing))
+                shared = dict(zip(shared, model.ref_latents([looks[n] for n in shared],
+                                                            [keys[n][0] for n in shared])))
+                refs = {n: shared[n // G * G] for n in drawing}
             with torch.no_grad():
                 branches, old_logp[drawing] = words_again(model, args, asked, looks, words, refs,
                                                           drawing, True)
             path = rollout(model, branches, times, window,
                            [keys[n * M + m] for n in drawing for m in range(M)], args.eta,
                            args.kind, args.shared_noise)
-            new = model.to_images(path.x0).cpu()
-            images = new if args.task == "cot" else images.index_copy(
-                0, torch.tensor(drawing), new)
+            redrawn = model.to_images(path.x0).cpu()
+            images = redrawn if args.task == "cot" else images.index_copy(
+                0, torch.tensor(drawing), redrawn)
         clock.lap("redraw")
 
         # 4  score words and pictures; compare a sample with the G of its row
         scores = score_samples(args, asked, words, says, able, images, weights, judge)  # (N M,K)
         failures = check_scored(scores, args.max_failed, step, args.data)
         if args.shuffle:                                 # among those that have as many rewards
-            may = torch.tensor(able).repeat_interleave(M)
-            for some in (may.nonzero()[:, 0], (~may).nonzero()[:, 0]):
+            allowed = torch.tensor(able).repeat_interleave(M)
+            for some in (allowed.nonzero()[:, 0], (~allowed).nonzero()[:, 0]):
                 order = torch.randperm(len(some), generator=rng)
                 scores.values[some] = scores.values[some[order]]
         advantage = group_advantage(scores.values, scores.weights, G * M, args.norm)
@@ -556,7 +575,7 @@ def main():
             advantage = batch_score(advantage)
         credit = advantage.view(-1, M)                                           # (N,M)
         kept = disagreeing(credit.abs().amax(1), G)
-        rest = [n for n in kept.tolist() if lm and n not in place]
+        rest = [n for n in kept.tolist() if speaks and n not in place]
         with torch.no_grad():
             old_logp[rest] = words_again(model, args, asked, looks, words, refs, rest,
                                          False)[1] if rest else 0.0
@@ -574,34 +593,34 @@ def main():
         for update in range(args.updates):
             chosen = kept[share[kept] == update].tolist()
             drew = [n for n in chosen if n in place]
-            only_said = [n for n in chosen if lm and n not in place]
+            only_said = [n for n in chosen if speaks and n not in place]
             parts = [(drew[i], True) for i in slices(len(drew), args.micro)] if drew else []
             if only_said:
                 parts += [(only_said[i], False) for i in slices(len(only_said), args.micro)]
             for n, draw in parts:                        # samples of a micro-batch draw, or do not
-                at = [place[i] for i in n] if draw else []
-                if lm:                                   # read again with gradient, once
-                    now, logp = words_again(model, args, asked, looks, words, refs, n, draw)
+                drawn = [place[i] for i in n] if draw else []
+                if speaks:                               # read again with gradient, once
+                    fresh, logp = words_again(model, args, asked, looks, words, refs, n, draw)
                 else:
-                    now = branches.rows(at)
-                leaf, anchor, logp_initial = now.leaf(), None, None
+                    fresh = branches.rows(drawn)
+                leaf, anchor, logp_initial = fresh.leaf(), None, None
                 if anchored:
                     with torch.no_grad(), swapped(model, initial):
                         before, logp_initial = words_again(model, args, asked, looks, words, refs,
                                                            n, draw)
                     anchor = Anchor(initial, before, args.beta, args.kl) if args.beta else None
-                if draw and dit:
-                    k = [i * M + m for i in at for m in range(M)]                # their images
+                if draw and draws:
+                    k = [i * M + m for i in drawn for m in range(M)]             # their images
                     owner = torch.arange(len(k), device=device) // M
                     seen[update].append(surrogate(
                         model, leaf, owner, path.rows(k), credit[n].flatten().to(device), times,
                         total, args, anchor))
-                if lm:
+                if speaks:
                     loss, ratios = token_surrogate(
                         logp, old_logp[n], words.mask[n], credit[n].mean(1).to(device), weight[n],
                         args, logp_initial)
                     spoken[update].append(ratios)
-                    now.pull(leaf, loss)                 # on into bridge and language model
+                    fresh.pull(leaf, loss)               # on into bridge and language model
             norms = optimiser.update(step, seen[update] + spoken[update],
                                      [row["prompt"] for row in batch])
         optimiser.ema.update(step)
@@ -612,9 +631,9 @@ def main():
                      closed=words.closed.float().mean())
         if args.task == "reflect":
             stats |= dict(redrawn=len(drawing) / len(asked))
-        if dit:
+        if draws:
             stats |= ratio_stats(seen, args.clip, recorder.D, args.beta)
-        if lm:
+        if speaks:
             stats |= ratio_stats(spoken, args.lm_clip, 1, args.lm_beta, "lm_")
         recorder.record(
             step, scores, stats, failures | norms | optimiser.finite.column() | clock.row(),

@@ -29,7 +29,7 @@ from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit, scored_edit
 from data.shapes.talk import bench_reflect, bench_think
 from rewards.edit import EditReward, read_scored, spearman
-from common.checkpoint import Ema
+from common.checkpoint import Ema, resume_run, save_run
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.flow import condition, lm_loss, train_times
@@ -161,7 +161,7 @@ def train_reward(args, rank, world, device):
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     ema = Ema(params, args.ema)
-    start = ema.resume(args.out, opt) if args.resume else 0
+    start = resume_run(ema, args.out, opt) if args.resume else 0
     stop, finite = stop_flag(), Finite()
     out, begin = open_run(args.out, args, args.resume, start, rank)
     bar = tqdm(range(start, args.steps), "reward", initial=start, total=args.steps,
@@ -252,7 +252,7 @@ def main():
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     ema = Ema(params, args.ema)
-    start = ema.resume(args.out, opt) if args.resume else 0
+    start = resume_run(ema, args.out, opt) if args.resume else 0
     cfg, stop, finite = model.cfg, stop_flag(), Finite()
     if args.edits or args.task == "reflect":
         reference_ways(cfg, model.dit)
@@ -351,7 +351,7 @@ def main():
                         reflect = partial(draw_reflecting, model)
                         scores["corrected"] = bench_reflect(reflect)["corrected"]
                     row |= scores
-            ema.save(out, model, step + 1, opt)
+            save_run(ema, out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
         if stopped:

@@ -107,44 +107,46 @@ class Ema:
             finally:
                 put(raw)
 
-    def save(self, out, model, step, opt):
-        """The average is the checkpoint, with what --init had changed, so that it stands alone: of
-        a LoRA run the LoRA, merged at load. Beside it all that --resume needs."""
-        def on_disk(tensors):                                  # without peft's wrapping
-            return {k.replace(".base_layer", "").replace(".default", ""): v
-                    for k, v in tensors.items()}
-        parts = model.trained | {k.split(".")[0] for k in self.params if "lora_" not in k}
-        tied = {p.data_ptr(): k for k, p in self.params.items()}   # a weight may have two names
-        tensors = {k: self.mean[tied[v.data_ptr()]].clone() if v.data_ptr() in tied else v
-                   for k, v in model.state_dict().items()
-                   if k.split(".")[0] in parts and "lora_" not in k}
-        # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
-        loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
-                 if not mine or part not in model.trained}
-        for part, (_, mine) in loras.items():
-            tensors |= {f"{part}.{k}": v for k, v in mine.items()}
-        raw = {k: p.detach() for k, p in self.params.items()}
-        save_checkpoint(out / "ckpt", on_disk(tensors | self.mean), model.cfg, step,
-                        dict(raw=raw, mean=self.mean, opt=opt.state_dict(), extra=self.extra),
-                        loras={part: config for part, (config, _) in loras.items()})
 
-    def resume(self, out, opt):
-        """Put back raw weights, average and optimiser. -> the next step."""
-        file = Path(out) / "ckpt" / "optim.pt"
-        if not file.exists():
-            fail(f"nothing to resume: {file} is missing; start without --resume in a new --out")
-        try:
-            saved = torch.load(file, weights_only=True, map_location="cpu")
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as e:
-            fail(f"{file} cannot be read, it may be truncated ({str(e).splitlines()[0]})")
-        if saved["raw"].keys() != self.params.keys():
-            fail(f"{file} belongs to a run that trained other weights: give the flags it had")
-        self.extra = saved.get("extra", {})                      # older ones have none
-        # Once a part that does not learn had a group, an empty one.
-        saved["opt"]["param_groups"] = [g for g in saved["opt"]["param_groups"] if g["params"]]
-        opt.load_state_dict(saved["opt"])
-        with torch.no_grad():
-            for k, p in self.params.items():
-                p.copy_(saved["raw"][k])
-                self.mean[k].copy_(saved["mean"][k])
-        return saved["step"]
+def save_run(ema, out, model, step, opt):
+    """The averaged weights are the checkpoint, with what --init had changed, so that it stands
+    alone: of a LoRA run the LoRA, merged at load. Beside it all that --resume needs."""
+    def on_disk(tensors):                                  # without peft's wrapping
+        return {k.replace(".base_layer", "").replace(".default", ""): v
+                for k, v in tensors.items()}
+    parts = model.trained | {k.split(".")[0] for k in ema.params if "lora_" not in k}
+    tied = {p.data_ptr(): k for k, p in ema.params.items()}   # a weight may have two names
+    tensors = {k: ema.mean[tied[v.data_ptr()]].clone() if v.data_ptr() in tied else v
+               for k, v in model.state_dict().items()
+               if k.split(".")[0] in parts and "lora_" not in k}
+    # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
+    loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
+             if not mine or part not in model.trained}
+    for part, (_, mine) in loras.items():
+        tensors |= {f"{part}.{k}": v for k, v in mine.items()}
+    raw = {k: p.detach() for k, p in ema.params.items()}
+    save_checkpoint(out / "ckpt", on_disk(tensors | ema.mean), model.cfg, step,
+                    dict(raw=raw, mean=ema.mean, opt=opt.state_dict(), extra=ema.extra),
+                    loras={part: config for part, (config, _) in loras.items()})
+
+
+def resume_run(ema, out, opt):
+    """Put back raw weights, average and optimiser. -> the next step."""
+    file = Path(out) / "ckpt" / "optim.pt"
+    if not file.exists():
+        fail(f"nothing to resume: {file} is missing; start without --resume in a new --out")
+    try:
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as e:
+        fail(f"{file} cannot be read, it may be truncated ({str(e).splitlines()[0]})")
+    if saved["raw"].keys() != ema.params.keys():
+        fail(f"{file} belongs to a run that trained other weights: give the flags it had")
+    ema.extra = saved.get("extra", {})                      # older ones have none
+    # Once a part that does not learn had a group, an empty one.
+    saved["opt"]["param_groups"] = [g for g in saved["opt"]["param_groups"] if g["params"]]
+    opt.load_state_dict(saved["opt"])
+    with torch.no_grad():
+        for k, p in ema.params.items():
+            p.copy_(saved["raw"][k])
+            ema.mean[k].copy_(saved["mean"][k])
+    return saved["step"]

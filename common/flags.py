@@ -15,10 +15,10 @@ OLD = {                                   # flags that were renamed, and what to
 }
 
 
-def flag(default, help, group="", paper=False):
+def flag(default, help, group="", setting=False):
     """A field of a script's Args. help: what --help says of it; group: the title of the flags that
-    begin with this one; paper: no flag, but a setting that recipes have: see parse."""
-    return field(default=default, metadata=dict(help=help, group=group, paper=paper))
+    begin with this one; setting: no flag, but one that recipes have: see parse."""
+    return field(default=default, metadata=dict(help=help, group=group, setting=setting))
 
 
 def flag_of(name):
@@ -60,7 +60,7 @@ def add_flags(p, Args):
     for f in fields(Args):
         if title := f.metadata.get("group"):             # the fields that follow belong to it, too
             group = p.add_argument_group(title)
-        if f.metadata.get("paper"):
+        if f.metadata.get("setting"):
             continue
         boolean = f.type in (bool, bool | None)          # None: its help says when it is on
         kind = (dict(action=argparse.BooleanOptionalAction) if boolean else
@@ -97,7 +97,7 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
     --recipe's < a flag. What papers alone set is no flag: a recipe sets it, or a .json of settings
     that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
     says}; others that the script lacks are an error."""
-    settings = [f for f in fields(Args) if f.metadata.get("paper")]
+    settings = [f for f in fields(Args) if f.metadata.get("setting")]
     about = [f"  {f.name:14} {f.metadata['help']}" + f" [{f.default}]" * (f.default != "")
              for f in settings]
     p = command_line(
@@ -142,7 +142,7 @@ def fork(Args, without, **own):
         about = f.metadata
         title = about["group"] or title                  # of a group whose first field is left out
         if f.name not in {*without, *own}:
-            kept.append((f.name, f.type, flag(f.default, about["help"], title, about["paper"])))
+            kept.append((f.name, f.type, flag(f.default, about["help"], title, about["setting"])))
             title = ""
     return make_dataclass("Args", kept + [(name, type(f.default), f) for name, f in own.items()])
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import Ema
+from common.checkpoint import Ema, resume_run, save_run
 from common.flow import flow_loss
 from common.presets import GRIDS, KERNELS, preset
-from common.run import (Finite, all_mean, beside, check_ranks, fail, key, keyed, log, odds,
-                        open_run, plot, slices, span, stop_flag, sum_grads, table)
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, check_ranks, fail,
+                        key, keyed, log, odds, open_run, plot, slices, span, stop_flag, sum_grads,
+                        table)
 from common.weights import adapter, start_model, swapped
 
 
@@ -102,7 +103,7 @@ class Optimiser:
         self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
                                        lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd)
         self.ema = Ema(params, args.ema)
-        self.start = self.ema.resume(args.out, self.adamw) if args.resume else 0
+        self.start = resume_run(self.ema, args.out, self.adamw) if args.resume else 0
 
     def update(self, step, watched, prompts):
         """One step by the gradients summed over ranks, unless they, or the ratios `watched`, are
@@ -142,7 +143,7 @@ def draw_window(args, rng):
     return range(first, first + args.window)
 
 
-def noise_keys(args, step, samples, group, stride=100, leg=0):
+def noise_keys(args, step, samples, group, stride=PER_SAMPLE, leg=0):
     """Of each sample, by its number among all ranks', the key of its initial noise, which a group
     shares with --shared-noise, and the key of the noise on its steps: ranks change neither."""
     return [(key(args.seed, step, (n // group * group if args.shared_noise else n) * stride + leg),
@@ -211,7 +212,7 @@ def fine_tune(model, data, args, step, update, rank, world):
     """DeepGen eq. 5: (1 - sft) RL + sft SFT. Adds the gradient of the second. -> its share of the
     log's column: the mean over the iteration's updates"""
     images, prompts = next(data)
-    keys = [key(args.seed, step, 500_000 + 2 * (update * args.sft_batch + i * world + rank))
+    keys = [key(args.seed, step, OF_PAIRS + 2 * (update * args.sft_batch + i * world + rank))
             for i in range(len(prompts))]            # by the number among all ranks' pairs
     total = 0.0
     for i in slices(len(keys), args.micro):
@@ -265,7 +266,7 @@ class Ldam:
         if not due:
             return None
         self.leapt, self.rest, self.falls = False, n, self.falls | dict.fromkeys(due, 0)
-        rng = keyed(key(a.seed, n, 1_000_000))
+        rng = keyed(key(a.seed, n, OF_LDAM))
         chosen = torch.tensor([any(i in self.at[k] for k in due) for i in self.layers])
         return 1 + a.ldam_gamma * chosen * torch.randn(len(self.layers), generator=rng)
 
@@ -333,7 +334,7 @@ class Recorder:
             self.show(step + 1)
         if due and self.rank == 0:
             row |= self.shown
-            self.optimiser.ema.save(self.out, self.model, step + 1, self.optimiser.adamw)
+            save_run(self.optimiser.ema, self.out, self.model, step + 1, self.optimiser.adamw)
         log(self.out, self.rank, row)
         if due and self.rank == 0:
             plot(self.out, [f"reward_{name}" for name in scores.names],

@@ -172,6 +172,12 @@ class Finite:
         return dict(skipped=skipped) if skipped else {}
 
 
+# The `index` of key: sample n's are PER_SAMPLE n, its initial noise, and those behind it, the noise
+# on its steps; from OF_PAIRS on, two for each pair of a fine-tuning loss; OF_LDAM is LDAM's. What
+# all ranks draw alike, such as the prompts, has 0.
+PER_SAMPLE, OF_PAIRS, OF_LDAM = 100, 500_000, 1_000_000
+
+
 def key(seed, step, index):
     """One integer in [0, 2^64) per (seed, step, global sample index): noise that neither ranks nor
     a restart change. torch's CPU generator heeds the low 32 bits of it; so that all of a seed

@@ -6,9 +6,9 @@ import torch
 
 from common.flags import parse
 from common.rl import (Recorder, check_flags, disagreeing, draw_rows, set_up, wants_final_bench)
-from common.run import fail, key, setup, table
-from eval import (before_and_after, bench_pictures, check_scored, preview_pictures, read_prompts_of,
-                  read_weights, score)
+from common.run import PER_SAMPLE, fail, key, setup, table
+from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
+                  preview_pictures, read_prompts_of, read_weights, score)
 from grpo import CURVES, TRAIN, batch_score, group_advantage
 from model import Unified
 from rewards.judge import Judge
@@ -27,6 +27,7 @@ class Lab:
         """anchored: does the loss compare with the initial policy?"""
         self.args = args = parse(Args, description, "stage3", not_here={"": REMOVED})
         self.rank, self.world, self.device = setup()
+        check_prompts(args)
         check_flags(args, self.world, tuple(TRAIN), "prompts")
         try:
             self.weights, self.mix = read_weights(args.reward), table(args.mix, float)
@@ -55,13 +56,13 @@ class Lab:
 
     def noise(self, step):
         """Initial noise of N images, each its own. -> (N,C,H,W)"""
-        return self.model.noise([key(self.args.seed, step, 100 * n) for n in self.samples])
+        return self.model.noise([key(self.args.seed, step, PER_SAMPLE * n) for n in self.samples])
 
     def keys(self, step, kept, group=1):
         """Keys of the times and noise at which the images `kept` teach, times after times; images
         of one `group` in a row have them in common."""
         numbers = [self.samples[i] // group * group for i in kept.tolist()]
-        return [key(self.args.seed, step, 100 * n + 2 + 2 * k)
+        return [key(self.args.seed, step, PER_SAMPLE * n + 2 + 2 * k)
                 for k in range(self.args.times) for n in numbers]
 
     def advantage(self, step, images, rows, rng):

@@ -97,7 +97,7 @@ def folder(arm):
 def told(Args, flags, out):
     """{flag or setting of a recipe: value} -> a command line; settings, which are no flags, go into
     a .json beside `out`, on top of the recipe that is named."""
-    kinds = {f.name: f.type for f in fields(Args) if f.metadata.get("paper")}
+    kinds = {f.name: f.type for f in fields(Args) if f.metadata.get("setting")}
     own = {k: kinds[k](v) for k, v in flags.items() if k in kinds}
     flags = {k: v for k, v in flags.items() if k not in own}
     if own:

@@ -173,7 +173,7 @@ def test_help_holds_each_text_and_default(script, monkeypatch, capsys):
              for k, v in rows.items()}
     assert len(flags) == len(fields(script.Args)) + 1 and "-h" in flags
     for f in fields(script.Args):
-        text, paper = f.metadata["help"], f.metadata["paper"]       # what a .json alone sets
+        text, paper = f.metadata["help"], f.metadata["setting"]       # what a .json alone sets
         default = f.default if f.type is not bool or paper else ("off", "on")[f.default]
         assert text and flags[f.name if paper else f.name.replace("_", "-")] == (
             text if default in ("", None) else f"{text} [{default}]")

@@ -135,7 +135,7 @@ def test_settings_of_recipes_are_no_flags(monkeypatch, tmp_path):
     (tmp_path / "next.json").write_text(json.dumps(dict(recipe=str(file), kl="velocity")))
     got = flags(monkeypatch, "--recipe", tmp_path / "next.json")
     assert (got.trained, got.kl) == (2, "velocity")
-    paper = [f.name for f in fields(Args) if f.metadata["paper"]]
+    paper = [f.name for f in fields(Args) if f.metadata["setting"]]
     assert {"window_start", "grid", "shared_noise", "mix", "lora_alpha", "wd", "kl", "trained",
             "sft_batch", "ldam_gamma", "ldam_leap", "ldam_falls"} == set(paper)
     for name in paper:

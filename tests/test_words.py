@@ -12,7 +12,7 @@ from test_bridges import (CONTEXT, EYE, EYES, HELP, INTERN, KINDS, PAD, SAYS, US
 from tiny import apart, letters, pictures, same
 from torch import nn
 
-from common.checkpoint import Ema
+from common.checkpoint import Ema, save_run
 from common.presets import Config, PRESETS
 from common.weights import learn
 from common.words import END, Words, chat, chat_ids, draw_token, spans, spell
@@ -92,8 +92,8 @@ def test_nothing_is_read_twice(m, monkeypatch):
     alone = torch.cat([m.text_logp([p], [i], words.rows([k]), "critique")
                        for k, (p, i) in enumerate(zip(prompts, images))])
     rows, seen = [], []
-    read, see = Unified.read, Unified.see
-    monkeypatch.setattr(Unified, "read", lambda self, p, *rest, **more: (
+    read, see = Unified.sequence, Unified.see
+    monkeypatch.setattr(Unified, "sequence", lambda self, p, *rest, **more: (
         rows.append(len(p)), read(self, p, *rest, **more))[1])
     monkeypatch.setattr(Unified, "see", lambda self, i: (seen.append(len(i)), see(self, i))[1])
     looks = m.look(images)
@@ -275,7 +275,7 @@ def asked_by_hand(m, prompt, images, task):
 def test_names_in_a_prompt_are_letters(m, task):
     """A prompt neither ends its turn nor brings an image; what is answered can be scored again."""
     images = IMAGES if task == "critique" else None
-    x, pos, lengths, starts = m.read(NAMED, images, task, queries=False)
+    x, pos, lengths, starts = m.sequence(NAMED, images, task, queries=False)
     assert x.isfinite().all() and pos.shape[-1] == x.shape[1] == max(lengths) and lengths == starts
     table, image_id = m.vlm.get_input_embeddings().weight, m.vlm.config.image_token_id
     for b, prompt in enumerate(NAMED):
@@ -454,7 +454,7 @@ def test_a_language_model_that_learned_is_kept(parts, tmp_path):
     ema = Ema(params, 0.5)
     [p.data.mul_(1.1) for p in params.values()]
     ema.update(100)
-    ema.save(tmp_path, m, 1, torch.optim.AdamW(params.values()))
+    save_run(ema, tmp_path, m, 1, torch.optim.AdamW(params.values()))
     again = tiny.build(cfg, init=tmp_path / "ckpt")
     with ema.applied():
         words = m.generate(PROMPTS, limit=6)

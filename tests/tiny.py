@@ -169,7 +169,7 @@ def killed_at(module, name, n):
 def as_recipe(Args, flags, file):
     """Of flags those that are settings of recipes are written into `file`, a .json that goes on
     from the --recipe among the flags, else from the preset's. -> the other flags, and --recipe"""
-    paper = {f.name: f.type for f in fields(Args) if f.metadata.get("paper")}
+    paper = {f.name: f.type for f in fields(Args) if f.metadata.get("setting")}
     own, rest, given = {}, [], list(map(str, flags))
     while given:
         flag = given.pop(0)

@@ -1,0 +1,140 @@
+"""A race, not a test: which algorithm gains most in the same seconds, each at its best rate.
+
+    python tests/race.py --seconds 900 --search 225     # one core; what was run is not run again
+    python tests/race.py --seconds 900 --arms fast,nft --seeds 0     # a part of it
+
+Every arm is a script as users run it, from the same checkpoint, on the same prompts and reward. Its
+learning rate is the one of RATES that scores best in --search seconds at seed 100; then each seed
+has --seconds. An arm's updates are those that fit, by the time of its first ones, so that its rate
+has come down to a tenth by the end. Seconds are those of training (s_* of the log), the pictures
+that are looked at left out; a gain counts when two looks in a row show it. In the end the whole
+benchmark, and of the winner a control whose rewards are shuffled. Everything is kept under --out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+ARMS = {
+    "fast": "grpo.py",
+    "nft": "labs/nft.py",
+    "awm": "labs/awm.py",
+    "dgpo": "labs/dgpo.py",
+    # As in tests/bench.py: batch and clip range in nats are the classroom's, all weights learn.
+    "flow-grpo": "grpo.py --recipe flow-grpo --B 16 --G 8 --lora-rank 0 --clip 2e-3 --ema 0.95 "
+                 "--eval-T 10",
+}
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+SEARCHED = 100                                           # the seed of the search
+GAINS = (0.10, 0.20)
+
+
+def play(home, arm, rate, seed, seconds, more, bench=False):
+    """One run of an arm, unless it is there already. more: flags. -> rows of its log"""
+    if not (home / "done").exists():
+        common = [*ARMS[arm].split(), "--reward", "geneval", "--init", "data/shapes/sft",
+                  "--lr", str(rate), "--seed", str(seed), *more.split()]
+        trial = run([*common, "--steps", "6", "--eval-every", "1000", "--no-final-bench"],
+                    home.with_name(home.name + "-trial"))
+        each = np.median([trained(row) for row in trial[2:]])
+        steps = max(10, round(seconds / each))
+        run([*common, "--steps", str(steps), "--eval-every", str(max(1, steps // 12)),
+             "--final-bench" if bench else "--no-final-bench"], home)
+        (home / "done").touch()
+    return rows_of(home)
+
+
+def run(command, home):
+    if home.exists():                                    # a run that was cut short begins again
+        subprocess.run(["rm", "-r", str(home)], check=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{home}.txt", "w") as said:
+        subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=ROOT,
+                       check=True, stdout=said, stderr=said,
+                       env=dict(OMP_NUM_THREADS="1") | os.environ)
+    return rows_of(home)
+
+
+def rows_of(home):
+    return [json.loads(line) for line in open(home / "log.jsonl")]
+
+
+def trained(row):
+    return sum(row.get(f"s_{part}", 0) for part in ("rollout", "decode", "reward", "update"))
+
+
+def curve(rows):
+    """-> [(seconds of training, held-out score)] at each look"""
+    at = np.cumsum([trained(row) for row in rows])
+    return [(a, row["score"]) for a, row in zip(at, rows) if "score" in row]
+
+
+def reached(looks, gain):
+    goal = looks[0][1] + gain
+    return next((b[0] for a, b in zip(looks[1:], looks[2:]) if min(a[1], b[1]) >= goal), None)
+
+
+def late(rows):
+    """The last three looks' mean: one look of 96 pictures errs by .05."""
+    return float(np.mean([score for _, score in curve(rows)[-3:]]))
+
+
+def spread(values, digits=3):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f} ({len(values)})"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seconds", type=float, default=900, help="of training, for each seed")
+    p.add_argument("--search", type=float, default=225, help="of training, for each rate")
+    p.add_argument("--arms", default=",".join(ARMS))
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--more", default="", help="flags of every run, such as '--B 32'")
+    p.add_argument("--out", type=Path, default=Path("out/race"))
+    a = p.parse_args()
+    seeds, table = [int(seed) for seed in a.seeds.split(",")], {}
+    for arm in a.arms.split(","):
+        found = {}
+        for rate in RATES:
+            rows = play(a.out / arm / f"search-{rate:g}", arm, rate, SEARCHED, a.search,
+                        a.more)
+            found[rate] = late(rows)
+            print(f"{arm} at {rate:g}: {found[rate]:.3f}", flush=True)
+        best = max(found, key=found.get)
+        results, logs = [], []
+        for seed in seeds:
+            home = a.out / arm / f"seed-{seed}"
+            logs.append(play(home, arm, best, seed, a.seconds, a.more, bench=True))
+            results.append(json.loads((home / "results.json").read_text())["after"])
+        table[arm] = score = np.mean([r["score"] for r in results])
+        print(f"| {arm} | {best:g} | {spread([r['score'] for r in results])} | "
+              f"{spread([r['unseen']['score'] for r in results])} | "
+              f"{spread([r['extra_rate'] for r in results])} | "
+              f"{spread([r['diversity'] for r in results])} | "
+              f"{spread([len(rows) - 1 for rows in logs], 0)} | "
+              + " | ".join(spread([reached(curve(rows), g) for rows in logs], 0) for g in GAINS)
+              + " |", flush=True)
+        if score == max(table.values()):
+            winner = arm, best
+    arm, rate = winner
+    for seed in seeds:
+        home = a.out / arm / f"shuffled-{seed}"
+        play(home, arm, rate, seed, a.seconds, a.more + " --shuffle", bench=True)
+        after = json.loads((home / "results.json").read_text())["after"]
+        print(f"{arm}, rewards shuffled, seed {seed}: {after['score']:.3f} ± "
+              f"{after['score_se']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
