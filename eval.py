@@ -226,9 +226,10 @@ def check_prompts(args):
         fail("--eval-prompts is for photos: the classroom has held-out prompts of its own")
 
 
-def read_prompts_of(args, weights, photos):
+def read_prompts_of(args, weights):
     """-> rows of grpo.py's --prompts and, of photos, held-out ones: of --eval-prompts, or of
     GenEval's own test where that is the reward"""
+    photos = not args.preset.startswith("shapes")
     read = partial(read_rows, weights=weights, reward=args.reward, photos=photos)
     prompts = read(args.prompts)
     if args.eval_prompts:
@@ -282,6 +283,16 @@ def preview_pictures(model, args, rows, weights, judge, png):
     images = draw([row["prompt"] for row in rows], range(len(rows))).cpu()
     grid(images, [row["prompt"] for row in rows], png)
     return held_out_score(score(images, rows, weights, judge)) if weights else {}
+
+
+def preview_of(model, args, prompts, held, weights, judge, rank):
+    """preview_pictures of held-out prompts or, of photos without any, of training ones, which have
+    no score, and so it says. -> f(file for a picture) -> metrics"""
+    photos = not args.preset.startswith("shapes")
+    if rank == 0 and photos and not held:
+        print("no held-out prompts: pictures are of training ones; --eval-prompts FILE names some")
+    rows = (held or prompts[:16]) if photos else None
+    return partial(preview_pictures, model, args, rows, held and weights, judge)
 
 
 def bench_pictures(model, args, png):

@@ -30,7 +30,7 @@ from common.rl import (Anchor, Clock, Ldam, Recorder, batch_std, check_flags, di
 from common.run import all_mean, fail, key, keyed, setup, table
 from common.weights import swapped
 from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
-                  draw_while_judging, preview_pictures, read_prompts_of, read_weights, score)
+                  draw_while_judging, preview_of, read_prompts_of, read_weights, score)
 from model import Unified, rollout, sde_step, sigmas
 from rewards.judge import Judge
 
@@ -209,7 +209,7 @@ def check(args, world):
     try:
         weights = read_weights(args.reward)
         mix = table(args.mix, float)
-        layers = ldam_layers(args.ldam, weights, args)
+        layers = ldam_layers(args, weights)
     except (OSError, ValueError) as e:
         fail(e)
     return weights, mix, layers
@@ -227,8 +227,7 @@ def main():
     rank, world, device = setup()
     weights, mix, layers = check(args, world)
     judge = Judge(args.judge, args.judge_url)
-    photos = not args.preset.startswith("shapes")
-    prompts, held = read_prompts_of(args, weights, photos)
+    prompts, held = read_prompts_of(args, weights)
 
     # The model, what trains it, and where the run is kept
     learns = TRAIN[args.train]
@@ -243,10 +242,7 @@ def main():
                      skip=optimiser.start * args.updates)
     ldam = Ldam(args, layers, model.cfg.layers)
     noise = ldam.resumed(args.out, optimiser.start) if args.ldam and args.resume else None
-    if rank == 0 and photos and not held:
-        print("no held-out prompts: pictures are of training ones; --eval-prompts FILE names some")
-    shown = (held or prompts[:16]) if photos else None
-    preview = partial(preview_pictures, model, args, shown, held and weights, judge)
+    preview = preview_of(model, args, prompts, held, weights, judge, rank)
     recorder = Recorder(args, model, optimiser, rank, preview)   # after all that can fail
 
     grid = args.grid or model.cfg.grid

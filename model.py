@@ -22,7 +22,7 @@ from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
 from common.weights import (dit_tensors, load_trained, load_vae, load_vlm,
                             must_fit)
-from common.words import (chat_ids, decode, mrope)
+from common.words import chat_ids, decode, mrope
 
 # B batch, N image tokens, L context tokens, D width, C H W latent, h w one reference's latent size
 # Flow: x_t = (1-t) x_0 + t eps, v = eps - x_0, so t = 1 is noise and t = 0 is the image.

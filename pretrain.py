@@ -9,8 +9,8 @@ Only the bridge and its query tokens learn (DeepGen section 3.2, stage 1; OpenUn
 
 import math
 import time
-from functools import partial
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm

@@ -15,8 +15,8 @@ import math
 import os
 import random
 import time
-from functools import partial
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch

@@ -278,8 +278,10 @@ class Ldam:
         return noise
 
 
-def ldam_layers(text, weights, args):
-    """--ldam -> {reward: its range of layers}, of the rewards that the run has; ValueError."""
+def ldam_layers(args, weights):
+    """--ldam, where a script has it -> {reward: its range of layers}, of the rewards that the run
+    has; ValueError."""
+    text = getattr(args, "ldam", "")
     found = {name: at for name, at in table(text, span).items()
              if any(name in w for w in weights.values())}
     if text and (preset(args.preset).bridge != "lim" or not found):

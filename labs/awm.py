@@ -26,12 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import grpo  # noqa: E402
-from common.checkpoint import Ema  # noqa: E402
 from common.flags import flag, fork  # noqa: E402
-from common.flow import noised  # noqa: E402
 from common.rl import Clock  # noqa: E402
 from common.run import key, keyed  # noqa: E402
-from labs.begin import REMOVED, Lab, resumed  # noqa: E402
+from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 
 Args = fork(
     grpo.Args, REMOVED,
@@ -52,8 +50,7 @@ def main():
     lab = Lab(Args, __doc__)
     args, model, optimiser, device = lab.args, lab.model, lab.optimiser, lab.device
     G = args.G
-    average = Ema(optimiser.params, args.old)
-    optimiser.ema.extra = resumed(average, optimiser.ema.extra)
+    average = Follower(optimiser, args.old, args.old_growth)
     for step in lab.recorder.steps("awm"):
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
@@ -61,11 +58,10 @@ def main():
         # 1  draw B prompts; a group is G images of one prompt
         batch, rows = lab.draw_prompts(rng)
         asked = [row["prompt"] for row in batch]
-        branches = grpo.encode(model, asked, args, lab.learns)
-        leaf = branches.leaf()
+        conditions = lab.encode(asked)
 
         # 2  draw them along the ODE, each from its own noise
-        x0 = model.sample(leaf.repeat(G), args.T, noise=lab.noise(step))         # (N,C,h,w)
+        x0 = model.sample(conditions.repeat(G), args.T, noise=lab.noise(step))   # (N,C,h,w)
         clock.lap("rollout")
         images = model.to_images(x0).cpu()
         clock.lap("decode")
@@ -76,16 +72,15 @@ def main():
 
         # 4  noise the images to random times; there, climb advantage x -|v - v*|^2
         total = args.B * G * args.times
-        x_t, t, target = noised(model, x0[kept].repeat(args.times, 1, 1, 1), lab.keys(step, kept))
-        owner = (kept // G).repeat(args.times).to(device)
+        x_t, t, target, owner = lab.noised(step, x0, kept)
         weight = advantage[kept].clamp(-args.most, args.most).repeat(args.times).to(device)
-        v_average = None
         if args.near:
             with average.applied():
-                theirs = grpo.encode(model, asked, args, ())
+                theirs = lab.encode(asked, conditions)
                 v_average = lab.velocities(x_t, t, theirs, owner)
-            branches = grpo.encode(model, asked, args, lab.learns)
-            leaf = branches.leaf()
+        # With gradient only now: a graph does not outlive the weights of another policy.
+        branches = lab.encode(asked, conditions, lab.learns)
+        leaf = branches.leaf()
         seen = []
         for i in lab.parts(len(t)):
             v = model.velocity(x_t[i], t[i], leaf.rows(owner[i]))
@@ -98,7 +93,6 @@ def main():
         branches.pull(leaf)                              # into the bridge, if that learns
         norms = optimiser.update(step, seen, asked)
         optimiser.ema.update(step)
-        average.decay = min(args.old, args.old_growth * (step + 1))
         average.update(step)
         clock.lap("update")
 

@@ -1,14 +1,15 @@
 """What the labs have in common, and no class reads: grpo.py's set-up and its steps 1, 3 and 5."""
 
-from functools import partial
-
 import torch
 
+import grpo
+from common.checkpoint import Ema
 from common.flags import parse
-from common.rl import (Recorder, check_flags, disagreeing, draw_rows, set_up, wants_final_bench)
-from common.run import PER_SAMPLE, fail, key, setup, table
-from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
-                  preview_pictures, read_prompts_of, read_weights, score)
+from common.flow import noised
+from common.rl import Recorder, disagreeing, draw_rows, set_up, wants_final_bench
+from common.run import PER_SAMPLE, key, setup
+from eval import (before_and_after, bench_pictures, check_scored, preview_of, read_prompts_of,
+                  score)
 from grpo import CURVES, TRAIN, batch_score, group_advantage
 from model import Unified
 from rewards.judge import Judge
@@ -27,15 +28,9 @@ class Lab:
         """anchored: does the loss compare with the initial policy?"""
         self.args = args = parse(Args, description, "stage3", not_here={"": REMOVED})
         self.rank, self.world, self.device = setup()
-        check_prompts(args)
-        check_flags(args, self.world, tuple(TRAIN), "prompts")
-        try:
-            self.weights, self.mix = read_weights(args.reward), table(args.mix, float)
-        except (OSError, ValueError) as e:
-            fail(e)
+        self.weights, self.mix, _ = grpo.check(args, self.world)
         self.judge = Judge(args.judge, args.judge_url)
-        photos = not args.preset.startswith("shapes")
-        self.prompts, held = read_prompts_of(args, self.weights, photos)
+        self.prompts, held = read_prompts_of(args, self.weights)
         self.learns = TRAIN[args.train]
         self.B = args.B // self.world                    # prompts of this rank
         self.samples = range(self.rank * self.B * args.G, (self.rank + 1) * self.B * args.G)
@@ -43,9 +38,8 @@ class Lab:
         reads = self.B if "bridge" in self.learns else 0
         self.model, self.initial, self.optimiser = set_up(
             Unified, args, self.learns, self.micro, reads, anchored, self.rank, self.device)
-        shown = (held or self.prompts[:16]) if photos else None
-        self.recorder = Recorder(args, self.model, self.optimiser, self.rank, partial(
-            preview_pictures, self.model, args, shown, held and self.weights, self.judge))
+        self.recorder = Recorder(args, self.model, self.optimiser, self.rank, preview_of(
+            self.model, args, self.prompts, held, self.weights, self.judge, self.rank))
 
     def draw_prompts(self, rng):
         """-> this rank's B rows of prompts, and the N = B G rows of its images"""
@@ -58,12 +52,21 @@ class Lab:
         """Initial noise of N images, each its own. -> (N,C,H,W)"""
         return self.model.noise([key(self.args.seed, step, PER_SAMPLE * n) for n in self.samples])
 
-    def keys(self, step, kept, group=1):
-        """Keys of the times and noise at which the images `kept` teach, times after times; images
-        of one `group` in a row have them in common."""
-        numbers = [self.samples[i] // group * group for i in kept.tolist()]
-        return [key(self.args.seed, step, PER_SAMPLE * n + 2 + 2 * k)
-                for k in range(self.args.times) for n in numbers]
+    def encode(self, asked, known=None, learns=()):
+        """Conditions of the prompts, those already `known` where no bridge learns. -> Branches"""
+        if known is not None and "bridge" not in self.learns:
+            return known
+        return grpo.encode(self.model, asked, self.args, learns)
+
+    def noised(self, step, x0, kept, group=1):
+        """The images `kept` of x0 (N,C,h,w) at --times random times, one after another; those of a
+        `group` in a row have time and noise in common. -> x_t, v* (rows,C,h,w), t (rows,), and
+        which prompt a row is of (rows,)"""
+        times, numbers = self.args.times, [self.samples[i] // group * group for i in kept.tolist()]
+        keys = [key(self.args.seed, step, PER_SAMPLE * n + 2 + 2 * k)
+                for k in range(times) for n in numbers]
+        x_t, t, target = noised(self.model, x0[kept].repeat(times, 1, 1, 1), keys)
+        return x_t, t, target, (kept // self.args.G).repeat(times).to(self.device)
 
     def advantage(self, step, images, rows, rng):
         """-> Scores, advantages (N,) as grpo.py's, indices of images whose group disagrees, columns
@@ -103,8 +106,17 @@ class Lab:
                              self.device, bench_pictures)
 
 
-def resumed(average, extra):
-    """An average goes on from a checkpoint's, if that has one. -> what checkpoints are to keep"""
-    for name, mean in extra.get("old", {}).items():
-        average.mean[name].copy_(mean)
-    return dict(old=average.mean)
+class Follower(Ema):
+    """An average that keeps nothing of itself at first, then more per update, by `growth`, until
+    it is `most`. Checkpoints keep it as the run's own state."""
+
+    def __init__(self, optimiser, most, growth):
+        super().__init__(optimiser.params, 0.0)
+        self.most, self.growth = most, growth
+        for name, mean in optimiser.ema.extra.get("old", {}).items():
+            self.mean[name].copy_(mean)                  # it goes on
+        optimiser.ema.extra = dict(old=self.mean)
+
+    def update(self, step):
+        self.decay = min(self.most, self.growth * (step + 1))
+        super().update(step)

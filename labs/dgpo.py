@@ -28,7 +28,6 @@ import torch.nn.functional as F  # noqa: E402
 
 import grpo  # noqa: E402
 from common.flags import flag, fork  # noqa: E402
-from common.flow import noised  # noqa: E402
 from common.rl import Clock  # noqa: E402
 from common.run import key, keyed  # noqa: E402
 from common.weights import swapped  # noqa: E402
@@ -62,7 +61,7 @@ def main():
         # 1  draw B prompts; a group is G images of one prompt
         batch, rows = lab.draw_prompts(rng)
         asked = [row["prompt"] for row in batch]
-        branches = grpo.encode(model, asked, args, lab.learns)
+        branches = lab.encode(asked, learns=lab.learns)
         leaf = branches.leaf()
 
         # 2  draw them along the ODE, each from its own noise
@@ -77,12 +76,10 @@ def main():
 
         # 4  noise a group alike to random times; there, prefer its better half to its worse half
         total = args.B * args.times
-        keys = lab.keys(step, kept, group=G)
-        x_t, t, target = noised(model, x0[kept].repeat(args.times, 1, 1, 1), keys)
-        owner = (kept // G).repeat(args.times).to(device)
+        x_t, t, target, owner = lab.noised(step, x0, kept, group=G)
         weight = advantage[kept].clamp(-args.most, args.most).repeat(args.times).to(device)
         with torch.no_grad(), swapped(model, lab.initial):
-            theirs = grpo.encode(model, asked, args, ())
+            theirs = lab.encode(asked, leaf)
             v_0 = lab.velocities(x_t, t, theirs, owner)
         seen = []
         for i in lab.parts(len(t), G):                   # whole groups

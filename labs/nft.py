@@ -26,12 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import grpo  # noqa: E402
-from common.checkpoint import Ema  # noqa: E402
 from common.flags import flag, fork  # noqa: E402
-from common.flow import noised  # noqa: E402
 from common.rl import Clock  # noqa: E402
 from common.run import key, keyed  # noqa: E402
-from labs.begin import REMOVED, Lab, resumed  # noqa: E402
+from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 
 Args = fork(
     grpo.Args, REMOVED,
@@ -57,8 +55,7 @@ def main():
     lab = Lab(Args, __doc__)
     args, model, optimiser, device = lab.args, lab.model, lab.optimiser, lab.device
     G = args.G
-    old = Ema(optimiser.params, args.old)
-    optimiser.ema.extra = resumed(old, optimiser.ema.extra)
+    old = Follower(optimiser, args.old, args.old_growth)
     for step in lab.recorder.steps("nft"):
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
@@ -69,7 +66,7 @@ def main():
 
         # 2  the old policy draws them along the ODE, each from its own noise
         with old.applied():
-            theirs = grpo.encode(model, asked, args, ())
+            theirs = lab.encode(asked)
             x0 = model.sample(theirs.repeat(G), args.T, noise=lab.noise(step))   # (N,C,h,w)
         clock.lap("rollout")
         images = model.to_images(x0).cpu()
@@ -83,12 +80,12 @@ def main():
         # 4  noise the images to random times; there, reward v on both sides of the old velocity.
         #    The loss is scaled by --most, so that a unit of advantage weighs as in grpo.py
         total = args.B * G * args.times / args.most
-        x_t, t, target = noised(model, x0[kept].repeat(args.times, 1, 1, 1), lab.keys(step, kept))
-        owner = (kept // G).repeat(args.times).to(device)
+        x_t, t, target, owner = lab.noised(step, x0, kept)
         r = r.repeat(args.times).to(device)
         with old.applied():
             v_old = lab.velocities(x_t, t, theirs, owner)
-        branches = grpo.encode(model, asked, args, lab.learns)
+        # With gradient only now: a graph does not outlive the weights of another policy.
+        branches = lab.encode(asked, theirs, lab.learns)
         leaf = branches.leaf()
         seen = []
         for i in lab.parts(len(t)):
@@ -99,7 +96,6 @@ def main():
         branches.pull(leaf)                              # into the bridge, if that learns
         norms = optimiser.update(step, seen, asked)
         optimiser.ema.update(step)
-        old.decay = min(args.old, args.old_growth * (step + 1))
         old.update(step)
         clock.lap("update")
 

@@ -14,11 +14,13 @@ benchmark, and of the winner a control whose rewards are shuffled. Everything is
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from bench import GAINS, PARTS, reached
 
 ROOT = Path(__file__).parent.parent
 ARMS = {
@@ -32,7 +34,6 @@ ARMS = {
 }
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 SEARCHED = 100                                           # the seed of the search
-GAINS = (0.10, 0.20)
 
 
 def play(home, arm, rate, seed, seconds, more, bench=False):
@@ -52,7 +53,7 @@ def play(home, arm, rate, seed, seconds, more, bench=False):
 
 def run(command, home):
     if home.exists():                                    # a run that was cut short begins again
-        subprocess.run(["rm", "-r", str(home)], check=True)
+        shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{home}.txt", "w") as said:
         subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=ROOT,
@@ -66,18 +67,13 @@ def rows_of(home):
 
 
 def trained(row):
-    return sum(row.get(f"s_{part}", 0) for part in ("rollout", "decode", "reward", "update"))
+    return sum(row.get(f"s_{part}", 0) for part in PARTS)
 
 
 def curve(rows):
     """-> [(seconds of training, held-out score)] at each look"""
     at = np.cumsum([trained(row) for row in rows])
     return [(a, row["score"]) for a, row in zip(at, rows) if "score" in row]
-
-
-def reached(looks, gain):
-    goal = looks[0][1] + gain
-    return next((b[0] for a, b in zip(looks[1:], looks[2:]) if min(a[1], b[1]) >= goal), None)
 
 
 def late(rows):

@@ -17,7 +17,7 @@ from test_forks import copy  # noqa: F401
 from test_grpo import config as tiny_config
 
 from common.flow import flow_loss, noised
-from labs import awm, dgpo, nft
+from labs import awm, begin, dgpo, nft
 
 LABS = dict(nft=nft, awm=awm, dgpo=dgpo)
 PATCHES = sorted(file.name for file in (tiny.ROOT / "labs").glob("*.diff"))
@@ -148,7 +148,7 @@ def test_neither_micro_batches_nor_ranks_change_an_update(parts, tmp_path, lab):
 def test_resume_continues_as_if_never_stopped(parts, tmp_path, lab):
     flags = ["--steps", 4, "--eval-every", 2, "--lr", 1e-2]
     whole = play(parts, tmp_path / "whole", lab, *flags)
-    with tiny.killed_at(LABS[lab], "noised", 3):
+    with tiny.killed_at(begin, "noised", 3):
         play(parts, tmp_path / "cut", lab, *flags)
     rest = play(parts, tmp_path / "cut", lab, *flags, "--resume")
     for a, b in zip(whole[-2:], rest[-2:]):
