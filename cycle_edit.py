@@ -24,10 +24,11 @@ from functools import partial
 import torch
 
 from common.draw import draw_edits
-from common.flags import flag, parse
+from common.flags import RunFlags, flag, parse
 from common.presets import preset, reference_ways
-from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
-                       jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.record import Recorder
+from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
+                       latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup
 from common.show import grid, spread
 from data.shapes.bench import bench_shapes
@@ -50,7 +51,7 @@ BACK = ('A picture will be edited by the instruction "{}". You see it before tha
 
 
 @dataclass
-class Args:
+class Args(RunFlags):
     preset: str = flag("shapes", "which model, by its name in common/presets.py",
                        group="What matters most")
     recipe: str = flag("fast", "which settings, by their name in common/presets.py, or a .json of "
@@ -67,7 +68,6 @@ class Args:
     G: int = flag(8, "edits per source, 2 or more: the group")
     lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
     seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
-    resume: bool = flag(False, "continue the run in --out")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   group="Sampling and exploration")
@@ -284,10 +284,11 @@ def main():
               "--eval-data FILE names some")
     faces = held or rows
     faces = [faces[i] for i in spread(faces, -(-10 // len({row["tag"] for row in faces})))][:10]
-    recorder = Recorder(args, model, optimiser, rank, partial(
+    recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, held and weights, judge))      # after all that can fail
 
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
+    D = latent_numbers(model)
     mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
     samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
     for step in recorder.steps("cycle_edit"):
@@ -356,12 +357,9 @@ def main():
         clock.lap("update")
 
         # 5  one row per step; held-out edits and a place to restart, now and then
-        ratios = ratio_stats(seen, args.clip, recorder.D, args.beta)
-        recorder.record(
-            step, scores, dict(kept=len(kept) / len(edits), **ratios),
-            failures | norms | optimiser.finite.column() | clock.row(), CURVES)
-        if recorder.stopped:
-            break
+        ratios = ratio_stats(seen, args.clip, D, args.beta)
+        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        recorder.record(step, dict(kept=len(kept) / len(edits), **ratios), columns, CURVES)
 
     if wants_final_bench(args, recorder):
         before_and_after(model, args, optimiser.ema, recorder.out, device, bench)

@@ -10,7 +10,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, given_parts, parse
 from common.read import arrays
-from common.run import all_mean, fail, key, setup, slices, write
+from common.run import all_mean, fail, key, replacing, setup, slices, write
 from common.show import grid, plot_trade_off, show_table
 from common.weights import slim
 from data.shapes.bench import bench_shapes, geneval_table
@@ -344,8 +343,8 @@ def draw_geneval(draw, out, seed, rank, world, recipe, n=4):
         now = todo[a : a + batch]
         images = arrays(draw([p["prompt"] for p in now], [p["seed"] for p in now]))
         for file, image in zip([out / p["file"] for p in now], images):
-            Image.fromarray(image).save(f"{file}.tmp", "PNG")
-            os.replace(f"{file}.tmp", file)
+            with replacing(file) as fresh:
+                Image.fromarray(image).save(fresh, "PNG")
     all_mean([0])                       # rank 0 scores what all have drawn
 
 

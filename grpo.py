@@ -22,10 +22,11 @@ from functools import partial
 
 import torch
 
-from common.flags import flag, parse
+from common.flags import RunFlags, flag, parse
 from common.read import pairs
-from common.rl import (Anchor, Clock, Ldam, Recorder, batch_std, check_flags, disagreeing,
-                       draw_rows, draw_steps, draw_window, fine_tune, ldam_layers, noise_keys,
+from common.record import Recorder
+from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
+                       draw_steps, draw_window, fine_tune, latent_numbers, ldam_layers, noise_keys,
                        ratio_stats, set_up, wants_final_bench)
 from common.run import all_mean, fail, key, keyed, setup, table
 from common.weights import swapped
@@ -43,7 +44,7 @@ CURVES = [["score", "extra"], ["grad_norm"]]     # panels of curves.png, beside 
 
 
 @dataclass
-class Args:
+class Args(RunFlags):
     preset: str = flag("shapes", "which model, by its name in common/presets.py",
                        group="What matters most")
     recipe: str = flag("fast", "settings, by their name there, or a .json of them; a flag wins")
@@ -62,7 +63,6 @@ class Args:
     lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
     eval_every: int = flag(20, "updates between quick scores on held-out prompts")
     seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
-    resume: bool = flag(False, "continue the run in --out")
 
     kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple",
                      group="Sampling")
@@ -241,13 +241,14 @@ def main():
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
                      skip=optimiser.start * args.updates)
     ldam = Ldam(args, layers, model.cfg.layers)
-    noise = ldam.resumed(args.out, optimiser.start) if args.ldam and args.resume else None
+    noise = ldam.resumed(args.out, optimiser.start) if args.ldam else None
     preview = preview_of(model, args, prompts, held, weights, judge, rank)
-    recorder = Recorder(args, model, optimiser, rank, preview)   # after all that can fail
+    recorder = Recorder(args, rank, optimiser, preview)   # after all that can fail
 
     grid = args.grid or model.cfg.grid
     times = sigmas(args.T, model.cfg.sample_shift, grid)
     times = times.tolist()                               # T + 1 numbers, from 1 to 0
+    D = latent_numbers(model)
     first = rank * B                                     # whole groups stay on one rank
     samples = list(range(first * G, (first + B) * G))    # numbers among all ranks'
     for step in recorder.steps("grpo"):
@@ -327,14 +328,12 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         if args.ldam:
             taught["ldam"] = noise is not None
-        stats = ratio_stats(seen, args.clip, recorder.D, args.beta)
+        stats = ratio_stats(seen, args.clip, D, args.beta)
         stats = stats | taught | dict(kept=len(kept) / len(rows))
-        columns = failures | norms | optimiser.finite.column() | clock.row()
-        row = recorder.record(step, scores, stats, columns, CURVES)
+        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        row = recorder.record(step, stats, columns, CURVES)
         if args.ldam:
             noise = ldam.after(row)                      # that the next iteration's bridge sees
-        if recorder.stopped:
-            break
 
     if wants_final_bench(args, recorder):
         before_and_after(model, args, optimiser.ema, recorder.out, device, bench_pictures)

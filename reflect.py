@@ -31,11 +31,12 @@ import numpy as np
 import torch
 
 from common.draw import draw_reflecting, draw_thinking
-from common.flags import flag, parse
+from common.flags import RunFlags, flag, parse
 from common.presets import preset, reference_ways
 from common.read import UNREADABLE, read_image
-from common.rl import (Anchor, Clock, Recorder, check_flags, disagreeing, draw_rows, draw_window,
-                       jsonl_of, noise_keys, ratio_stats, set_up, wants_final_bench)
+from common.record import Recorder
+from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
+                       latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup, slices, table
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
@@ -79,7 +80,7 @@ TRAIN = {                                 # --train -> parts that learn
 
 
 @dataclass
-class Args:
+class Args(RunFlags):
     task: str = flag("reflect", "reflect (judge, criticise, draw again), cot (think, then draw), "
                      "text or vqa (answer; flags about drawing then count for nothing)",
                      group="What matters most")
@@ -101,7 +102,6 @@ class Args:
     lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
     lm_lr: float = flag(7e-4, "as --lr, of the language model")
     seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
-    resume: bool = flag(False, "continue the run in --out")
 
     limit: int = flag(32, "most tokens that a sample may have", group="Words")
     temperature: float = flag(1.0, "of drawing words, above 0; reflections are evaluated by the "
@@ -504,11 +504,12 @@ def main():
         print("no held-out rows: what is shown is of training rows, and there is no score; "
               "--eval-data FILE names some")
     faces = held or (some_of_each(rows) if args.task == "reflect" else rows[:16])
-    recorder = Recorder(args, model, optimiser, rank, partial(
+    recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, bool(held), weights, judge),   # after all that can fail
         "accuracy" if args.task == "reflect" else "score")
 
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
+    D = latent_numbers(model)
     mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
     samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
     able = [allowed for allowed in may_draw(args, mine) for _ in range(G)]
@@ -632,14 +633,11 @@ def main():
         if args.task == "reflect":
             stats |= dict(redrawn=len(drawing) / len(asked))
         if draws:
-            stats |= ratio_stats(seen, args.clip, recorder.D, args.beta)
+            stats |= ratio_stats(seen, args.clip, D, args.beta)
         if speaks:
             stats |= ratio_stats(spoken, args.lm_clip, 1, args.lm_beta, "lm_")
-        recorder.record(
-            step, scores, stats, failures | norms | optimiser.finite.column() | clock.row(),
-            CURVES + [[*norms]])
-        if recorder.stopped:
-            break
+        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        recorder.record(step, stats, columns, CURVES + [[*norms]])
 
     if wants_final_bench(args, recorder):
         before_and_after(model, args, optimiser.ema, recorder.out, device, whole_bench)

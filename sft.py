@@ -12,9 +12,7 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
 """
 
 import math
-import os
 import random
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,27 +20,23 @@ import numpy as np
 import torch
 from peft import inject_adapter_in_model
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from common.show import grid
-from data.shapes.bench import bench_shapes
-from data.shapes.edits import bench_edit, scored_edit
-from data.shapes.talk import bench_reflect, bench_think
+from data.shapes.edits import scored_edit
+from data.shapes.looks import CURVES, preview, what_to_show
 from rewards.edit import EditReward, read_scored, spearman
-from common.checkpoint import Ema, resume_run, save_run
-from common.draw import draw_edits, draw_reflecting, draw_thinking
-from common.flags import flag, parse
+from common.checkpoint import Trained, save_weights
+from common.flags import RunFlags, flag, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import preset, reference_ways
-from common.read import mixture, pairs
-from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot,
-                        same_start, setup, stop_flag, sum_grads)
+from common.read import mixture
+from common.record import Recorder, check_out
+from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, sum_grads
 from common.weights import adapter, start_model
 from model import Unified
 
 
 @dataclass
-class Args:
+class Args(RunFlags):
     task: str = flag("flow", "what is taught: flow (pictures), cot or reflect (also pictures that "
                      "words go with), reward (a judge of edits, see train_reward)",
                      group="What matters most")
@@ -59,7 +53,6 @@ class Args:
     lr: float = flag(7e-4, "peak learning rate")
     eval_every: int = flag(500, "steps between sample grids, quick scores and checkpoints")
     seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
-    resume: bool = flag(False, "continue the run in --out")
 
     lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
                           group="Low-rank adapters (LoRA)")
@@ -143,12 +136,18 @@ def reward_model(args, device):
     return same_start(model.to(device))
 
 
-def save_state(ema, opt, params, step, out):
-    """Beside the reward model's folder what --resume needs."""
-    state = dict(raw={k: p.detach() for k, p in params.items()}, mean=ema.mean,
-                 opt=opt.state_dict(), step=step)
-    torch.save(state, out / "ckpt/optim.tmp")
-    os.replace(out / "ckpt/optim.tmp", out / "ckpt/optim.pt")
+def save_reward(model, ema, folder, step, score=None):
+    """The reward model's own folder, of the averaged weights."""
+    with ema.applied():
+        model.save(folder)
+
+
+def judged(model, held, file):
+    """-> the order that the model gives to held-out edits, against that of their scores"""
+    model.eval()
+    with torch.no_grad():
+        said = torch.cat([predict(model, held[i : i + 64]).cpu() for i in range(0, len(held), 64)])
+    return dict(spearman=spearman(said.numpy(), [e[-1] for e in held]))
 
 
 def train_reward(args, rank, world, device):
@@ -160,13 +159,10 @@ def train_reward(args, rank, world, device):
     model = reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
-    ema = Ema(params, args.ema)
-    start = resume_run(ema, args.out, opt) if args.resume else 0
-    stop, finite = stop_flag(), Finite()
-    out, begin = open_run(args.out, args, args.resume, start, rank)
-    bar = tqdm(range(start, args.steps), "reward", initial=start, total=args.steps,
-               disable=rank > 0)
-    for update in bar:
+    trained = Trained(args, params, opt, partial(save_reward, model))
+    finite = Finite()
+    recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
+    for update in recorder.steps("reward"):
         # 1  scored edits, and how far the model is from their scores
         examples = draw_scored(rows, args.batch // world, random.Random(
             key(args.seed, update, rank)))
@@ -185,37 +181,18 @@ def train_reward(args, rank, world, device):
         if finite(update, [norm], [e[2] for e in examples]):
             opt.step()
         opt.zero_grad(set_to_none=True)
-        ema.update(update)
+        trained.ema.update(update)
 
         # 3  now and then the order it gives to held-out edits, and a place to restart
-        mean, stopped = all_mean([loss.item() * world, bool(stop)])
-        row = dict(step=update + 1, loss=mean, grad_norm=norm, **finite.column(),
-                   at=round(time.time() - begin, 1))
-        last = update + 1 == args.steps or stopped > 0
-        due = (update + 1) % args.eval_every == 0 or last
-        if due:
-            check_ranks(params, f"after update {update + 1}")
-        if due and rank == 0:
-            model.eval()
-            with ema.applied(), torch.no_grad():
-                said = torch.cat([predict(model, held[i : i + 64]).cpu()
-                                  for i in range(0, len(held), 64)])
-                row["spearman"] = spearman(said.numpy(), [e[-1] for e in held])
-                model.save(out / "ckpt")
-            save_state(ema, opt, params, update + 1, out)
-            print(f"step {update + 1}: rank correlation {row['spearman']:.3f} on {len(held)} "
-                  "held-out edits")
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        log(out, rank, row)
-        if stopped:
-            break
-    if rank == 0:
-        plot(out, ["loss"], ["grad_norm"], ["spearman"])
+        recorder.record(update, dict(loss=loss.item() * world),
+                        dict(grad_norm=norm, **finite.column()),
+                        [["loss"], ["grad_norm"], ["spearman"]])
 
 
 def main():
     args = parse(Args, __doc__, "stage2")
     rank, world, device = setup()
+    check_out(args)
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
     if args.task not in ("flow", "cot", "reflect", "reward"):
@@ -251,29 +228,20 @@ def main():
     model = start_model(Unified, args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
-    ema = Ema(params, args.ema)
-    start = resume_run(ema, args.out, opt) if args.resume else 0
-    cfg, stop, finite = model.cfg, stop_flag(), Finite()
+    trained = Trained(args, params, opt, partial(save_weights, model))
+    cfg, finite = model.cfg, Finite()
     if args.edits or args.task == "reflect":
         reference_ways(cfg, model.dit)
-    data = mixture(args, cfg, n, rank, world, start)
-    out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
-    faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
-    if args.edits:
-        orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
-                                                        form="edit"))[1:])
-    if cold:
-        asked, *looks, _ = (a[:16] for a in next(pairs(args.tuples, cfg, n, args.seed,
-                                                       form=args.task))[1:])
-    bar = tqdm(range(start, args.steps), "sft", initial=start, total=args.steps,
-               disable=rank > 0)
-    scores = {}
-    for step in bar:
+    data = mixture(args, cfg, n, rank, world, trained.start)
+    look = partial(preview, model, what_to_show(args, cfg, n))
+    recorder = Recorder(args, rank, trained, look, first=False)  # after all that can fail
+    for step in recorder.steps("sft"):
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
         images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
-        rng = torch.manual_seed(key(args.seed, step, rank))      # of an adapter's dropout, too
+        rng = keyed(key(args.seed, step, 0))                     # every rank draws alike
+        torch.manual_seed(key(args.seed, step, rank))            # an adapter's dropout
         model.train()
-        u, d = torch.rand(n, generator=rng), args.edit_drop
+        u, d = torch.rand(args.batch, generator=rng)[rank::world], args.edit_drop
         gone = u < (args.drop if refs is None else 2 * d)
         prompts = [None if g else p for g, p in zip(gone, prompts)]
         if refs is not None:
@@ -282,12 +250,12 @@ def main():
 
         # 2  a point on the straight line between image and noise
         x0 = model.to_latents(images)                                            # (n,C,h,w)
-        eps = torch.randn(x0.shape, generator=rng).to(device)
-        t = train_times(n, cfg, rng).to(device)                                  # (n,)
+        keys = [key(args.seed, step, PER_SAMPLE * i + 1) for i in range(rank, args.batch, world)]
+        eps = model.noise(keys, images.shape[2:])
+        t = train_times(args.batch, cfg, rng)[rank::world].to(device)            # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
         # 3  the velocity that leads from one to the other
-        keys = [key(args.seed, step, rank * n + i) for i in range(n)]
         cond = condition(model, prompts, refs, words, keys)
         v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
         loss = (v - (eps - x0)).square().mean() / world
@@ -305,63 +273,14 @@ def main():
         if finite(step, [norm], prompts):
             opt.step()
         opt.zero_grad(set_to_none=True)
-        ema.update(step)
+        trained.ema.update(step)
 
         # 5  one row per step; a look at the pictures and a place to restart, now and then
-        mean, stopped = all_mean([loss.item() * world, bool(stop)])
         name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[
             refs is not None, words is not None]
-        row = {"step": step + 1, name: mean, "grad_norm": norm, **finite.column(),
-               "at": round(time.time() - begin, 1)}
-        last = step + 1 == args.steps or stopped > 0             # all ranks stop together
-        due = (step + 1) % args.eval_every == 0 or last
-        if due:
-            check_ranks(params, f"after update {step + 1}")
-        if due and rank == 0:
-            model.eval()
-            with ema.applied():
-                grid(model.draw(faces, range(len(faces)), guidance=3.0), faces,
-                     out / "samples" / f"step_{step + 1:05d}.png")
-                if args.edits:
-                    drawn = draw_edits(model, orders, originals, range(len(orders)),
-                                       guidance=3.0).cpu()
-                    grid(torch.stack([im for r, d in zip(originals, drawn) for im in (r[0], d)]),
-                         [text for order in orders for text in ("", order)],
-                         out / "samples" / f"edits_{step + 1:05d}.png")
-                if args.task == "cot":
-                    drawn, said = draw_thinking(model, asked, range(len(asked)), guidance=3.0)
-                    grid(drawn, [f"{p}\n{t}" for p, t in zip(asked, said.texts)],
-                         out / "samples" / f"cot_{step + 1:05d}.png")
-                if args.task == "reflect":
-                    firsts = torch.stack([first for first, in looks[0]])
-                    drawn, said = draw_reflecting(model, asked, firsts, range(len(asked)),
-                                                  guidance=3.0)
-                    grid(torch.stack([firsts, drawn.cpu()], 1).flatten(0, 1),
-                         [t for p, row in zip(asked, said) for t in (p, row[0])],
-                         out / "samples" / f"reflect_{step + 1:05d}.png")
-                if cfg.preset.startswith("shapes"):
-                    scores = dict(score=bench_shapes(model.draw, 1, 96)["score"])
-                    if args.edits:                       # root of success x preservation
-                        edit = partial(draw_edits, model)
-                        scores["edit_score"] = bench_edit(edit, 1, 100)["both"]
-                    if args.task == "cot":
-                        think = partial(draw_thinking, model)
-                        scores["cot_score"] = bench_think(model.draw, think, 1)["score"]
-                    if args.task == "reflect":
-                        reflect = partial(draw_reflecting, model)
-                        scores["corrected"] = bench_reflect(reflect)["corrected"]
-                    row |= scores
-            save_run(ema, out, model, step + 1, opt)
-        bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
-        log(out, rank, row)
-        if stopped:
-            break
-    if rank == 0:
-        plot(out, ["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],
-             ["score", "edit_score", "cot_score", "corrected"])
+        recorder.record(step, {name: loss.item() * world}, dict(grad_norm=norm, **finite.column()),
+                        CURVES)
 
 
 if __name__ == "__main__":
     main()
-
-

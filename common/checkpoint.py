@@ -6,32 +6,45 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
+from shutil import copyfile, rmtree
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from common.presets import Config
-from common.run import beside, fail
+from common.run import beside, fail, first_line, replacing
 from common.weights import dit_tensors, read_safetensors
 
 
-def save_checkpoint(folder, tensors, cfg, step, optim=None, dtype=torch.float32, loras=None):
-    """Atomic: model.safetensors (what was trained, and the config) and the optimiser's state."""
+CHECKPOINT = "ckpt/optim.pt"              # all that --resume needs; beside it the weights to use
+
+
+def save_checkpoint(folder, tensors, cfg, step, dtype=torch.float32, loras=None, score=None):
+    """model.safetensors: what was trained, and what it is, in one piece. score: on what is held
+    out, if that was drawn."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if optim is not None:
-        torch.save(dict(optim, step=step), folder / "optim.tmp")
-        os.replace(folder / "optim.tmp", folder / "optim.pt")
     usual = LoraConfig().to_dict()      # of a LoRA what differs from peft's defaults, which change
     loras = {part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
              for part, c in (loras or {}).items()}
+    tensors = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
     # One entry: safetensors writes several in an order of its own, and equal runs give equal files.
-    about = {"checkpoint": json.dumps(dict(config=asdict(cfg), step=step, loras=loras),
-                                      default=sorted)}
-    save_file({k: v.detach().to(dtype).contiguous() for k, v in tensors.items()},
-              folder / "model.tmp", about)
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    about = dict(config=asdict(cfg), step=step, loras=loras, score=score)
+    with replacing(folder / "model.safetensors") as fresh:
+        save_file(tensors, fresh, {"checkpoint": json.dumps(about, default=sorted)})
+
+
+def saved_about(folder):
+    """-> what save_checkpoint says of a folder's weights, {} where there are none of ours"""
+    file = Path(folder) / "model.safetensors"
+    return json.loads(read_safetensors(file, names_only=True)[1].get("checkpoint", "{}")
+                      ) if file.exists() else {}
+
+
+def has_checkpoint(out):
+    return (Path(out) / CHECKPOINT).exists()
 
 
 def checkpoint_file(path):
@@ -108,9 +121,30 @@ class Ema:
                 put(raw)
 
 
-def save_run(ema, out, model, step, opt):
-    """The averaged weights are the checkpoint, with what --init had changed, so that it stands
-    alone: of a LoRA run the LoRA, merged at load. Beside it all that --resume needs."""
+class Trained:
+    """What learns: its optimiser, its average, and how a run of it is saved and gone on with."""
+
+    def __init__(self, args, params, opt, save):
+        """params: {name: parameter}; save(ema, folder, step, score) writes the weights."""
+        self.params, self.opt, self.save_weights = params, opt, save
+        self.ema = Ema(params, args.ema)
+        self.start = resume_run(self.ema, args, opt)     # updates that are done
+
+    def save(self, out, step, score=None):
+        """A checkpoint, first all that --resume needs, in one file: a run goes on from that,
+        whatever else was written. score: on what is held out, if it was drawn."""
+        folder = Path(out) / "ckpt"
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = {k: p.detach() for k, p in self.params.items()}
+        with replacing(Path(out) / CHECKPOINT) as fresh:
+            torch.save(dict(raw=raw, mean=self.ema.mean, opt=self.opt.state_dict(),
+                            extra=self.ema.extra, step=step), fresh)
+        self.save_weights(self.ema, folder, step, score)
+
+
+def save_weights(model, ema, folder, step, score=None):
+    """The averaged weights, with what --init had changed, so that they stand alone: of a LoRA run
+    the LoRA, merged at load."""
     def on_disk(tensors):                                  # without peft's wrapping
         return {k.replace(".base_layer", "").replace(".default", ""): v
                 for k, v in tensors.items()}
@@ -124,29 +158,58 @@ def save_run(ema, out, model, step, opt):
              if not mine or part not in model.trained}
     for part, (_, mine) in loras.items():
         tensors |= {f"{part}.{k}": v for k, v in mine.items()}
-    raw = {k: p.detach() for k, p in ema.params.items()}
-    save_checkpoint(out / "ckpt", on_disk(tensors | ema.mean), model.cfg, step,
-                    dict(raw=raw, mean=ema.mean, opt=opt.state_dict(), extra=ema.extra),
+    save_checkpoint(folder, on_disk(tensors | ema.mean), model.cfg, step, score=score,
                     loras={part: config for part, (config, _) in loras.items()})
 
 
-def resume_run(ema, out, opt):
-    """Put back raw weights, average and optimiser. -> the next step."""
-    file = Path(out) / "ckpt" / "optim.pt"
-    if not file.exists():
-        fail(f"nothing to resume: {file} is missing; start without --resume in a new --out")
+def keep_beside(out, step, keep):
+    """The weights just saved stay beside those to come: as ckpt/best while none scores higher on
+    what is held out, and the last `keep` of them as ckpt/step_00020."""
+    folder = Path(out) / "ckpt"
+
+    def link(name):
+        (folder / name).mkdir(exist_ok=True)
+        with replacing(folder / name / "model.safetensors") as fresh:
+            fresh.unlink()
+            try:
+                os.link(folder / "model.safetensors", fresh)     # no second copy
+            except OSError:                              # not every disk can
+                copyfile(folder / "model.safetensors", fresh)
+    score, best = (saved_about(place).get("score") for place in (folder, folder / "best"))
+    if score is not None and (best is None or score > best):
+        link("best")
+    if keep:
+        link(f"step_{step:05d}")
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            rmtree(old)
+
+
+def resume_run(ema, args, opt):
+    """Put back raw weights, average and optimiser, where --resume finds them. -> the next step"""
+    file = Path(args.out) / CHECKPOINT
+    if not args.resume or not file.exists():             # see check_out
+        return 0
     try:
+        with ZipFile(file) as records:                   # torch writes checksums, and reads none
+            if damaged := records.testzip():
+                raise BadZipFile(f"{damaged} is not what was written")
         saved = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as e:
-        fail(f"{file} cannot be read, it may be truncated ({str(e).splitlines()[0]})")
-    if saved["raw"].keys() != ema.params.keys():
+        raw, mean, step = saved["raw"], saved["mean"], saved["step"]
+        # Once a part that does not learn had a group, an empty one.
+        groups = [g for g in saved["opt"]["param_groups"] if g["params"]]
+    except (OSError, EOFError, RuntimeError, UnpicklingError, BadZipFile, ValueError, TypeError,
+            LookupError, AttributeError) as e:
+        fail(f"{file} cannot be read, it may be truncated ({first_line(e)}): start anew in another "
+             "--out")
+    if {k: v.shape for k, v in raw.items()} != {k: v.shape for k, v in ema.params.items()}:
         fail(f"{file} belongs to a run that trained other weights: give the flags it had")
+    try:
+        opt.load_state_dict(saved["opt"] | dict(param_groups=groups))
+    except ValueError as e:
+        fail(f"{file} belongs to a run that trained otherwise ({first_line(e)})")
     ema.extra = saved.get("extra", {})                      # older ones have none
-    # Once a part that does not learn had a group, an empty one.
-    saved["opt"]["param_groups"] = [g for g in saved["opt"]["param_groups"] if g["params"]]
-    opt.load_state_dict(saved["opt"])
     with torch.no_grad():
         for k, p in ema.params.items():
-            p.copy_(saved["raw"][k])
-            ema.mean[k].copy_(saved["mean"][k])
-    return saved["step"]
+            p.copy_(raw[k])
+            ema.mean[k].copy_(mean[k])
+    return step

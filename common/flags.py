@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from dataclasses import asdict, field, fields, make_dataclass
+import sys
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from common.presets import PARTS, RECIPES, preset
@@ -19,6 +20,16 @@ def flag(default, help, group="", setting=False):
     """A field of a script's Args. help: what --help says of it; group: the title of the flags that
     begin with this one; setting: no flag, but one that recipes have: see parse."""
     return field(default=default, metadata=dict(help=help, group=group, setting=setting))
+
+
+@dataclass
+class RunFlags:
+    """What every script that trains has: how its run is begun, gone on with and kept."""
+    resume: str = flag("", "go on with the run in --out, by the flags that it had; auto: or begin, "
+                       "where there is no checkpoint", group="The run")
+    change: str = flag("", "flags that --resume may change, such as lr,B")
+    keep: int = flag(0, "so many checkpoints' weights stay in ckpt/step_..., and always the best "
+                     "by held-out score in ckpt/best")
 
 
 def flag_of(name):
@@ -57,7 +68,8 @@ def check_seed(args):
 def add_flags(p, Args):
     """Every field of Args as a flag, in its group; a boolean gets its --no-x."""
     group = p
-    for f in fields(Args):
+    own = [f for f in fields(Args) if f.name not in RunFlags.__dataclass_fields__]
+    for f in own + [f for f in fields(Args) if f not in own]:
         if title := f.metadata.get("group"):             # the fields that follow belong to it, too
             group = p.add_argument_group(title)
         if f.metadata.get("setting"):
@@ -65,6 +77,8 @@ def add_flags(p, Args):
         boolean = f.type in (bool, bool | None)          # None: its help says when it is on
         kind = (dict(action=argparse.BooleanOptionalAction) if boolean else
                 dict(type=f.type, metavar=f.type.__name__))
+        if f.name == "resume":                           # alone it means: there is one
+            kind = dict(nargs="?", const="yes", choices=("yes", "auto"), metavar="auto")
         default = ("off", "on")[f.default] if f.type is bool else f.default
         about = f.metadata.get("help", "") + (f" [{default}]" if default not in ("", None) else "")
         group.add_argument(flag_of(f.name), help=about.replace("%", "%%"), **kind)
@@ -130,8 +144,19 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
             print(f"recipe {args.recipe!r}: {', '.join(left)} are grpo.py's and left out")
         args = settle(f"recipe {args.recipe!r}",
                       {k: v for k, v in values.items() if k not in without})
+    if getattr(args, "resume", ""):
+        args = settle("the run in --out", as_before(args, given(p)))
     check_seed(args)
     return Args(**vars(args))
+
+
+def given(p):
+    """-> {name: value} of the flags that stand on the command line"""
+    absent, defaults = object(), vars(p.parse_args([]))
+    p.set_defaults(**dict.fromkeys(defaults, absent))
+    found = {name: value for name, value in vars(p.parse_args()).items() if value is not absent}
+    p.set_defaults(**defaults)
+    return found
 
 
 def fork(Args, without, **own):
@@ -150,3 +175,45 @@ def fork(Args, without, **own):
 def given_parts(args):
     """--vlm, --dit, --vae, --refs, --solver, where given: in place of the preset's."""
     return {k: getattr(args, k) for k in (*PARTS, "refs", "solver") if getattr(args, k, "")}
+
+
+# What a run was started with, and --resume goes on with
+
+
+def settings_of(out):
+    """The flags that a run goes by: those it was started with, in config.json, or those of its
+    last --resume that changed some, in config_00120.json. -> {name: value}, {} of no run"""
+    files = sorted(Path(out).glob("config*.json"))
+    try:
+        settings = json.loads(files[-1].read_text()) if files else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) and "out" in settings else {}
+
+
+def script():
+    """-> the name of the script that runs"""
+    return Path(sys.argv[0]).name
+
+
+# These may differ from what a run was started with: they change no update.
+FREE = {"out", "resume", "change", "keep", "track", "steps", "eval_every", "final_bench", "micro",
+        "checkpoint", "compile", "judge_url", "max_failed"}
+
+
+def as_before(args, given):
+    """--resume goes on with the flags that the run had. given: {name: value} of those on the
+    command line, of which only FREE ones, and those that --change names, may differ.
+    -> {name: value} of the others, {} where no run is"""
+    had = settings_of(args.out)
+    if had and had.pop("script", script()) != script():
+        fail(f"{args.out} is not a run of {script()}: choose another --out")
+    allowed = FREE | {name.strip().strip("-").replace("-", "_") for name in args.change.split(",")}
+    for name, value in given.items():
+        if name in had and had[name] != value and (
+                name not in allowed or name in ("preset", "recipe", "task")):
+            flag = "--" + name.replace("_", "-")
+            fail(f"{flag} was {had[name]!r} when {args.out} was begun, not {value!r}: leave it out"
+                 + ("" if name in ("preset", "recipe", "task") else f", or add --change {name}"))
+    return {k: v for k, v in had.items() if k in vars(args) and k not in given
+            and k not in ("out", "resume", "change")}

@@ -3,22 +3,20 @@ of a KL, noise keys, statistics of ratios, time; and LDAM, an option of one pape
 """
 
 import copy
-import json
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from common.checkpoint import Ema, resume_run, save_run
+from common.checkpoint import Trained, save_weights
 from common.flow import flow_loss
 from common.presets import GRIDS, KERNELS, preset
-from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, check_ranks, fail,
-                        key, keyed, log, odds, open_run, plot, slices, span, stop_flag, sum_grads,
-                        table)
+from common.record import check_out, read_log
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, fail, key, keyed,
+                        odds, slices, span, sum_grads, table)
 from common.weights import adapter, start_model, swapped
 
 
@@ -34,6 +32,7 @@ def check_flags(args, world, train, what):
         fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
     if args.B % world:
         fail(f"--B {args.B} {what} cannot be shared by {world} ranks: choose a multiple")
+    check_out(args)
     one_of("train", args.train, train)
     one_of("norm", args.norm, ("group", "joint", "global"))
     if args.lora_rank and args.train == "bridge":
@@ -85,25 +84,32 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     model.dit.checkpoint = args.checkpoint
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
+    if rank == 0 and hasattr(args, "clip"):
+        print(f"--clip {args.clip:g} is {args.clip * latent_numbers(model):.3g} nats: a log-prob "
+              f"is a mean over {latent_numbers(model)} latent numbers")
     return model, initial, Optimiser(args, model)
 
 
-class Optimiser:
+def latent_numbers(model):
+    """-> D, how many numbers the latents of one image are"""
+    return math.prod(model.noise([0]).shape)
+
+
+class Optimiser(Trained):
     """AdamW over what learns. Each expert, the DiT with its bridge and the language model, has its
     own rate and is clipped by its own norm. Rates rise over 5 updates and fall linearly to a tenth.
     Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate."""
 
     def __init__(self, args, model):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.steps, self.finite, self.params = args.steps, Finite(), params
+        self.steps, self.finite = args.steps, Finite()
         own = {"lr": [p for k, p in params.items() if not k.startswith("vlm.")],
                "lm_lr": [p for k, p in params.items() if k.startswith("vlm.")]}
         self.experts = {rate: some for rate, some in own.items() if some}
         self.peaks = [getattr(args, rate) for rate in self.experts]
         self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
                                        lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd)
-        self.ema = Ema(params, args.ema)
-        self.start = resume_run(self.ema, args.out, self.adamw) if args.resume else 0
+        super().__init__(args, params, self.adamw, partial(save_weights, model))
 
     def update(self, step, watched, prompts):
         """One step by the gradients summed over ranks, unless they, or the ratios `watched`, are
@@ -203,11 +209,6 @@ def ratio_stats(seen, clip, nats, beta, prefix=""):
     return {prefix + name: value for name, value in stats.items()}
 
 
-def mean_row(stats):
-    """Columns of this rank -> their means over ranks; every rank calls it."""
-    return dict(zip(stats, all_mean([*stats.values()])))
-
-
 def fine_tune(model, data, args, step, update, rank, world):
     """DeepGen eq. 5: (1 - sft) RL + sft SFT. Adds the gradient of the second. -> its share of the
     log's column: the mean over the iteration's updates"""
@@ -272,9 +273,12 @@ class Ldam:
 
     def resumed(self, out, start):
         """As after the rows of a run's log up to update `start`. -> layer_noise of the next"""
+        rows = [row for row in read_log(out) if 0 < row["step"] <= start] if start else []
+        if len(rows) != start:
+            fail(f"{out}/log.jsonl lacks rows up to update {start}, which --ldam goes by")
         noise = None
-        for row in map(json.loads, open(Path(out) / "log.jsonl")):
-            noise = self.after(row) if 0 < row["step"] <= start else noise
+        for row in rows:
+            noise = self.after(row)
         return noise
 
 
@@ -295,65 +299,7 @@ def jsonl_of(path):
     return path / "metadata.jsonl" if path.is_dir() else path
 
 
-class Recorder:
-    """The run's folder, its log, looks, checkpoints and progress bar."""
-
-    def __init__(self, args, model, optimiser, rank, preview, score="score"):
-        """preview(file for a picture) -> metrics of what is held out; `score`: the main one."""
-        self.args, self.model, self.optimiser, self.rank = args, model, optimiser, rank
-        self.preview, self.score, self.stop, self.shown = preview, score, stop_flag(), {}
-        self.stopped = False                             # on any rank: then all stop together
-        self.out, self.begin = open_run(args.out, args, args.resume, optimiser.start, rank)
-        self.D = math.prod(model.noise([0]).shape)
-        if rank == 0 and hasattr(args, "clip"):
-            print(f"--clip {args.clip:g} is {args.clip * self.D:.3g} nats: a log-prob is a mean "
-                  f"over {self.D} latent numbers")
-        if not args.resume:
-            self.show(0)
-            log(self.out, rank, dict(step=0, at=0.0, **self.shown))
-
-    def steps(self, name):
-        self.bar = tqdm(range(self.optimiser.start, self.args.steps), name, disable=self.rank > 0,
-                        initial=self.optimiser.start, total=self.args.steps)
-        return self.bar
-
-    def show(self, step):
-        if self.rank == 0:
-            with self.optimiser.ema.applied():
-                self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
-
-    def record(self, step, scores, stats, columns, curves):
-        """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged
-        over all; columns: alike on all; curves: panels of curves.png beside the rewards.
-        -> row. Every rank calls it."""
-        stats = mean_row(stats | dict(stop=bool(self.stop)))
-        self.stopped = stats.pop("stop") > 0
-        row = dict(step=step + 1, at=round(time.time() - self.begin, 1), **scores.row(), **stats,
-                   **columns)
-        due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
-        if due:
-            check_ranks(self.optimiser.params, f"after update {step + 1}")
-            self.show(step + 1)
-        if due and self.rank == 0:
-            row |= self.shown
-            save_run(self.optimiser.ema, self.out, self.model, step + 1, self.optimiser.adamw)
-        log(self.out, self.rank, row)
-        if due and self.rank == 0:
-            plot(self.out, [f"reward_{name}" for name in scores.names],
-                 *curves[: 1 if self.shown else 0], *curves[1:])
-        self.bar.set_postfix(self.progress(row), refresh=False)
-        return row
-
-    def progress(self, row):
-        """The bar's end: the first reward, the last held-out score, the gradient norms' sum."""
-        reward = next((x for name, x in row.items() if name.startswith("reward_")), 0)
-        held = {"held out": f"{self.shown[self.score]:.3f}"} if self.score in self.shown else {}
-        norm = sum(x for name, x in row.items() if name.endswith("grad_norm"))
-        return {"reward": f"{reward:.3g}", **held, "norm": f"{norm:.3f}"}
-
-
 def wants_final_bench(args, recorder):
     """Is there a benchmark before and after, at the end? By default not after a mere trial."""
     wanted = args.steps >= args.eval_every if args.final_bench is None else args.final_bench
-    classroom = args.preset.startswith("shapes")
-    return wanted and recorder.rank == 0 and classroom and not recorder.stopped
+    return wanted and recorder.rank == 0 and args.preset.startswith("shapes")

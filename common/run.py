@@ -1,23 +1,23 @@
-"""A run: ranks, seeds, gradients, its folder, log and curves. Nothing here learns."""
+"""A run: ranks, seeds, gradients, files and curves. Nothing here learns."""
 
 import atexit
 import json
 import math
 import os
-import signal
 import sys
-import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from shutil import disk_usage
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib import pyplot as plt
+from safetensors import SafetensorError
 
+from common.stop import at_once, fail, heed, quietly
 
 ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
 
@@ -52,9 +52,9 @@ def from_file(name):
     return getattr(module, what)
 
 
-def fail(message):
-    """A user's error: one line, non-zero exit, nothing written."""
-    sys.exit(f"error: {message}")
+def first_line(error):
+    """-> what an exception says, or its kind where it says nothing"""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def has_bf16():
@@ -67,6 +67,7 @@ def has_bf16():
 
 def setup():
     """-> rank, world, device. Under torchrun: one process per GPU, or gloo on the CPU."""
+    heed(at_once)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else 0)
@@ -76,6 +77,7 @@ def setup():
         torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+        sys.excepthook = quietly
         atexit.register(dist.destroy_process_group)   # or its threads may outlive Python and abort
     return rank, world, device if cuda else torch.device("cpu")
 
@@ -226,34 +228,47 @@ def odds(rows, mix):
     return torch.tensor([float(mix.get(k, mix.get("*", 0))) for k in kinds])
 
 
-def open_run(out, args, resume, start, rank):
-    """Make the run's folder; never write into another run's. -> folder, when the run began."""
-    out, begin = Path(out), time.time()
-    if (out / "log.jsonl").exists() and not resume:    # stopped before its first row: begun anew
-        fail(f"{out} holds another run: choose another --out, or continue it with --resume")
-    all_mean([0])                       # every rank has looked before rank 0 writes
-    if rank == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(asdict(args), indent=1))
-        print(" ".join(f"{k}={v}" for k, v in asdict(args).items()))
-        if resume:    # rows later than the checkpoint will come again; the clock goes on from there
-            rows = [line for line in open(out / "log.jsonl") if json.loads(line)["step"] <= start]
-            write(out / "log.jsonl", "".join(rows))
-            begin -= json.loads(rows[-1])["at"]
-    return out, begin
+def sync(path):
+    """What was written to a file, or which files a folder has, outlives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def writing(path):
+    """What cannot be written, as on a full disk, ends the run in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:    # torch's and safetensors' own
+        free = disk_usage(Path(path).parent).free / 1e6
+        fail(f"{path} could not be written ({first_line(e)}; {free:.0f} MB are free there): what "
+             "was there before stays")
+
+
+@contextmanager
+def replacing(path):
+    """A file that appears whole or not at all: gives the name of another beside it to write, which
+    then takes its place. Where that fails, what was there stays."""
+    path = Path(path)
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            fresh.touch()
+            mode = fresh.stat().st_mode                  # other files': safetensors' are private
+            yield fresh
+            fresh.chmod(mode)
+            sync(fresh)
+            os.replace(fresh, path)
+            sync(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def write(path, text):
     """Atomic: a reader sees the old file or the new one."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
-
-
-def log(out, rank, row):
-    """One dict per step, appended to log.jsonl by rank 0."""
-    if rank == 0:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+    with replacing(path) as fresh:
+        fresh.write_text(text)
 
 
 def plot(out, *curves):
@@ -275,18 +290,6 @@ def plot(out, *curves):
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(out / "curves.tmp", dpi=110, format="png")
+    with replacing(out / "curves.png") as fresh:
+        fig.savefig(fresh, dpi=110, format="png")
     plt.close(fig)
-    os.replace(out / "curves.tmp", out / "curves.png")
-
-
-def stop_flag():
-    """SIGTERM or Ctrl-C sets it; a loop that looks at it saves and exits. A second one kills."""
-    flag = []
-
-    def stop(which, frame):
-        flag.append(1)
-        signal.signal(which, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    return flag

@@ -1,6 +1,5 @@
 """What people look at: grids, tables, trade-offs; and the statistics in them."""
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 
 from common.read import arrays
-from common.run import write
+from common.run import replacing, write
 
 
 def by_tag(rows):
@@ -69,9 +68,9 @@ def plot_trade_off(curves, path):
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(f"{path}.tmp", dpi=110, format="png")
+    with replacing(path) as fresh:
+        fig.savefig(fresh, dpi=110, format="png")
     plt.close(fig)
-    os.replace(f"{path}.tmp", path)
 
 
 def grid(images, captions, path, frames=None, columns=8):
@@ -93,8 +92,8 @@ def grid(images, captions, path, frames=None, columns=8):
             pen.rectangle((x - 3, y - 3, x + zoom * W + 2, y + zoom * H + 2), fill=color)
         page.paste(Image.fromarray(image).resize((zoom * W, zoom * H), Image.NEAREST), (x, y))
         pen.multiline_text((x, y + zoom * H + 4), text[i], "black", font, spacing=2)
-    page.save(f"{path}.tmp", "PNG")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as fresh:
+        page.save(fresh, "PNG")
 
 
 def show_answers(questions, said, right, path):

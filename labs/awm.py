@@ -99,8 +99,7 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         loss, kl = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
         stats = dict(loss=loss, kl=kl, kept=len(kept) / len(rows))
-        if lab.record(step, scores, stats, failures | norms | clock.row()):
-            break
+        lab.record(step, scores, stats, failures | norms | clock.row())
     lab.finish()
 
 

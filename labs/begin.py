@@ -6,7 +6,8 @@ import grpo
 from common.checkpoint import Ema
 from common.flags import parse
 from common.flow import noised
-from common.rl import Recorder, disagreeing, draw_rows, set_up, wants_final_bench
+from common.record import Recorder
+from common.rl import disagreeing, draw_rows, set_up, wants_final_bench
 from common.run import PER_SAMPLE, key, setup
 from eval import (before_and_after, bench_pictures, check_scored, preview_of, read_prompts_of,
                   score)
@@ -38,7 +39,7 @@ class Lab:
         reads = self.B if "bridge" in self.learns else 0
         self.model, self.initial, self.optimiser = set_up(
             Unified, args, self.learns, self.micro, reads, anchored, self.rank, self.device)
-        self.recorder = Recorder(args, self.model, self.optimiser, self.rank, preview_of(
+        self.recorder = Recorder(args, self.rank, self.optimiser, preview_of(
             self.model, args, self.prompts, held, self.weights, self.judge, self.rank))
 
     def draw_prompts(self, rng):
@@ -95,10 +96,8 @@ class Lab:
         return v
 
     def record(self, step, scores, stats, columns):
-        """-> is the run to end here?"""
-        columns = columns | self.optimiser.finite.column()
-        self.recorder.record(step, scores, stats, columns, CURVES)
-        return self.recorder.stopped
+        columns = scores.row() | columns | self.optimiser.finite.column()
+        self.recorder.record(step, stats, columns, CURVES)
 
     def finish(self):
         if wants_final_bench(self.args, self.recorder):

@@ -102,8 +102,7 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         loss, apart = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
         stats = dict(loss=loss, apart=apart, kept=len(kept) / len(rows))
-        if lab.record(step, scores, stats, failures | norms | clock.row()):
-            break
+        lab.record(step, scores, stats, failures | norms | clock.row())
     lab.finish()
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from common.read import arrays
-from common.run import fail, has_bf16
+from common.run import fail, has_bf16, writing
 from common.weights import pretrained, read_safetensors
 from data.shapes.edits import check_edit
 from rewards.judge import turns
@@ -68,12 +68,13 @@ class EditReward(torch.nn.Module):
             if isinstance(layer, LoraLayer):
                 layer.merge()
                 vlm.set_submodule(name, layer.get_base_layer())
-        vlm.save_pretrained(new)
-        self.feed.save_pretrained(new)
-        save_file(dict(self.head.state_dict()), new / "head.safetensors")
-        for f in new.iterdir():
-            os.replace(f, folder / f.name)
-        new.rmdir()
+        with writing(folder):
+            vlm.save_pretrained(new)
+            self.feed.save_pretrained(new)
+            save_file(dict(self.head.state_dict()), new / "head.safetensors")
+            for f in new.iterdir():
+                os.replace(f, folder / f.name)
+            new.rmdir()
 
 
 @cache

@@ -15,7 +15,7 @@ from test_grpo import G, close, config, gradient, learned, saved
 from test_rewards import vlm  # noqa: F401
 
 import common.presets as presets_py
-import common.rl as rl_py
+import common.record as record_py
 import cycle_edit
 import grpo
 import rewards.judge as judge_py
@@ -395,7 +395,7 @@ def photos(parts, monkeypatch):
 
 def test_photos_have_no_checker(parts, tmp_path, monkeypatch, capsys):
     """Nor a score, unless edits are held out: those trained are looked at and no more."""
-    panels = calls(monkeypatch, "plot", rl_py)
+    panels = calls(monkeypatch, "plot", record_py)
     rows = play(parts, tmp_path / "run", *photos(parts, monkeypatch))
     assert not any({"score", "success"} & r.keys() for r in rows)
     assert "no held-out edits" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import common.presets as presets_py
-import common.rl as rl_py
+import common.record as record_py
 import eval as eval_py
 import grpo
 from common.rl import Anchor
@@ -431,8 +431,9 @@ def calls(monkeypatch, name, where):
 
 def test_trained_prompts_are_no_measure(parts, photos, tmp_path, monkeypatch, capsys):
     """Nothing held out: pictures of training prompts to look at, and no score anywhere."""
-    panels, shown = calls(monkeypatch, "plot", rl_py), []
-    monkeypatch.setattr(rl_py.tqdm, "set_postfix", lambda self, values, **_: shown.append(values))
+    panels, shown = calls(monkeypatch, "plot", record_py), []
+    monkeypatch.setattr(record_py.tqdm, "set_postfix",
+                        lambda self, values, **_: shown.append(values))
     rows = tiny.play(parts, tmp_path / "run", *photos[0])
     assert "no held-out prompts" in capsys.readouterr().out
     assert not any("score" in r for r in rows) and shown[0].keys() == {"reward", "norm"}

@@ -1,0 +1,209 @@
+"""A run's folder: who may write there, its flags, log, looks and checkpoints; how a run stops."""
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_about
+from common.flags import script, settings_of
+from common.run import all_mean, check_ranks, fail, plot, write
+from common.stop import as_a_wish, at_once, end, heed, stopping
+
+# ---------------------------------------------------------------------------------------------
+# Who may write there
+
+
+def check_out(args):
+    """--out may be written to, or the user's error: before anything is loaded."""
+    out = Path(args.out)
+    if not args.out.strip():
+        fail("--out is empty: name a folder for the run")
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        fail(f"--out {out}: there is a file where the folder would be")
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        fail(f"--out {out}: {place} cannot be written to")
+    a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or settings_of(out)
+    if not args.resume and a_run:
+        fail(f"{out} holds another run: choose another --out, or continue it with --resume")
+    if not a_run and out.exists() and any(out.iterdir()):
+        fail(f"--out {out} is neither empty nor a run's folder: choose another")
+    if args.resume == "yes" and not has_checkpoint(out):
+        fail(f"nothing to resume: {out / CHECKPOINT} is missing; --resume auto begins such a run")
+    if (out / "log.jsonl").exists() and os.environ.get("RANK", "0") == "0":
+        Log.of(out)                                      # nobody else goes on with it meanwhile
+
+
+# ---------------------------------------------------------------------------------------------
+# Its log
+
+
+class Log:
+    """log.jsonl, a row per update, each whole or not at all. Whoever has it open has the folder to
+    himself; the lock ends with the process, however that ends."""
+
+    held = {}                                            # by this process: {path: Log}
+
+    def __init__(self, out):
+        self.path = Path(out) / "log.jsonl"
+        self.file = open(self.path, "a+b", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"{out} belongs to a run that is at work: wait for it, or choose another --out")
+
+    @staticmethod
+    def of(out):
+        """The log that this process has open already, or is to open."""
+        path = (Path(out) / "log.jsonl").resolve()
+        if path not in Log.held or not path.exists():
+            Log.held.pop(path, None)
+            Log.held[path] = Log(out)
+        return Log.held[path]
+
+    def keep_up_to(self, step):
+        """Drops what is later than a step, whose rows will come again, and a row that is torn.
+        -> the last row that stays, or None"""
+        self.file.seek(0)
+        lines = self.file.read().splitlines(keepends=True)
+        last = None
+        while lines and last is None:
+            try:
+                row = json.loads(lines[-1])
+                last = row if row["step"] <= step and lines[-1].endswith(b"\n") else None
+            except (ValueError, TypeError, KeyError):
+                pass
+            if last is None:
+                lines.pop()
+        self.file.truncate(sum(map(len, lines)))
+        return last
+
+    def write(self, row):
+        whole, line = self.file.seek(0, os.SEEK_END), json.dumps(row).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file)
+        except OSError as e:
+            self.file.truncate(whole)
+            fail(f"{self.path} cannot be written ({e.strerror}): the last checkpoint is whole; "
+                 "make space, then --resume")
+
+
+def read_log(out):
+    """-> the rows of a run's log"""
+    return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+
+
+class Recorder:
+    """The run's folder, its log, looks, checkpoints and progress bar."""
+
+    def __init__(self, args, rank, trained, preview, score="score", first=True):
+        """trained: see Trained; preview(file for a picture) -> metrics of what is held out, `score`
+        the main one; first: is there a look before the first update? Every rank makes one, after
+        all that can fail."""
+        self.args, self.rank, self.trained, self.start = args, rank, trained, trained.start
+        self.preview, self.score, self.shown, self.names = preview, score, {}, set()
+        self.stopped, self.out, self.begin = False, Path(args.out), time.time()
+        all_mean([0])                                    # every rank has looked at the folder
+        if rank == 0:
+            self.open()
+        if first and not self.start:
+            self.look(0)
+            self.write(dict(step=0, at=0.0, **self.shown))
+
+    def open(self):
+        """Makes the folder this run's own, or goes on in it."""
+        settings = dict(script=script(), **asdict(self.args)) | dict(resume="", change="")
+        try:
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            self.log = Log.of(self.out)
+        except OSError as e:
+            fail(f"--out {self.out} cannot be written to: {e.strerror}")
+        if not self.args.resume and self.log.file.seek(0, os.SEEK_END):   # begun since check_out
+            fail(f"{self.out} holds another run by now: choose another --out")
+        last = self.log.keep_up_to(self.start if self.start else -1)
+        if self.start and (last is None or last["step"] != self.start):
+            print(f"{self.out}/log.jsonl lacks the rows up to update {self.start}: they are lost, "
+                  "the weights are not", file=sys.stderr)
+        if last is not None:
+            self.begin -= last["at"]                     # the clock goes on from there
+        had = settings_of(self.out)
+        if not had:
+            write(self.out / "config.json", json.dumps(settings, indent=1))
+        elif had != settings:
+            write(self.out / f"config_{self.start:05d}.json", json.dumps(settings, indent=1))
+        print(" ".join(f"{name}={value}" for name, value in settings.items()))
+        if self.start:                                   # perhaps killed while it saved
+            self.save(self.start, (last or {}).get(self.score))
+
+    def save(self, step, score):
+        if self.start != step or saved_about(self.out / "ckpt").get("step") != step:
+            self.trained.save(self.out, step, score)
+        keep_beside(self.out, step, self.args.keep)
+
+    def steps(self, name):
+        """The updates to do. A run that is asked to stop ends here, with the signal's exit code."""
+        self.bar = tqdm(range(self.start, self.args.steps), name, disable=self.rank > 0,
+                        initial=self.start, total=self.args.steps)
+        heed(as_a_wish)
+        for step in self.bar:
+            yield step
+            if self.stopped:
+                self.bar.close()
+                end(f"after update {step + 1}: saved in {self.out}/ckpt, --resume goes on")
+        heed(at_once)
+
+    def look(self, step):
+        if self.rank == 0:
+            with self.trained.ema.applied():
+                self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
+
+    def write(self, row):
+        if self.rank == 0:
+            self.log.write(row)
+
+    def record(self, step, stats, columns, curves):
+        """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged
+        over all; columns: alike on all; curves: panels of curves.png beside the rewards.
+        -> row. Every rank calls it."""
+        stats = mean_row(stats | dict(stop=stopping.is_set()))
+        self.stopped = stats.pop("stop") > 0
+        row = dict(step=step + 1, at=round(time.time() - self.begin, 1), **stats, **columns)
+        due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
+        if due:
+            check_ranks(self.trained.ema.params, f"after update {step + 1}")
+            self.look(step + 1)
+            row |= self.shown
+        self.write(row)                                  # before the checkpoint of the same step
+        if due and self.rank == 0:
+            self.save(step + 1, self.shown.get(self.score))
+            self.names |= row.keys()
+            rewards = [name for name in row if name.startswith("reward_")]
+            panels = [[name for name in panel if name in self.names] for panel in curves]
+            plot(self.out, *filter(None, [rewards, *panels]))
+        self.bar.set_postfix(self.progress(row), refresh=False)
+        return row
+
+    def progress(self, row):
+        """The bar's end: the first reward or loss, the last held-out score, gradient norms' sum."""
+        first = next((name for name in row if name.startswith("reward_") or name.endswith("loss")),
+                     None)
+        told = {} if first is None else {first.split("_")[0] if first.startswith("reward_")
+                                         else first: f"{row[first]:.3g}"}
+        if self.score in self.shown:
+            told["held out"] = f"{self.shown[self.score]:.3f}"
+        norm = sum(x for name, x in row.items() if name.endswith("grad_norm"))
+        return told | dict(norm=f"{norm:.3f}")
+
+
+def mean_row(stats):
+    """Columns of this rank -> their means over ranks; every rank calls it."""
+    return dict(zip(stats, all_mean([*stats.values()])))
