@@ -164,8 +164,8 @@ def train_reward(args, rank, world, device):
     recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
     for update in recorder.steps("reward"):
         # 1  scored edits, and how far the model is from their scores
-        examples = draw_scored(rows, args.batch // world, random.Random(
-            key(args.seed, update, rank)))
+        rng = random.Random(key(args.seed, update, 0))           # every rank draws alike
+        examples = draw_scored(rows, args.batch, rng)[rank::world]
         torch.manual_seed(key(args.seed, update, rank))
         model.train()
         score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)

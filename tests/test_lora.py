@@ -26,7 +26,7 @@ import grpo
 import model as ours
 import sample
 import sft
-from common.checkpoint import Ema, save_run
+from common.checkpoint import Ema, save_weights
 from common.presets import Config
 from common.weights import adapter, learn, memory_plan, slim, swapped
 from model import MMDiT, Unified
@@ -65,7 +65,7 @@ def same(a, b, tol=1e-5):
 
 def checkpoint(model, out):
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    save_run(Ema(params, 0.9), out, model, 1, torch.optim.AdamW(params.values()))
+    save_weights(model, Ema(params, 0.9), out / "ckpt", 1)
     return load_file(out / "ckpt/model.safetensors")
 
 

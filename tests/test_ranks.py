@@ -74,6 +74,19 @@ def test_two_runs_of_one_command_give_equal_files(two, name):
         assert a.read_bytes() == b.read_bytes(), file
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process_gives_the_rows_of_two(two, photos, tmp_path, name):
+    """So a run may go on with another number of ranks: each sample's noise comes from its number
+    among all ranks'."""
+    rows = ranks.play(photos, tmp_path / "one", name)
+    wanted = [json.loads(line) for line in open(two[0] / name / "log.jsonl")]
+    columns = [k for k in rows[-1] if k == "loss" or k.endswith("grad_norm") or k.startswith("rew")]
+    assert len(columns) >= 2 and len(rows) == len(wanted)
+    for row, want in zip(rows, wanted):
+        assert {k: row.get(k) for k in columns} == pytest.approx(
+            {k: want.get(k) for k in columns}, rel=1e-3)
+
+
 def test_a_fresh_bridge_comes_from_the_seed(parts):
     """Whatever torch's own generator has been used for; another seed, another bridge."""
     with pytest.MonkeyPatch.context() as m:

@@ -12,7 +12,7 @@ from test_bridges import (CONTEXT, EYE, EYES, HELP, INTERN, KINDS, PAD, SAYS, US
 from tiny import apart, letters, pictures, same
 from torch import nn
 
-from common.checkpoint import Ema, save_run
+from common.checkpoint import Ema, save_weights
 from common.presets import Config, PRESETS
 from common.weights import learn
 from common.words import END, Words, chat, chat_ids, draw_token, spans, spell
@@ -454,7 +454,7 @@ def test_a_language_model_that_learned_is_kept(parts, tmp_path):
     ema = Ema(params, 0.5)
     [p.data.mul_(1.1) for p in params.values()]
     ema.update(100)
-    save_run(ema, tmp_path, m, 1, torch.optim.AdamW(params.values()))
+    save_weights(m, ema, tmp_path / "ckpt", 1)
     again = tiny.build(cfg, init=tmp_path / "ckpt")
     with ema.applied():
         words = m.generate(PROMPTS, limit=6)
