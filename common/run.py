@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from matplotlib import pyplot as plt
 
 
+stopping = threading.Event()              # set once the run is to stop: who waits looks at it
 ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
 
 
