@@ -22,9 +22,10 @@ from common.checkpoint import Ema, resume_run, save_run
 from common.draw import draw_edits
 from common.flags import flag, parse
 from common.flow import condition, train_times
+from common.page import look
 from common.presets import reference_ways
 from common.read import mixture, pairs
-from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot, setup,
+from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, setup,
                         stop_flag, sum_grads)
 from common.weights import start_model
 from model import Unified
@@ -156,10 +157,10 @@ def main():
             save_run(ema, out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
+        if due and rank == 0:
+            look(out, ["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"])
         if stopped:
             break
-    if rank == 0:
-        plot(out, ["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"])
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ from common.checkpoint import Ema, resume_run, save_run
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.flow import condition, lm_loss, train_times
+from common.page import look
 from common.presets import preset, reference_ways
 from common.read import mixture, pairs
-from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot,
+from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run,
                         same_start, setup, stop_flag, sum_grads)
 from common.weights import adapter, start_model
 from model import Unified
@@ -207,10 +208,10 @@ def train_reward(args, rank, world, device):
                   "held-out edits")
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         log(out, rank, row)
+        if due and rank == 0:
+            look(out, ["loss"], ["grad_norm"], ["spearman"])
         if stopped:
             break
-    if rank == 0:
-        plot(out, ["loss"], ["grad_norm"], ["spearman"])
 
 
 def main():
@@ -354,11 +355,11 @@ def main():
             save_run(ema, out, model, step + 1, opt)
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
+        if due and rank == 0:
+            look(out, ["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],
+                 ["score", "edit_score", "cot_score", "corrected"])
         if stopped:
             break
-    if rank == 0:
-        plot(out, ["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],
-             ["score", "edit_score", "cot_score", "corrected"])
 
 
 if __name__ == "__main__":

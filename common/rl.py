@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from common.checkpoint import Ema, resume_run, save_run
 from common.flow import flow_loss
+from common.page import look
 from common.presets import GRIDS, KERNELS, preset
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, check_ranks, fail,
-                        key, keyed, log, odds, open_run, plot, slices, span, stop_flag, sum_grads,
+                        key, keyed, log, odds, open_run, slices, span, stop_flag, sum_grads,
                         table)
 from common.weights import adapter, start_model, swapped
 
@@ -339,7 +340,7 @@ class Recorder:
             save_run(self.optimiser.ema, self.out, self.model, step + 1, self.optimiser.adamw)
         log(self.out, self.rank, row)
         if due and self.rank == 0:
-            plot(self.out, [f"reward_{name}" for name in scores.names],
+            look(self.out, [f"reward_{name}" for name in scores.names],
                  *curves[: 1 if self.shown else 0], *curves[1:])
         self.bar.set_postfix(self.progress(row), refresh=False)
         return row
