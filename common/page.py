@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from common.run import write
 
 PAGE = Path(__file__).with_name("page.html")         # script and style; its text comes from here
-MOST = 2000               # points of a curve in curves.png; more could not be told apart
+MOST = 450                # points of a curve in curves.png, whose panels have so many pixels
 BINS = 300                # of a curve in index.html, from twice as many rows on
 KEPT = 30                 # tables of words, the latest, that index.html holds
 LOSS = r"(?:\w+_)?loss"
@@ -58,13 +58,15 @@ class Log:
                 break
             self.read += len(line)
             try:
-                row = json.loads(line)
-                at = float(row["step"]), float(row["at"])
+                row = json.loads(line, parse_int=float)
+                whole = math.isfinite(row["step"]) and math.isfinite(row["at"])
             except (ValueError, LookupError, TypeError, RecursionError):
+                whole = False
+            if not whole:
                 self.torn += 1
                 continue
-            for name, value in (row | dict(step=at[0], at=at[1])).items():
-                if isinstance(value, (int, float)):
+            for name, value in row.items():
+                if isinstance(value, (float, bool)):
                     column = self.columns.setdefault(name, array("d"))
                     column.extend([math.nan] * (self.n - len(column)))
                     column.append(value)
@@ -111,7 +113,7 @@ def drawing(curves):
     panel per tuple of names -> figure, axes, {(panel, name): its faint and its strong line}"""
     figure = Figure(figsize=(4.5 * len(curves), 3.2), dpi=110)
     axes, lines = figure.subplots(1, len(curves), squeeze=False)[0], {}
-    figure.subplots_adjust(0.2 / len(curves), 0.15, 1 - 0.03 / len(curves), 0.97, 0.2)
+    figure.subplots_adjust(0.2 / len(curves), 0.15, 1 - 0.03 / len(curves), 0.85, 0.2)
     for i, (ax, names) in enumerate(zip(axes, curves)):
         for k, name in enumerate(names):
             lines[i, name] = (ax.plot([], [], f"C{k}", lw=1, alpha=0.3)[0],
@@ -121,7 +123,8 @@ def drawing(curves):
         ax.set_xlabel("minutes")
         ax.grid(alpha=0.3)
         if names:
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=7, ncols=3, frameon=False, loc="lower left",
+                      bbox_to_anchor=(-0.02, 1))                 # above: where is best takes time
     return figure, axes, lines
 
 
@@ -303,12 +306,14 @@ def write_page(out):
     except (OSError, ValueError):
         config = {}
     config = config if isinstance(config, dict) else {}
+    steps = config.get("steps") if isinstance(config.get("steps"), int) else None
     at = [np.array(log.columns[name]) for name in ("step", "at") if log.n]
     pace = np.diff(at[1][-21:]) / np.maximum(1, np.diff(at[0][-21:])) if at else []
     data = dict(
-        name=out.resolve().name, written=round(time.time()), flags=config,
+        name=out.resolve().name, written=round(time.time()),
+        flags={name: str(value) for name, value in config.items()},
         progress=dict(step=int(at[0][-1]) if at else 0, minutes=at[1][-1] / 60 if at else 0,
-                      steps=config.get("steps"),
+                      steps=steps,
                       pace=float(np.median(pace)) / 60 if len(pace) else None),
         health=health(log, config), pictures=pictures_of(out / "samples"),
         panels=panels_of(log.columns),

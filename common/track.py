@@ -12,9 +12,10 @@ TRACKERS = ("wandb", "tensorboard")
 class Tracker:
     """Says to one of TRACKERS what log.jsonl and samples/ hold."""
 
-    def __init__(self, name, out, config):
-        """out: the run's folder, whose name the run bears there; a run that is resumed goes on.
-        config: its flags, {name: value}. SystemExit in one line where it is not installed."""
+    def __init__(self, name, out, config, start=0):
+        """out: the run's folder, a Path, whose name the run bears there; one that is resumed goes
+        on. config: its flags, {name: value}; start: rows of later steps will come again.
+        SystemExit in one line where `name` is not installed."""
         self.writer = self.run = None
         try:
             if name == "wandb":
@@ -35,7 +36,8 @@ class Tracker:
             self.run = wandb.init(project="nanoumm", name=own, id=file.read_text().strip(),
                                   resume="allow", dir=str(out), config=config)
         else:
-            self.writer = SummaryWriter(str(out / "tensorboard"))
+            self.writer = SummaryWriter(
+                str(out / "tensorboard"), purge_step=start + 1 if start else None)
             self.writer.add_text("flags", "\n".join(f"    {k} {v}" for k, v in config.items()))
             atexit.register(self.writer.close)       # or what was said last is lost
 
