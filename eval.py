@@ -28,6 +28,7 @@ from common.flags import flag, given_parts, parse
 from common.read import arrays
 from common.run import all_mean, fail, key, replacing, setup, slices, write
 from common.show import grid, plot_trade_off, show_table
+from common.stop import stopping
 from common.weights import slim
 from data.shapes.bench import bench_shapes, geneval_table
 from data.shapes.edits import bench_edit
@@ -174,9 +175,12 @@ def check_scored(scores, most, step, where):
     failed = tried & scores.values.isnan()
     heard = [scores.answers.get(name, []) for name in names]
     idle = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]
-    failed, tried, unparsed, asked = torch.tensor(all_mean(
-        [*failed.sum(0), *tried.sum(0), *map(len, idle), *map(len, heard)])).view(4, -1)     # (K,)
+    silent = [bool(scores.error) and name in scores.answers for name in names]
+    failed, tried, unparsed, asked, silent, halt = torch.tensor(all_mean(
+        [*failed.sum(0), *tried.sum(0), *map(len, idle), *map(len, heard), *silent,
+         *[stopping.is_set()] * len(names)])).view(6, -1)                                    # (K,)
     failed, unparsed = failed / tried.clamp(min=1e-9), unparsed / asked.clamp(min=1e-9)
+    most = 1 if halt.any() else most                 # a run that stops waits for no answers
     examples = [f" The judge said, for instance, {its[0][:80]!r}" if its else "" for its in idle]
     k = int(unparsed.argmax())
     if unparsed[k] > most:                           # on every rank, so all stop
@@ -184,8 +188,10 @@ def check_scored(scores, most, step, where):
              f"say nothing usable, above --max-failed.{examples[k]}")
     k = int(failed.argmax())
     if failed[k] > most:
+        why = f"the judge's endpoint is at fault. {scores.error or 'Another rank says how'}" \
+            if silent[k] else f"does {where} hold what it reads?"
         fail(f"reward {names[k]!r} failed for {failed[k]:.0%} of the images of update {step + 1}, "
-             f"above --max-failed: does {where} hold what it reads? {scores.error}{examples[k]}")
+             f"above --max-failed: {why}{examples[k]}")
     return {f"{what}_{name}": x for what, share in (("failed", failed), ("unparsed", unparsed))
             for name, x in zip(names, share.tolist()) if x}
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_about
 from common.flags import script, settings_of
-from common.run import all_mean, check_ranks, fail, plot, write
+from common.page import look
+from common.run import all_mean, check_ranks, fail, write
 from common.stop import as_a_wish, at_once, end, heed, stopping
 
 # ---------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Recorder:
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]
             panels = [[name for name in panel if name in self.names] for panel in curves]
-            plot(self.out, *filter(None, [rewards, *panels]))
+            look(self.out, *filter(None, [rewards, *panels]))
         self.bar.set_postfix(self.progress(row), refresh=False)
         return row
 

@@ -1,7 +1,6 @@
 """A run: ranks, seeds, gradients, files and curves. Nothing here learns."""
 
 import atexit
-import json
 import math
 import os
 import sys
@@ -11,10 +10,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import disk_usage
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib import pyplot as plt
 from safetensors import SafetensorError
 
 from common.stop import at_once, fail, heed, quietly
@@ -269,27 +266,3 @@ def write(path, text):
     """Atomic: a reader sees the old file or the new one."""
     with replacing(path) as fresh:
         fresh.write_text(text)
-
-
-def plot(out, *curves):
-    """curves.png from log.jsonl: one panel per tuple of row names, against minutes."""
-    rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    fig, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.2))
-    for ax, names in zip(axes, curves):
-        for name in names:
-            seen = np.array([(r["at"] / 60, r[name]) for r in rows if r.get(name) is not None])
-            n = len(seen) // 20                                  # many points: their running mean
-            if len(seen):
-                ax.plot(*seen.T, "-" if n > 1 else "o-", ms=3, lw=1, alpha=0.3 if n > 1 else 1,
-                        label=None if n > 1 else name)
-            if n > 1:
-                mean = np.convolve(seen[:, 1], np.ones(n) / n, "valid")
-                ax.plot(seen[n // 2 :][: len(mean), 0], mean, lw=1.5, label=name)
-        ax.set_xlabel("minutes")
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-    fig.tight_layout()
-    with replacing(out / "curves.png") as fresh:
-        fig.savefig(fresh, dpi=110, format="png")
-    plt.close(fig)

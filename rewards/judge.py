@@ -1,5 +1,6 @@
 """Judges: any vision-language model that answers questions about images, here or at an endpoint."""
 
+import asyncio
 import base64
 import copy
 import io
@@ -9,12 +10,10 @@ import os
 import random
 import re
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
-from http.client import HTTPException
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -22,11 +21,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from common.read import arrays
 from common.run import fail, has_bf16
+from common.stop import stopping
 from common.weights import pretrained
 from common.words import special_names, verdict
 from data.shapes.talk import IMAGE, MATCH, WHICH
 from data.shapes.world import SIDE
 from rewards.shared import MODELS, able, classroom, processor, sources, to_device
+
+
+LONGEST = 1_000_000       # bytes of an endpoint's answer, of which a long one has some thousand
 
 
 @dataclass
@@ -35,22 +38,28 @@ class Judge:
     model: str = ""           # folder or owner/repo, at an endpoint its name; empty: MODELS
     url: str = ""             # OpenAI-compatible, http://host:8000/v1; empty: the model runs here
     tokens: int = 64          # longest answer
-    timeout: float = 60.0     # seconds until the endpoint's silence is a failure
+    timeout: float = 120.0    # seconds that a question has at the endpoint, with all its attempts
     retries: int = 3          # more attempts after a failure,
     pause: float = 1.0        # the first so many seconds later, each next one twice as long
+    last: float = 5.0         # seconds that what is under way has once the run is to stop
     parallel: int = 16        # most questions at the endpoint at once, per process
     error: str = ""           # the last failure
     heard: list = field(default_factory=list)    # (answer or None, what was read in it or NaN)
+    # How many questions in a row failed, and until when therefore none is asked: all copies' own.
+    state: dict = field(default_factory=lambda: dict(failed=0, rest=0.0))
+
+    def __post_init__(self):
+        if self.url:                                 # before anything is loaded
+            check_endpoint(self.url)
+            api_key()
 
     @torch.no_grad()
     def ask_all(self, questions):
         """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
         that judges goes through here, at temperature 0."""
         if self.url:
-            if not self.url.startswith("http"):
-                fail(f"the judge's URL {self.url!r} must begin with http:// or https://")
-            with ThreadPoolExecutor(self.parallel) as pool:
-                return list(pool.map(lambda q: self.ask_endpoint(*q), questions))
+            check_endpoint(self.url)
+            return asyncio.run(self.ask_there(questions))
         small = all(x.shape[:2] == (SIDE, SIDE) for images, _ in questions for x in images)
         model, feed = judge_model(self.model or MODELS["judge-shapes" if small else "judge"])
         answers = []
@@ -65,8 +74,46 @@ class Judge:
         """One question about images, each uint8 (H,W,3). -> answer"""
         return self.ask_all([(images, text)])[0]
 
-    def ask_endpoint(self, images, text):
-        """One question to the endpoint; images are uint8 (H,W,3). -> answer, None after failures"""
+    async def ask_there(self, questions):
+        """ask_all at the endpoint. Once `parallel` questions in a row were neither answered nor
+        refused, the others are given up, and so are those of the next `timeout` seconds: a silent
+        endpoint costs an update that time once. In a run that is to stop no question is begun."""
+        room, state = asyncio.Semaphore(self.parallel), self.state
+
+        def resting():
+            return time.monotonic() < state["rest"]
+
+        async def one(client, images, text):
+            async with room:
+                if stopping.is_set() or resting():
+                    return None
+                body = await asyncio.to_thread(self.body, images, text)
+                try:
+                    answer, well = await asyncio.wait_for(
+                        self.ask_endpoint(client, body), self.timeout)
+                except asyncio.TimeoutError:
+                    answer, well = None, False
+                    self.error = f"{self.url} gave no whole answer in time, {self.timeout:g} s"
+                state["failed"] = 0 if well else state["failed"] + 1
+                if state["failed"] >= self.parallel:
+                    state.update(failed=0, rest=time.monotonic() + self.timeout)
+                return answer
+
+        async with client_of(api_key()) as client:
+            jobs = [asyncio.ensure_future(one(client, *question)) for question in questions]
+            left = set(jobs)
+            while left and not stopping.is_set() and not resting():
+                left = (await asyncio.wait(left, timeout=0.1))[1]
+            if left and stopping.is_set():
+                left = (await asyncio.wait(left, timeout=self.last))[1]
+            for job in left:
+                job.cancel()
+            if left:
+                await asyncio.wait(left)
+        return [None if job.cancelled() else job.result() for job in jobs]
+
+    def body(self, images, text):
+        """One question about images, each uint8 (H,W,3), as the endpoint reads it. -> bytes"""
         content = []
         for x in images:
             file = io.BytesIO()
@@ -74,24 +121,48 @@ class Judge:
             data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
             content.append(dict(type="image_url", image_url=dict(url=data)))
         content.append(dict(type="text", text=text))
-        body = dict(model=self.model or MODELS["judge"], temperature=0, max_tokens=self.tokens,
-                    messages=[dict(role="user", content=content)])
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
-            {"Content-Type": "application/json",
-             "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
+        return json.dumps(dict(
+            model=self.model or MODELS["judge"], temperature=0, max_tokens=self.tokens,
+            messages=[dict(role="user", content=content)])).encode()
+
+    async def ask_endpoint(self, client, body):
+        """One question -> answer, None after failures, of which `error` says the last; is the
+        endpoint well, which it is when it answers or refuses?"""
+        until = time.monotonic() + self.timeout
         for k in range(self.retries + 1):
+            # A random part, so that what failed together comes back apart.
+            pause, later, data = self.pause * 2**k * random.uniform(0.5, 1), True, bytearray()
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"].strip()
-            except (OSError, HTTPException, ValueError, LookupError, TypeError,
-                    AttributeError) as e:
-                self.error = f"{type(e).__name__}: {e}"
-                # 4xx: a wrong key, model or request stays wrong; but 408 and 429 say "later".
-                if getattr(e, "code", 500) < 500 and e.code not in (408, 429):
-                    return None
-            if k < self.retries:  # a random part, so that what failed together comes back apart
-                time.sleep(self.pause * 2**k * random.uniform(0.5, 1))
+                async with client.stream("POST", self.url.rstrip("/") + "/chat/completions",
+                                         content=body) as reply:
+                    async for part in reply.aiter_raw():
+                        data += part
+                        if len(data) > LONGEST:
+                            break
+                if reply.is_success and len(data) <= LONGEST:
+                    return json.loads(data)["choices"][0]["message"]["content"].strip(), True
+                # 3xx and 4xx: what is wrong stays wrong; but 408 and 429 say "later".
+                later = reply.is_success or reply.is_server_error or reply.status_code in (408, 429)
+                wait = reply.headers.get("Retry-After", "")
+                pause = max(pause, float(wait)) if re.fullmatch("[0-9]{1,9}", wait) else pause
+                what = f"HTTP {reply.status_code}"
+                if reply.is_success:
+                    what = f"more than {LONGEST:,} bytes"
+                elif reply.is_redirect:
+                    what += (f", a redirect to {quoted(reply.headers['Location'])}: no key is sent "
+                             "there, so give --judge-url the right address")
+                elif later and pause > self.timeout:
+                    what += f", to be asked again in {pause:g} seconds"
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                what = "what is no answer of a chat"
+            except (httpx.HTTPError, OSError) as e:
+                what = f"{type(e).__name__}, {quoted(str(e))}"
+            self.error = f"{self.url} gave {what}" + (f": {quoted(data)}" if data else "")
+            if not later or k == self.retries or time.monotonic() + pause >= until:
+                return None, not later
+            await asyncio.sleep(pause)
+            if stopping.is_set():
+                return None, True
 
     def phrasing(self, images, ours, theirs):
         """The classroom VLM's own question, or the one for everybody else's."""
@@ -103,6 +174,56 @@ class Judge:
         values = [math.nan if a is None else meaning(a) for a in answers]
         self.heard += zip(answers, values)
         return values
+
+
+@cache
+def check_endpoint(url):
+    """The user's error where no judge can be asked at that address."""
+    if re.search("[@?#]", url):                      # a key there would stand in config.json
+        fail("--judge-url must have no @, ? or #: a key belongs into the environment variable "
+             "OPENAI_API_KEY")
+    try:
+        parts = httpx.URL(url)
+        parts.host.encode("idna")
+        good = (parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", parts.host)
+                and parts.port in (None, *range(1, 65536)) and not re.search(r"\s", url))
+    except (httpx.InvalidURL, ValueError):
+        good = False
+    if not good:
+        fail(f"--judge-url {url[:200]!r} must be http:// or https://, a host and, if need be, a "
+             "port and a path: http://localhost:8000/v1")
+    try:
+        client_of("")
+    except (httpx.InvalidURL, OSError, ValueError, ImportError) as e:
+        fail(f"the judge cannot be asked as the environment's proxies or certificates are set: {e}")
+
+
+def api_key():
+    """-> the endpoint's key, in which a file's line ends and spaces around it have no part"""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        fail("OPENAI_API_KEY holds a character that a key cannot have, such as a space")
+    return key
+
+
+certificates = cache(httpx.create_ssl_context)       # a tenth of a second to read
+
+
+def client_of(key):
+    """-> what asks an endpoint. It follows no redirect; time and size are bounded by who asks."""
+    return httpx.AsyncClient(timeout=None, verify=certificates(), headers={
+        "Content-Type": "application/json", "Authorization": f"Bearer {key or 'none'}",
+        "Accept-Encoding": "identity"})              # compressed, a megabyte may hold gigabytes
+
+
+def quoted(said):
+    """What an endpoint said, str or bytearray -> its beginning in one line, without the key or the
+    pictures that it may repeat"""
+    text = said.decode(errors="replace") if isinstance(said, bytearray) else said
+    key = api_key()
+    text = text.replace(key, "***") if len(key) > 3 else text    # a shorter one is no secret
+    text = re.sub(r"[A-Za-z0-9+/=\\]{60,}", "...", text)
+    return repr(" ".join(re.sub(r"[^\w\s!-~]+", " ", text).split())[:160])
 
 
 @cache

@@ -395,7 +395,7 @@ def photos(parts, monkeypatch):
 
 def test_photos_have_no_checker(parts, tmp_path, monkeypatch, capsys):
     """Nor a score, unless edits are held out: those trained are looked at and no more."""
-    panels = calls(monkeypatch, "plot", record_py)
+    panels = calls(monkeypatch, "look", record_py)
     rows = play(parts, tmp_path / "run", *photos(parts, monkeypatch))
     assert not any({"score", "success"} & r.keys() for r in rows)
     assert "no held-out edits" in capsys.readouterr().out
