@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import check_seed, command_line, given_parts
+from common.lora import write_lora
 from common.presets import PARTS, reference_ways
 from common.read import UNREADABLE, read_image, to_bucket
 from common.run import fail, setup
@@ -50,11 +51,8 @@ def export(model, folder, init):
                 shutil.copy(f, folder / "vlm")
         model.vlm.save_pretrained(folder / "vlm")
     for part, (config, tensors) in model.adapters.items():
-        home = folder / dict(dit="lora", vlm="vlm_lora")[part]
-        config.base_model_name_or_path = init if part in model.trained else getattr(model.cfg, part)
-        config.save_pretrained(home)
-        save_file({f"base_model.model.{k}": v.contiguous() for k, v in tensors.items()},
-                  home / "adapter_model.safetensors", {"format": "pt"})
+        write_lora(folder / dict(dit="lora", vlm="vlm_lora")[part], config, tensors,
+                   init if part in model.trained else getattr(model.cfg, part), part == "dit")
     print(*sorted(f"{f}/" for f in folder.iterdir()), sep="\n")
 
 

@@ -1,5 +1,6 @@
 """What people look at: grids, tables, trade-offs; and the statistics in them."""
 
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from common.read import arrays
 from common.run import write
@@ -74,9 +76,10 @@ def plot_trade_off(curves, path):
     os.replace(f"{path}.tmp", path)
 
 
-def grid(images, captions, path, frames=None, columns=8):
+def grid(images, captions, path, frames=None, columns=8, about=None):
     """PNG of images, uint8 (N,3,H,W) torch or (N,H,W,3) numpy, captions below; frames: N of True
-    (green), False (red) or None."""
+    (green), False (red) or None; about: what the file says of itself, JSON in its text chunk
+    "parameters"."""
     images = arrays(images) if torch.is_tensor(images) else images
     H, W = images.shape[1:3]
     zoom, font = max(1, 128 // W), ImageFont.load_default(11)
@@ -93,7 +96,10 @@ def grid(images, captions, path, frames=None, columns=8):
             pen.rectangle((x - 3, y - 3, x + zoom * W + 2, y + zoom * H + 2), fill=color)
         page.paste(Image.fromarray(image).resize((zoom * W, zoom * H), Image.NEAREST), (x, y))
         pen.multiline_text((x, y + zoom * H + 4), text[i], "black", font, spacing=2)
-    page.save(f"{path}.tmp", "PNG")
+    info = PngInfo()
+    if about is not None:
+        info.add_text("parameters", json.dumps(about))
+    page.save(f"{path}.tmp", "PNG", pnginfo=info)
     os.replace(f"{path}.tmp", path)
 
 
