@@ -5,6 +5,7 @@ transformer (DiT), with the stochastic step by which it draws. Rollout and gradi
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from os.path import isdir
 
 import torch
 import torch.nn.functional as F
@@ -557,7 +558,8 @@ class Unified(nn.Module):
             fail(f"unknown --solver {cfg.solver!r}; there are: {', '.join(SOLVERS)}")
         text = cfg.bridge == "text"
         for part in ("dit", "vae", "text_encoder" if text else "vlm"):
-            if cfg.preset.startswith("shapes") and not beside(getattr(cfg, part)).is_dir():
+            if getattr(cfg, part).startswith("data/shapes/") and not isdir(
+                    beside(getattr(cfg, part))):
                 fail(f"{getattr(cfg, part)} is missing: make it with python -m data.shapes.prepare")
         with torch.device("meta") if meta else nullcontext():
             dit = build_dit(cfg)

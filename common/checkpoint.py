@@ -45,7 +45,12 @@ RENAMED = ("ask_text", "judge_text")     # fields that Config once had, under th
 
 def init_folder(name):
     """--init, a folder or owner/repo[/subfolder] on the Hub -> the Path of its files"""
-    return download(str(name), INIT) if on_the_hub(name) else beside(name)
+    path = download(str(name), INIT) if on_the_hub(name) else beside(name)
+    if os.path.isfile(path):
+        fail(f"{name} is a file: give the folder that it lies in")
+    if not os.path.isdir(path):
+        fail(f"no checkpoint at {name}: there is no such folder")
+    return path
 
 
 def checkpoint_file(path):

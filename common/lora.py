@@ -83,8 +83,15 @@ def read_lora(path):
     config = lora_config(read_json(about), about)
     if not file.exists():
         fail(f"{path} is no LoRA: it needs peft_type LORA, and {PEFT}")
-    tensors = sound(file, read_safetensors(file)[0])
-    return {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, config
+    tensors = read_safetensors(file)[0]
+    return only_lora(file, {k.removeprefix("base_model.model."): v
+                            for k, v in tensors.items()}), config
+
+
+def only_lora(file, tensors):
+    if strange := [k for k in tensors if "lora_" not in k]:
+        fail(f"{file} holds more than a LoRA: {len(strange)} names, first {strange[0]}")
+    return sound(file, tensors)
 
 
 def from_diffusers(file):
@@ -97,7 +104,7 @@ def from_diffusers(file):
              "names do not begin with transformer." + f", first {strange[0]}" * bool(strange))
     tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
     alphas = {k.removesuffix(".alpha"): tensors.pop(k) for k in [*tensors] if k.endswith(".alpha")}
-    sound(file, tensors)
+    only_lora(file, tensors)
     if "lora_adapter_metadata" in metadata:
         if alphas:
             fail(f"{file} states alpha twice: in its metadata and as {[*alphas][0]}.alpha")

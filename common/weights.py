@@ -265,9 +265,10 @@ def untie(vlm):
 
 def merge(module, config, tensors, what):
     """W += alpha/r B A, the transpose of it for an embedding. tensors: peft's names."""
-    tuner = attempt(f"{what} does not fit", lambda: LoraModel(module, config, "default"))
+    with torch.device("meta"):          # a rank that is not the tensors' may be any number
+        tuner = attempt(what, lambda: LoraModel(module, config, "default", low_cpu_mem_usage=True))
     must_fit(what, tensors, get_peft_model_state_dict(module, save_embedding_layers=False))
-    set_peft_model_state_dict(module, tensors)
+    set_peft_model_state_dict(module, tensors, low_cpu_mem_usage=True)
     tuner.merge_and_unload()
 
 
@@ -277,6 +278,7 @@ def load_trained(model, path, tensors, loras):
     parts = {k.split(".")[0] for k in whole}
     strange = [k for k in tensors if getattr(model, k.split(".")[0], None) is None
                or "lora_" in k and k.split(".")[0] not in loras]
+    strange += [part for part in loras if getattr(model, part) is None]
     differ(f"{path} does not fit preset {model.cfg.preset!r}",
            [f"{k} (unexpected)" for k in strange])
     if "vlm" in parts | loras.keys():

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 
 import huggingface_hub.constants as hub
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -25,7 +26,7 @@ import common.presets as presets_py
 import eval as eval_py
 import grpo
 import sample
-from common.checkpoint import read_step, save_checkpoint
+from common.checkpoint import read_init, read_step, save_checkpoint
 from common.lora import DIFFUSERS, PEFT
 from common.presets import Config
 from common.weights import adapter, crc, learn
@@ -38,7 +39,7 @@ CROSS = ["attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_out.0"]
 
 @pytest.fixture(scope="module")
 def ours(parts, tmp_path_factory):
-    """{class of diffusers: (its folder, Config of our preset "shapes" on it, what a LoRA adapts)}"""
+    """{class of diffusers: (its folder, Config of a preset on it, what a LoRA adapts)}"""
     cfg = Config(**json.loads((parts / "config.json").read_text()))
     folder = tmp_path_factory.mktemp("sana") / "dit"
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def velocity(dit, seed=0):
 def as_far(got, want, base):
     """To 1e-5 of its largest, and the LoRA does something."""
     assert (got - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
-    assert (velocity(base) - want).abs().max() > 0.02
+    assert (velocity(base) - want).abs().max() > 0.002
 
 
 def stir(module):
@@ -86,7 +87,7 @@ PATCHES = {SD3Transformer2DModel: "pos_embed.proj", SanaTransformer2DModel: "pat
     {}, dict(use_rslora=True), dict(use_dora=True), dict(rank_pattern={"0.attn.*to_q": 2}),
     dict(rank_pattern={"to_q": 2}, alpha_pattern={"to_v": 1, "to_q": 7}), dict(patches=True),
     dict(layers_to_transform=[1], layers_pattern="transformer_blocks"),
-    dict(exclude_modules=["transformer_blocks.1.attn.to_q"]),
+    dict(exclude_modules=["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn1.to_q"]),
     dict(target_modules=r"transformer_blocks\.1\..*to_[qk]", init_lora_weights="orthogonal")],
     ids=lambda how: "-".join(how) or "plain")
 def test_a_lora_of_peft(ours, tmp_path, kind, how):
@@ -122,7 +123,7 @@ def test_a_lora_of_diffusers(ours, tmp_path, kind, how, metadata):
         tmp_path, transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=about)
     again = kind.from_pretrained(folder)
-    again.load_lora_adapter(str(tmp_path))
+    again.load_lora_adapter(str(tmp_path), weight_name=DIFFUSERS)
     got = velocity(tiny.build(cfg, init=tmp_path).dit)
     as_far(got, velocity(again), base)
     assert ((got - velocity(theirs)).abs().max() < 1e-4) == metadata
@@ -274,7 +275,7 @@ CHECKPOINTS = {
     "old, a list": (ours_with(metadata=lambda a: dict(config="[1]")), "no JSON object"),
     "config a list": (ours_with(metadata=lambda a: told([])), "no JSON object"),
     "loras a list": (ours_with(metadata=lambda a: told(a, loras=[])), "no JSON object"),
-    "no preset": (ours_with(metadata=lambda a: told({})), ""),
+    "no preset": (ours_with(metadata=lambda a: told(dict(a, preset=""))), "preset"),
     "a newer version": (ours_with(colour_space="rgb"), "was written by a newer version, whose "
                         "config has colour_space: update"),
     "newer by a default": (ours_with(colour_space=""), "was written by a newer version"),
@@ -328,16 +329,17 @@ def refuses(parts, tmp_path, monkeypatch):
     return run
 
 
-SCRIPTS = pytest.mark.parametrize("script", [sample, grpo, eval_py],
-                                  ids=lambda script: script.__name__)
+def in_turn(cases):
+    """Each case with one of the scripts that read weights."""
+    scripts = (sample, grpo, eval_py)
+    return pytest.mark.parametrize("case, script", [
+        pytest.param(case, scripts[i % 3], id=f"{case}-{scripts[i % 3].__name__}")
+        for i, case in enumerate(cases)])
 
 
-@SCRIPTS
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@in_turn(CHECKPOINTS)
 def test_a_broken_checkpoint(parts, tmp_path, refuses, script, case):
     write, words = CHECKPOINTS[case]
-    if (case, script) in (("no preset", grpo), ("a list for a dict", None)):
-        pytest.skip("grpo.py has a --preset of its own")
     (tmp_path / "ckpt").mkdir()
     write(tmp_path / "ckpt", parts)
     assert words in refuses(script, "--init", tmp_path / "ckpt")
@@ -351,7 +353,6 @@ def test_a_config_whose_dit_cannot_be(parts, tmp_path, refuses):
         assert "the DiT of preset 'shapes' cannot be built" in refuses(sample, "--init", folder)
 
 
-CFG = None
 LORAS = {
     "PiSSA": (dict(init_lora_weights="pissa"), "init_lora_weights cannot be 'pissa'"),
     "modules_to_save": (dict(modules_to_save=["proj_out"]), "has modules_to_save ['proj_out']"),
@@ -364,7 +365,7 @@ LORAS = {
     "nobody's type": (dict(peft_type=["LORA"]), "peft_type must be LORA"),
     "rank 0": (dict(r=0), "r cannot be 0"), "rank text": (dict(r="2"), "r cannot be '2'"),
     "rank true": (dict(r=True), "r cannot be True"),
-    "rank another": (dict(r=3), "keys differ"),
+    "rank another": (dict(r=3), "keys differ"), "rank huge": (dict(r=10**12), "keys differ"),
     "alpha nan": (dict(lora_alpha=NAN), "lora_alpha cannot be nan"),
     "alpha text": (dict(lora_alpha="8"), "lora_alpha cannot be '8'"),
     "dropout 2": (dict(lora_dropout=2), "lora_dropout cannot be 2"),
@@ -381,8 +382,7 @@ LORAS = {
 }
 
 
-@SCRIPTS
-@pytest.mark.parametrize("case", LORAS)
+@in_turn(LORAS)
 def test_a_foreign_adapter_config(parts, tmp_path, refuses, script, case):
     config, words = LORAS[case]
     cfg = Config(**json.loads((parts / "config.json").read_text()))
@@ -408,7 +408,7 @@ LORA_FILES = {
     "diffusers, a text encoder's": (diffusers_lora(lambda t: t | {
         "text_encoder.a.lora_A.weight": torch.ones(2, 2)}), "first text_encoder.a"),
     "diffusers, older names": (diffusers_lora(lambda t: {
-        "transformer.a.lora.down.weight": torch.ones(2, 2)}), "it has no lora_B.weight"),
+        "transformer.a.lora.down.weight": torch.ones(2, 2)}), "holds more than a LoRA: 1 names"),
     "diffusers, half": (diffusers_lora(lambda t: {k: v for k, v in t.items() if "lora_B" in k}),
                         "lora_A.weight (missing)"),
     "diffusers, nowhere": (diffusers_lora(lambda t: {
@@ -447,7 +447,8 @@ def test_a_broken_lora(tmp_path, refuses, case):
     (put("lora_A.weight", torch.Tensor.long), "int64, not float"),
     (put("lora_B.weight", torch.ones(2, 2)), "[2, 2], not"),
     (lambda t: t.pop(next(iter(t))), "(missing)"),
-    (lambda t: t.update(a=torch.ones(1)), "a (unexpected)")])
+    (lambda t: t.update(a=torch.ones(1)), "holds more than a LoRA: 1 names, first a"),
+    (lambda t: t.update({"a.lora_A.weight": torch.ones(1)}), "a.lora_A.weight (unexpected)")])
 def test_broken_tensors_of_peft(parts, tmp_path, refuses, change, words):
     cfg = Config(**json.loads((parts / "config.json").read_text()))
     (tmp_path / "lora").mkdir()
@@ -500,18 +501,16 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", ["dit", "vae", "vlm", "init"])
-@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("part, case", [
+    (part, case) for part in ("dit", "vae", "vlm") for case in PARTS
+    if (part, case) != ("dit", "config another")]      # diffusers' may leave out what is usual
+    + [("init", case) for case in ("config no JSON", "nan", "index outside")])
 def test_a_broken_part(parts, tmp_path, refuses, part, case):
     damage, words = PARTS[case]
-    if part == "init" and case == "config another":
-        return                                         # diffusers' config may leave out defaults
     folder = tmp_path / "part"
     shutil.copytree(parts / ("dit" if part == "init" else part), folder)
     damage(folder)
     flags = [f"--{part}", folder, "--preset", "shapes"]
-    if part == "dit" and case == "config another":
-        return
     # sft/ brings a whole DiT: only without it is another read.
     said = refuses(sample, *flags, *([] if part == "init" else ["--init", ""]))
     assert words in said and str(folder) in said
@@ -524,7 +523,8 @@ def test_a_broken_tokenizer(parts, tmp_path, refuses, file, text):
     shutil.copytree(parts / "vlm", tmp_path / "vlm")
     assert (tmp_path / "vlm" / file).exists()
     (tmp_path / "vlm" / file).write_text(text)
-    assert "that could be read" in refuses(sample, "--vlm", tmp_path / "vlm", "--init", parts / "sft")
+    assert "that could be read" in refuses(sample, "--init", parts / "sft", "--vlm",
+                                           tmp_path / "vlm")
 
 
 @pytest.mark.parametrize("name", ["a b/c", "a//b", "a/b/../c", "a/b/", "-/-", "a--b/c", "ü/ß",
@@ -532,7 +532,7 @@ def test_a_broken_tokenizer(parts, tmp_path, refuses, file, text):
 @pytest.mark.parametrize("flag", ["--init", "--dit", "--vlm", "--vae"])
 def test_a_malformed_id(refuses, flag, name):
     said = refuses(sample, "--preset", "shapes", *(["--init", ""] if flag != "--init" else []),
-                   flag, name)
+                   f"{flag}={name}")
     assert "is neither a folder nor owner/repo[/subfolder] on the Hub" in said
 
 
@@ -580,7 +580,7 @@ def test_every_flipped_byte_is_noticed(ours, tmp_path):
     for at in rng.sample(range(begin, len(whole)), 60):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
         assert "is damaged: its checksum differs; copy it again" in complaint(
-            tiny.build, cfg, False, tmp_path)
+            read_init, tmp_path, cfg, None)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64,
@@ -615,14 +615,13 @@ def drawn(parts, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("flags, out", [
-    (["a"], "x.png"), (["a", "--think", "--limit", 2], "x.png"),
-    (["a", "--reflect", "--limit", 2], "x.png"), (["a", "--trajectory"], "x.gif")])
-@pytest.mark.parametrize("size, pixels, note", [
-    ("48x32", (32, 48), ""), ("40", (40, 40), ""), ("", (64, 64), ""),
-    ("50x30", (32, 48), "--size 50x30 is rounded to 48x32, multiples of 8 pixels")])
-def test_sizes(drawn, flags, out, size, pixels, note):
-    sizes, said, file = drawn(*flags, "--size", size, out=out)
+@pytest.mark.parametrize("flags, size, pixels, note", [
+    ([], "40", (40, 40), ""), ([], "", (64, 64), ""), (["--think"], "48x32", (32, 48), ""),
+    (["--reflect"], "32x48", (48, 32), ""), (["--trajectory"], "48x32", (32, 48), ""),
+    ([], "50x30", (32, 48), "--size 50x30 is rounded to 48x32, multiples of 8 pixels")])
+def test_sizes(drawn, flags, size, pixels, note):
+    out = "x.gif" if flags == ["--trajectory"] else "x.png"
+    sizes, said, file = drawn("a", *flags, "--limit", 2, "--size", size, out=out)
     assert sizes == {pixels} and (note or "rounded") in said + "rounded" * (not note)
     about = json.loads(file.info["comment"] if out == "x.gif" else file.text["parameters"])
     assert about["size"] == f"{pixels[1]}x{pixels[0]}"
@@ -638,8 +637,8 @@ def test_sizes_that_cannot_be(parts, tmp_path, refuses, size, words):
 
 def test_a_size_is_for_prompts(parts, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--image", str(tmp_path / "a.png"), "--edit", "x",
-                                      "--size", "64"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--image", str(tmp_path / "a.png"), "--edit",
+                                      "x", "--size", "64"])
     assert "an --image keeps its own" in complaint(sample.main)
 
 
@@ -650,14 +649,16 @@ def test_a_picture_says_how_it_was_drawn(drawn, parts, tmp_path):
                        "--size", "48x32")
     about = json.loads(file.text["parameters"])
     assert about["pictures"] == [dict(prompt=p, seed=s) for p in prompts for s in (5, 6)]
-    assert [about[k] for k in ("guidance", "steps", "solver", "size", "preset", "step", "init")] == [
-        2, 1, "dpm", "48x32", "shapes", 0, str(parts / "sft")]
+    assert about.items() >= dict(guidance=2, steps=1, solver="dpm", size="48x32", preset="shapes",
+                                 step=0, init=str(parts / "sft")).items()
     assert not {"out", "export", "prompts"} & about.keys()
     again = about["pictures"][1]
     _, _, one = drawn(again["prompt"], "--seed", again["seed"], *[
         x for k in ("guidance", "solver", "size", "steps", "init") for x in (f"--{k}", about[k])],
         out="y.png")
-    assert file.crop((60, 0, 120, 50)).tobytes() == one.crop((0, 0, 60, 50)).tobytes()
+    a, b = (np.asarray(image.crop((x + 6, 6, x + 102, 70))).astype(int)        # twice as large
+            for image, x in ((file, 108), (one, 0)))
+    assert np.abs(a - b).max() <= 1 < np.abs(a).max() - np.abs(a).min()
 
 
 def test_edits_and_thoughts_say_it_too(drawn, tmp_path):
