@@ -5,6 +5,7 @@ transformer (DiT), with the stochastic step by which it draws. Rollout and gradi
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from os.path import isdir
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from common.presets import PARTS, SOLVERS, preset, reference_ways
 from common.run import beside, fail, from_file, has_bf16, keyed, seeded
 from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
-from common.weights import (dit_tensors, load_trained, load_vae, load_vlm,
+from common.weights import (attempt, dit_tensors, load_trained, load_vae, load_vlm,
                             must_fit)
 from common.words import chat_ids, decode, mrope
 
@@ -524,7 +525,8 @@ def build_dit(cfg):
             return from_file(cfg.dit_class)(**cfg.dit_args)
         except ValueError as e:
             fail(e)
-    return MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)
+    return attempt(f"the DiT of preset {cfg.preset!r} cannot be built", lambda: (
+        MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)))
 
 
 class Unified(nn.Module):
@@ -543,9 +545,10 @@ class Unified(nn.Module):
     @classmethod
     def from_preset(cls, name="shapes", init=None, meta=False, seed=0, **changes):
         """Build a preset from its parts and, with `init`, what people trained on top: a checkpoint
-        of ours, a diffusers transformer's folder, or a peft LoRA's, which is merged. A part is the
-        one in `changes`, else the one `init` was trained with, else the preset's. seed: of the
-        bridge that `init` does not bring. meta: shapes only, from config.json and the preset."""
+        of ours, a diffusers transformer's folder, or a LoRA's of peft or diffusers, which is
+        merged; or owner/repo[/subfolder] on the Hub that holds one of them. A part is the one in
+        `changes`, else the one `init` was trained with, else the preset's. seed: of the bridge that
+        `init` does not bring. meta: shapes only, from config.json and the preset."""
         about = read_about(init) if init else {}
         if about.get("preset", name) != name:
             fail(f"{init} is a checkpoint of preset {about['preset']!r}, not {name!r}")
@@ -555,7 +558,8 @@ class Unified(nn.Module):
             fail(f"unknown --solver {cfg.solver!r}; there are: {', '.join(SOLVERS)}")
         text = cfg.bridge == "text"
         for part in ("dit", "vae", "text_encoder" if text else "vlm"):
-            if cfg.preset.startswith("shapes") and not beside(getattr(cfg, part)).is_dir():
+            if getattr(cfg, part).startswith("data/shapes/") and not isdir(
+                    beside(getattr(cfg, part))):
                 fail(f"{getattr(cfg, part)} is missing: make it with python -m data.shapes.prepare")
         with torch.device("meta") if meta else nullcontext():
             dit = build_dit(cfg)
@@ -866,10 +870,10 @@ class Unified(nn.Module):
         return torch.stack(xs) if trajectory else xs[-1]
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, steps=10, guidance=1.0):
-        """B prompts and B seeds -> uint8 (B,3,H,W)."""
+    def draw(self, prompts, seeds, steps=10, guidance=1.0, size=None):
+        """B prompts and B seeds -> uint8 (B,3,H,W). size: see noise."""
         branches = self.guided(self.encode(prompts), guidance)
-        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds)))
+        return self.to_images(self.sample(branches, steps, noise=self.noise(seeds, size)))
 
     # Through the VAE go 2^20 pixels at a time, 4 images of 512 x 512: all at once would need more
     # memory than the DiT's backward.

@@ -3,6 +3,7 @@ to image; questions -> answers.
 
     python sample.py "a photo of a red circle left of a blue square" --n 8
     python sample.py "a photo of three stars" --init out/grpo --trajectory --out path.gif
+    python sample.py "a photo of two rings" --size 96x64
     python sample.py --image in.png --edit "add a red star" --guidance 3
     python sample.py --init out/sft-cot --think "a photo of as many stars as a square has sides"
     python sample.py --init out/sft-reflect --reflect --rounds 3 "a photo of a star and a ring"
@@ -11,6 +12,7 @@ to image; questions -> answers.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,9 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.checkpoint import read_step
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import check_seed, command_line, given_parts
+from common.lora import write_lora
 from common.presets import PARTS, reference_ways
 from common.read import UNREADABLE, read_image, to_bucket
 from common.run import fail, setup
@@ -50,11 +54,8 @@ def export(model, folder, init):
                 shutil.copy(f, folder / "vlm")
         model.vlm.save_pretrained(folder / "vlm")
     for part, (config, tensors) in model.adapters.items():
-        home = folder / dict(dit="lora", vlm="vlm_lora")[part]
-        config.base_model_name_or_path = init if part in model.trained else getattr(model.cfg, part)
-        config.save_pretrained(home)
-        save_file({f"base_model.model.{k}": v.contiguous() for k, v in tensors.items()},
-                  home / "adapter_model.safetensors", {"format": "pt"})
+        write_lora(folder / dict(dit="lora", vlm="vlm_lora")[part], config, tensors,
+                   init if part in model.trained else getattr(model.cfg, part), part == "dit")
     print(*sorted(f"{f}/" for f in folder.iterdir()), sep="\n")
 
 
@@ -63,6 +64,26 @@ def read(file):
         return read_image(file)
     except UNREADABLE as e:
         fail(f"{file} cannot be read as an image: {str(e).splitlines()[0]}")
+
+
+def size_of(text, cfg, dit):
+    """--size: pixels, "width x height" or one side of a square -> (height, width) that the DiT can
+    draw; rounded, which it says, to the multiples that patches and VAE want."""
+    given = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if not given:
+        fail(f"--size {text!r} is neither WIDTHxHEIGHT nor a number of pixels, such as {cfg.size}")
+    sides = [int(side or given[1]) for side in given.groups()]
+    step = cfg.vae_factor * dit.patch_size
+    # SANA has no table of places; what is far from what it was trained on fills the memory in vain.
+    table = cfg.dit_config.get("pos_embed_max_size")
+    most = table * step if table else 8 * cfg.size // step * step
+    near = [min(most, max(step, round(side / step) * step)) for side in sides]
+    if min(sides) < step or max(sides) > most:
+        fail(f"--size {text}: preset {cfg.preset!r} draws sides of {step} to {most} pixels; "
+             f"nearest is {near[0]}x{near[1]}")
+    if near != sides:
+        print(f"--size {text} is rounded to {near[0]}x{near[1]}, multiples of {step} pixels")
+    return near[1], near[0]
 
 
 def main():
@@ -88,6 +109,8 @@ def main():
     most.add_argument("--out", default="sample.png",
                       help="file to write, .png, or with --trajectory .gif [%(default)s]")
     most.add_argument("--n", type=int, default=4, help="images per prompt [%(default)s]")
+    most.add_argument("--size", default="", help="pixels, WIDTHxHEIGHT or a number, of what is "
+                      "drawn from prompts; empty: the preset's")
     most.add_argument("--steps", type=int, default=20,
                       help="ODE steps, one DiT forward each [%(default)s]")
     most.add_argument("--solver", default="", help="of the ODE: euler, or dpm, of second order, "
@@ -135,6 +158,8 @@ def main():
         fail("--temperature is not below 0, --limit and --rounds at least 1")
     if args.mask and not args.edit or args.mask and args.trajectory:
         fail("--mask confines an --edit, and has no --trajectory")
+    if args.size and (args.image or args.answer):
+        fail("--size is of what is drawn from prompts: an --image keeps its own")
     check_seed(args)
     if args.init is None:
         args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
@@ -152,6 +177,8 @@ def main():
         fail(f"--out {args.out}: this writes a {wanted} file")
     _, _, device = setup()
     model = Unified.load(args.init, args.preset, **given_parts(args))
+    size = (size_of(args.size, model.cfg, model.dit) if args.size else
+            (model.cfg.size, model.cfg.size))
     if args.export:
         export(model, Path(args.export), args.init)
         if not args.prompts and not args.edit and not args.answer:
@@ -176,35 +203,49 @@ def main():
         rows, guidance = [refs] * len(prompts), (args.guidance, args.image_guidance)
         if mask:
             mask = [to_bucket([mask], model.cfg)[0].float().mean(0) > 127] * len(prompts)
+        size = tuple(refs[0].shape[1:])
+    elif images:
+        images = to_bucket(images, model.cfg)
+        size = tuple(images[0].shape[1:])
     how = args.steps, args.guidance
+    # What a file says of itself: all that draws it again.
+    about = {k: v for k, v in vars(args).items() if k not in ("prompts", "edit", "out", "export")}
+    about |= dict(preset=model.cfg.preset, solver=model.cfg.solver, size=f"{size[1]}x{size[0]}",
+                  step=read_step(args.init) if args.init else None,
+                  pictures=[dict(prompt=p, seed=s) for p, s in zip(prompts, seeds)])
     if args.think:
-        drawn, words = draw_thinking(model, prompts, seeds, *how, args.limit, args.temperature)
+        drawn, words = draw_thinking(model, prompts, seeds, *how, args.limit, args.temperature,
+                                     size=size)
+        for picture, text in zip(about["pictures"], words.texts):
+            picture["thought"] = text
         grid(drawn, [f"{p}\n{text}" for p, text in zip(prompts, words.texts)], args.out,
-             columns=args.n)
+             columns=args.n, about=about)
     elif args.reflect:       # a row of the grid: the first picture, then what each round made of it
-        last = model.draw(prompts, seeds, *how) if not images else torch.stack(
-            to_bucket(images, model.cfg) * len(prompts))
+        last = (torch.stack(images * len(prompts)) if images else
+                model.draw(prompts, seeds, *how, size))
         rows, texts = [last.cpu()], [prompts]
         for i in range(args.rounds):                         # who says yes will say it again
             last, said = draw_reflecting(model, prompts, last, [s + 2**32 * i for s in seeds], 1,
                                          *how, args.limit)
             rows, texts = [*rows, last.cpu()], [*texts, [text for text, in said]]
+        for picture, (_, *said) in zip(about["pictures"], zip(*texts)):
+            picture["critiques"] = said
         grid(torch.stack(rows, 1).flatten(0, 1), [t for row in zip(*texts) for t in row], args.out,
-             columns=len(rows))
+             columns=len(rows), about=about)
     elif not args.trajectory and not args.edit:
-        grid(model.draw(prompts, seeds, *how), prompts, args.out, columns=args.n)
+        grid(model.draw(prompts, seeds, *how, size), prompts, args.out, columns=args.n, about=about)
     elif not args.trajectory:
         images = draw_edits(model, prompts, rows, seeds, args.steps, *guidance, mask).cpu()
         images = images.unflatten(0, (-1, args.n))                               # (P,n,3,H,W)
         before = refs[0].expand(len(images), 1, -1, -1, -1)                      # in each row first
         grid(torch.cat([before, images], 1).flatten(0, 1),
              [t for edit in args.edit for t in ["source", *[edit] * args.n]], args.out,
-             columns=args.n + 1)
+             columns=args.n + 1, about=about)
     else:
         with torch.no_grad():
             branches = (model.edit_branches(prompts, rows, *guidance, seeds) if args.edit
                         else model.guided(model.encode(prompts), args.guidance))
-            noise = model.noise(seeds, tuple(refs[0].shape[1:]) if args.edit else None)
+            noise = model.noise(seeds, size)
             path = model.sample(branches, args.steps, noise=noise, trajectory=True)
         frames = []
         for z in path:                   # one row of images per prompt
@@ -212,7 +253,8 @@ def main():
             frames.append(Image.fromarray(x.flatten(2, 3).flatten(0, 1).cpu().numpy()).resize(
                 (2 * x.shape[3] * args.n, 2 * x.shape[1] * len(x)), Image.Resampling.NEAREST))
         hold = [120] * (len(frames) - 1) + [1500]                                # ms per frame
-        frames[0].save(args.out, save_all=True, append_images=frames[1:], duration=hold, loop=0)
+        frames[0].save(args.out, save_all=True, append_images=frames[1:], duration=hold, loop=0,
+                       comment=json.dumps(about).encode())
     print(args.out)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from math import isfinite
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import copyfile, rmtree
@@ -13,9 +14,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from common.lora import DIFFUSERS, PEFT, lora_config, lora_files, read_lora
 from common.presets import Config
 from common.run import beside, fail, first_line, replacing
-from common.weights import dit_tensors, read_safetensors
+from common.weights import crc, dit_tensors, download, on_the_hub, read_safetensors, sound
 
 
 CHECKPOINT = "ckpt/optim.pt"              # all that --resume needs; beside it the weights to use
@@ -29,9 +31,9 @@ def save_checkpoint(folder, tensors, cfg, step, dtype=torch.float32, loras=None,
     usual = LoraConfig().to_dict()      # of a LoRA what differs from peft's defaults, which change
     loras = {part: {k: v for k, v in c.to_dict().items() if v != usual[k]}
              for part, c in (loras or {}).items()}
-    tensors = {k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
     # One entry: safetensors writes several in an order of its own, and equal runs give equal files.
-    about = dict(config=asdict(cfg), step=step, loras=loras, score=score)
+    about = dict(config=asdict(cfg), step=step, loras=loras, score=score, crc=crc(tensors))
     with replacing(folder / "model.safetensors") as fresh:
         save_file(tensors, fresh, {"checkpoint": json.dumps(about, default=sorted)})
 
@@ -47,49 +49,95 @@ def has_checkpoint(out):
     return (Path(out) / CHECKPOINT).exists()
 
 
+# What --init may be on the Hub: a LoRA, a transformer, or a checkpoint of ours.
+INIT = (PEFT, "adapter_config.json", DIFFUSERS, "model.safetensors", "ckpt/model.safetensors",
+        "config.json", "diffusion_pytorch_model*.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json")
+RENAMED = ("ask_text", "judge_text")     # fields that Config once had, under these names
+
+
+def init_folder(name):
+    """--init, a folder or owner/repo[/subfolder] on the Hub -> the Path of its files"""
+    path = download(str(name), INIT) if on_the_hub(name) else beside(name)
+    if os.path.isfile(path):
+        fail(f"{name} is a file: give the folder that it lies in")
+    if not os.path.isdir(path):
+        fail(f"no checkpoint at {name}: there is no such folder")
+    return path
+
+
 def checkpoint_file(path):
     """model.safetensors of a checkpoint's folder or a run's, or None."""
     return next((f for f in (Path(path) / "model.safetensors",
                              Path(path) / "ckpt" / "model.safetensors") if f.exists()), None)
 
 
-def read_about(path):
+def read_about(name):
     """-> config of a checkpoint of ours, {} of what else --init takes"""
-    path = beside(path)
+    path = init_folder(name)
     file = checkpoint_file(path)
-    if file is None and not any((path / f"{n}config.json").exists() for n in ("", "adapter_")):
-        fail(f"no checkpoint at {path}: there is no model.safetensors, nor ckpt/model.safetensors, "
-             "nor a diffusers transformer's or a peft LoRA's folder")
+    if file is None and not lora_files(path) and not (path / "config.json").exists():
+        fail(f"no checkpoint at {name}: there is no model.safetensors, nor ckpt/model.safetensors, "
+             "nor a diffusers transformer's or a LoRA's folder")
     if file is None:
         return {}
-    about = described(file, read_safetensors(file, names_only=True)[1])["config"]
-    known = {f.name for f in fields(Config)}         # older checkpoints have other names, too
-    return {k: v for k, v in about.items() if k in known}
+    return described(file, read_safetensors(file, names_only=True)[1])["config"]
+
+
+def read_step(name):
+    """-> the step at which a checkpoint of ours was written; None of what else --init takes"""
+    file = checkpoint_file(init_folder(name))
+    return file and described(file, read_safetensors(file, names_only=True)[1]).get("step")
 
 
 def described(file, metadata):
-    """-> what save_checkpoint says of a checkpoint: config, loras; older files say it in parts."""
-    if "checkpoint" in metadata:
-        return json.loads(metadata["checkpoint"])
-    if "config" not in metadata:
+    """-> what save_checkpoint says of a checkpoint: config, step, loras, crc; older files, of which
+    some have no crc and no loras, say it in parts."""
+    if not {"checkpoint", "config"} & metadata.keys():
         fail(f"{file} is not a checkpoint of ours: it names no preset")
-    return {k: json.loads(metadata.get(k, "{}")) for k in ("config", "loras")}
+    try:
+        about = json.loads(metadata["checkpoint"]) if "checkpoint" in metadata else {
+            k: json.loads(v) for k, v in metadata.items() if k in ("config", "step", "loras")}
+    except (ValueError, RecursionError) as e:
+        fail(f"{file} is damaged: what it says of its config is no JSON ({e})")
+    if not isinstance(about, dict) or not all(
+            isinstance(about.setdefault(k, {}), dict) for k in ("config", "loras")):
+        fail(f"{file} is damaged: what it says of its config is no JSON object")
+    known = {f.name: f.type for f in fields(Config)}
+    config = {k: v for k, v in about["config"].items() if k not in RENAMED}
+    if newer := [k for k in config if k not in known]:
+        fail(f"{file} was written by a newer version, whose config has {', '.join(newer)}: "
+             "update this one")
+    if wrong := [k for k, v in config.items() if not is_a(known[k], v)]:
+        fail(f"{file} is damaged: its config's {wrong[0]} is {config[wrong[0]]!r:.80}")
+    if strange := about["loras"].keys() - {"dit", "vlm"}:
+        fail(f"{file} is damaged: it has a LoRA of {min(strange)!r}")
+    return about | dict(config=config)
 
 
-def read_init(path, cfg, dit):
-    """-> tensors, {part: LoraConfig}. path: see Unified.from_preset"""
-    path = beside(path)
+def is_a(kind, value):
+    """Is a value, as JSON gives it, one of a field of Config?"""
+    if kind is tuple:
+        return isinstance(value, list) and all(type(v) in (int, str) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and isfinite(value)
+    return type(value) is kind if isinstance(kind, type) else isinstance(value, kind)
+
+
+def read_init(name, cfg, dit):
+    """-> tensors, {part: LoraConfig}. name: see Unified.from_preset"""
+    path = init_folder(name)
     if file := checkpoint_file(path):
         tensors, metadata = read_safetensors(file)
-        return tensors, {part: LoraConfig(**config)
-                         for part, config in described(file, metadata)["loras"].items()}
-    if not (path / "adapter_config.json").exists():
+        about = described(file, metadata)
+        if "crc" in about and about["crc"] != crc(tensors):
+            fail(f"{file} is damaged: its checksum differs; copy it again")
+        return sound(file, tensors), {part: lora_config(config, f"{file}, its LoRA of the {part}")
+                                      for part, config in about["loras"].items()}
+    if not lora_files(path):
         return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg, dit).items()}, {}
-    file, config = path / "adapter_model.safetensors", LoraConfig.from_pretrained(path)
-    if config.peft_type != "LORA" or not file.exists():
-        fail(f"{path} is no LoRA: it needs peft_type LORA, and adapter_model.safetensors")
-    return {"dit." + k.removeprefix("base_model.model."): v
-            for k, v in read_safetensors(file)[0].items()}, {"dit": config}
+    tensors, config = read_lora(path)
+    return {f"dit.{k}": v for k, v in tensors.items()}, {"dit": config}
 
 
 class Ema:

@@ -8,14 +8,14 @@ from common.words import answers, verdict
 
 @torch.no_grad()
 def draw_thinking(model, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0,
-                  answer_only=False):
+                  answer_only=False, size=None):
     """As draw, but that the VLM first reasons, and the DiT is told the prompt and its words, or
     the answer alone. -> uint8 (B,3,H,W), Words"""
     words = model.generate(prompts, None, "think", limit, temperature, keys=seeds)
     cond = (model.encode(answers(prompts, words)) if answer_only else
             model.encode(prompts, task="think", words=words))
     branches = model.guided(cond, guidance)
-    return model.to_images(model.sample(branches, steps, noise=model.noise(seeds))), words
+    return model.to_images(model.sample(branches, steps, noise=model.noise(seeds, size))), words
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What people look at: grids, tables, trade-offs; and the statistics in them."""
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from common.read import arrays
 from common.run import replacing, write
@@ -73,9 +75,10 @@ def plot_trade_off(curves, path):
     plt.close(fig)
 
 
-def grid(images, captions, path, frames=None, columns=8):
+def grid(images, captions, path, frames=None, columns=8, about=None):
     """PNG of images, uint8 (N,3,H,W) torch or (N,H,W,3) numpy, captions below; frames: N of True
-    (green), False (red) or None."""
+    (green), False (red) or None; about: what the file says of itself, JSON in its text chunk
+    "parameters"."""
     images = arrays(images) if torch.is_tensor(images) else images
     H, W = images.shape[1:3]
     zoom, font = max(1, 128 // W), ImageFont.load_default(11)
@@ -92,8 +95,11 @@ def grid(images, captions, path, frames=None, columns=8):
             pen.rectangle((x - 3, y - 3, x + zoom * W + 2, y + zoom * H + 2), fill=color)
         page.paste(Image.fromarray(image).resize((zoom * W, zoom * H), Image.NEAREST), (x, y))
         pen.multiline_text((x, y + zoom * H + 4), text[i], "black", font, spacing=2)
+    info = PngInfo()
+    if about is not None:
+        info.add_text("parameters", json.dumps(about))
     with replacing(path) as fresh:
-        page.save(fresh, "PNG")
+        page.save(fresh, "PNG", pnginfo=info)
 
 
 def show_answers(questions, said, right, path):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from common.run import beside
-from common.weights import pretrained
+from common.weights import attempt, pretrained
 from common.words import token_rows
 
 
@@ -24,8 +24,8 @@ class SD3Text(nn.Module):
             for i in ("", "_2"))
         self.t5 = pretrained(T5EncoderModel, f"{folder}/text_encoder_3", meta) if t5 else None
         self.tokenizers = [] if meta else [
-            AutoTokenizer.from_pretrained(folder, subfolder=f"tokenizer{i}")
-            for i in ("", "_2", "_3")[: 3 if t5 else 2]]
+            attempt(f"{folder}/tokenizer{i} cannot be read", lambda: AutoTokenizer.from_pretrained(
+                folder, subfolder=f"tokenizer{i}")) for i in ("", "_2", "_3")[: 3 if t5 else 2]]
         self.t5_tokens, self.ctx_dim = t5_tokens, ctx_dim
 
     @torch.no_grad()
@@ -63,7 +63,9 @@ def load_text_encoder(cfg, dit, meta=False):
     """-> the preset's own text encoder, and its tokenizer, where that stands apart"""
     if cfg.text == "clip":
         name = f"local-dir:{beside(cfg.text_encoder)}"
-        return open_clip.create_model(name), clip_words(name)
+        claim = f"{cfg.text_encoder} cannot be read as open_clip's"
+        clip = attempt(claim, lambda: open_clip.create_model(name))
+        return clip, attempt(claim, lambda: clip_words(name))
     return SD3Text(cfg.text_encoder, cfg.text == "sd3", cfg.t5_tokens, dit.context_dim, meta), None
 
 

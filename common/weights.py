@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,37 +22,82 @@ from common.flags import given_parts
 from common.run import beside, fail, same_start, seeded
 
 
+def attempt(claim, make):
+    """make(): a library reads somebody's files. Whatever it raises at them becomes one line, which
+    begins with `claim`. -> what it returns"""
+    try:
+        return make()
+    except Exception as e:
+        fail(f"{claim}: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
+
+
+def on_the_hub(name):
+    """Is it to be asked for there? Not what is here, nor what the scripts would write."""
+    first, *rest = str(name).split("/")
+    return bool(rest) and first not in ("", ".", "..", "~", "out", "data") and not (
+        os.path.isdir(first) or os.path.isdir(beside(name)))
+
+
+def download(name, files):
+    """owner/repo[/subfolder] on the Hub -> the Path where those files of it lie (cached;
+    HF_HUB_OFFLINE=1: the cache only)"""
+    repo, sub = "/".join(name.split("/")[:2]), name.split("/")[2:]
+    try:
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError("a name between two / is empty or made of dots")
+        return Path(snapshot_download(
+            repo, allow_patterns=["/".join([*sub, f]) for f in files],
+            ignore_patterns=["*.fp16*", "*.bf16*"]), *sub)
+    except GatedRepoError:
+        fail(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
+             "`hf auth login`")
+    except RepositoryNotFoundError:
+        fail(f"{repo} is neither a folder nor a repository on the Hub; if it is private, first "
+             "`hf auth login`")
+    except LocalEntryNotFoundError:
+        fail(f"{name} is not a folder, not in the Hub's cache, and the Hub is out of reach: "
+             f"`hf download {repo}` where it is not, and unset HF_HUB_OFFLINE")
+    except (OSError, ValueError) as e:
+        fail(f"{name} is neither a folder nor owner/repo[/subfolder] on the Hub: "
+             + str(e).strip().splitlines()[0])
+
+
 def fetch(name, weights=True):
-    """A local folder, or owner/repo[/subfolder] on the Hub (cached; HF_HUB_OFFLINE=1: the cache
-    only) -> its Path. weights: every safetensors shard must be there, whole."""
+    """A local folder, or owner/repo[/subfolder] on the Hub -> its Path. Its config.json is an
+    object. weights: every safetensors shard must be there, whole."""
     path = beside(name)
-    if not path.is_dir():
-        repo, sub = "/".join(name.split("/")[:2]), name.split("/")[2:]
+    if not os.path.isdir(path):
         files = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-        try:
-            path = Path(snapshot_download(
-                repo, allow_patterns=["/".join([*sub, f]) for f in
-                                      (files if weights else ["config.json"])],
-                ignore_patterns=["*.fp16*", "*.bf16*"]), *sub)
-        except GatedRepoError:
-            fail(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then "
-                 "`hf auth login`")
-        except RepositoryNotFoundError:
-            fail(f"{repo} is neither a folder nor a repository on the Hub; if it is private, first "
-                 "`hf auth login`")
-        except LocalEntryNotFoundError:
-            fail(f"{name} is not a folder, not in the Hub's cache, and the Hub is out of reach: "
-                 f"`hf download {repo}` where it is not, and unset HF_HUB_OFFLINE")
-        except (OSError, ValueError) as e:
-            fail(f"{name} is neither a folder nor owner/repo[/subfolder] on the Hub: "
-                 + str(e).strip().splitlines()[0])
+        path = download(str(name), files if weights else ["config.json"])
     if not (path / "config.json").exists():
         inside = [f.name for f in sorted(path.glob("*/")) if (f / "config.json").exists()]
         fail(f"{name} is no model's folder: it has no config.json"
              + (f"; did you mean {name}/{inside[0]}?" if inside else ""))
+    read_json(path / "config.json")
     if weights:
         shards(path)
     return path
+
+
+def read_json(file):
+    """A file that holds a JSON object -> dict"""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
+        fail(f"{file} is no JSON ({str(e).splitlines()[0]}): copy it again")
+    if not isinstance(value, dict):
+        fail(f"{file} is no JSON object but a {type(value).__name__}: copy it again")
+    return value
+
+
+def indexed(index):
+    """An index of shards -> {tensor's name: name of a file beside it}"""
+    named = read_json(index).get("weight_map")
+    # A name with a folder could point anywhere on this disk.
+    if not isinstance(named, dict) or not named or not all(
+            isinstance(f, str) and f == Path(f).name for f in named.values()):
+        fail(f"{index} is no index of shards: its weight_map names no files beside it")
+    return named
 
 
 def shards(path):
@@ -59,8 +105,7 @@ def shards(path):
     for stem in ("diffusion_pytorch_model", "model"):
         files, index = [path / f"{stem}.safetensors"], path / f"{stem}.safetensors.index.json"
         if not files[0].exists() and index.exists():
-            named = json.loads(index.read_text())["weight_map"].values()
-            files = [path / f for f in sorted(set(named))]
+            files = [path / f for f in sorted(set(indexed(index).values()))]
             gone = [f.name for f in files if not f.exists()]
             if gone:
                 fail(f"{path} is half-downloaded: {len(gone)} of {len(files)} shards are missing, "
@@ -82,6 +127,31 @@ def read_safetensors(file, names_only=False):
         fail(f"{file} cannot be read, it may be truncated ({e}): copy it again")
 
 
+def crc(tensors):
+    """{name: tensor} on the CPU, of any type and shape -> a checksum of all their bytes, in the
+    order of their names. Nothing that is contiguous is copied."""
+    sum = 0
+    for _, t in sorted(tensors.items()):
+        sum = zlib.crc32(t.detach().reshape(-1).view(torch.uint8).numpy(), sum)
+    return sum
+
+
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def sound(where, tensors):
+    """{name: tensor}: weights, which are finite numbers and not packed ones. -> the same"""
+    for k, t in tensors.items():
+        if t.dtype not in NUMBERS:
+            fail(f"{where}: {k} is of type {str(t.dtype).removeprefix('torch.')}, not float: "
+                 "quantised weights are not read here, take the release in bf16 or fp32")
+        # 30 times as fast as isfinite().all() on a CPU; a nan is both, the least and the most.
+        if t.numel() and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
+            fail(f"{where}: weights are not finite, first {k}: take an older checkpoint, or "
+                 "download it again")
+    return tensors
+
+
 def must_fit(what, given, own):
     """Names and shapes agree, or one line that lists the first ten that do not."""
     wrong = [f"{k} (missing)" for k in own if k not in given]
@@ -100,44 +170,60 @@ def differ(what, wrong):
 def pretrained(kind, name, meta=False, **options):
     """A part by transformers or diffusers, strictly; on the meta device from its config alone."""
     path = fetch(name, weights=not meta)
-    try:
-        if meta:
-            with torch.device("meta"):
-                if kind is AutoModelForImageTextToText:
-                    return kind.from_config(AutoConfig.from_pretrained(path))
-                if hasattr(kind, "load_config"):                   # diffusers
-                    return kind.from_config(kind.load_config(path))
-                return kind(kind.config_class.from_pretrained(path))
-        part, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        fail(f"{name} cannot be loaded as {kind.__name__}: {str(e).strip().splitlines()[0]}")
+
+    def load():
+        if not meta:
+            return kind.from_pretrained(path, output_loading_info=True, **options)
+        with torch.device("meta"):
+            if kind is AutoModelForImageTextToText:
+                return kind.from_config(AutoConfig.from_pretrained(path)), None
+            if hasattr(kind, "load_config"):                   # diffusers
+                return kind.from_config(kind.load_config(path)), None
+            return kind(kind.config_class.from_pretrained(path)), None
+    part, info = attempt(f"{name} cannot be loaded as {kind.__name__}", load)
+    if meta:
+        return part
     differ(f"{name} does not fit its config.json",
            [f"{k} ({m})" for m in ("missing", "unexpected") for k in sorted(info[m + "_keys"])]
            + [f"{k[0]} (shape)" for k in sorted(info["mismatched_keys"])])
+    sound(name, dict(part.named_parameters()))
+    for file in shards(path):                    # its class has cast integers to floats in silence
+        packed(file, {k.rpartition(".")[2] for k, _ in part.named_buffers()})
     return part
+
+
+def packed(file, buffers):
+    """Ends the run if a file holds weights that are no floats; tables, such as buffers, may be."""
+    with safe_open(file, "pt") as f:
+        for k in f.keys():
+            kind = f.get_slice(k).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16") and k.rpartition(".")[2] not in buffers:
+                fail(f"{file}: {k} is of type {kind}, not float: quantised weights are not read "
+                     "here, take the release in bf16 or fp32")
 
 
 def dit_tensors(name, cfg, dit):
     """Weights of a diffusers transformer's folder, whose config.json must be the preset's. What a
     reference is added by, which diffusers does not have, starts as UniRL-Zero's."""
     path = fetch(name)
-    theirs = json.loads((path / "config.json").read_text())
+    theirs = read_json(path / "config.json")
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.dit_config.items()}
     odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
     if odd:
         fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
-    weights = {k: v.float() for f in shards(path) for k, v in read_safetensors(f)[0].items()}
+    weights = {k: v.float() for f in shards(path)
+               for k, v in sound(f, read_safetensors(f)[0]).items()}
     return dit.with_refs(weights) | weights if hasattr(dit, "with_refs") else weights
 
 
 def load_vae(cfg, dit, meta=False):
     """The preset's VAE, whose latents must be the DiT's."""
-    config = json.loads((fetch(cfg.vae, weights=False) / "config.json").read_text())
+    config = read_json(fetch(cfg.vae, weights=False) / "config.json")
     kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderDC)}
     if config.get("_class_name") not in kinds:
         fail(f"{cfg.vae} is a {config.get('_class_name')}, not a VAE: {' or '.join(kinds)}")
-    if config["latent_channels"] != dit.latent_channels:
-        fail(f"{cfg.vae} makes latents of {config['latent_channels']} channels, preset "
+    if config.get("latent_channels") != dit.latent_channels:
+        fail(f"{cfg.vae} makes latents of {config.get('latent_channels')} channels, preset "
              f"{cfg.preset!r} draws {dit.latent_channels}")
     return pretrained(kinds[config["_class_name"]], cfg.vae, meta)
 
@@ -154,7 +240,9 @@ def load_vlm(cfg, meta=False):
     if meta:
         return vlm, None, None
     folder = fetch(cfg.vlm)
-    return vlm, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    return vlm, *(attempt(f"{cfg.vlm} has no {kind.__name__} that could be read",
+                          lambda: kind.from_pretrained(folder))
+                  for kind in (AutoTokenizer, AutoImageProcessor))
 
 
 def adapter(part, rank, alpha, dropout=0.0):
@@ -177,12 +265,10 @@ def untie(vlm):
 
 def merge(module, config, tensors, what):
     """W += alpha/r B A, the transpose of it for an embedding. tensors: peft's names."""
-    try:
-        tuner = LoraModel(module, config, "default")
-    except ValueError as e:
-        fail(f"{what} does not fit: {str(e).splitlines()[0]}")
+    with torch.device("meta"):          # a rank that is not the tensors' may be any number
+        tuner = attempt(what, lambda: LoraModel(module, config, "default", low_cpu_mem_usage=True))
     must_fit(what, tensors, get_peft_model_state_dict(module, save_embedding_layers=False))
-    set_peft_model_state_dict(module, tensors)
+    set_peft_model_state_dict(module, tensors, low_cpu_mem_usage=True)
     tuner.merge_and_unload()
 
 
@@ -190,6 +276,11 @@ def load_trained(model, path, tensors, loras):
     """What read_init has read of `path`, on top of the preset's parts."""
     whole = {k: v for k, v in tensors.items() if "lora_" not in k}
     parts = {k.split(".")[0] for k in whole}
+    strange = [k for k in tensors if getattr(model, k.split(".")[0], None) is None
+               or "lora_" in k and k.split(".")[0] not in loras]
+    strange += [part for part in loras if getattr(model, part) is None]
+    differ(f"{path} does not fit preset {model.cfg.preset!r}",
+           [f"{k} (unexpected)" for k in strange])
     if "vlm" in parts | loras.keys():
         untie(model.vlm)
     if "dit" in parts and hasattr(model.dit, "with_refs"):        # older ones had no references

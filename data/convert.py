@@ -12,18 +12,15 @@ Strict: what is missing or unknown is an error. Tensors keep their precision.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -34,6 +31,7 @@ import model  # noqa: E402
 from common.checkpoint import save_checkpoint  # noqa: E402
 from common.presets import preset  # noqa: E402
 from common.run import fail  # noqa: E402
+from common.weights import attempt, indexed, sound  # noqa: E402
 
 # Their prefix -> ours, the first row that fits; * is a layer's number, None is left out.
 NAMES = {
@@ -105,7 +103,7 @@ def read(path):
             fail(f"{path} holds {len(files)} files of weights: give one"
                  + ", such as " * bool(files) + some(f.name for f in files))
         if files[0].suffix == ".json":
-            index = json.loads(files[0].read_text())["weight_map"]
+            index = indexed(files[0])
             files = [path / name for name in sorted(set(index.values()))]
     else:
         files = [path]
@@ -113,14 +111,12 @@ def read(path):
     for file in files:
         if not file.exists():
             fail(f"{file} is missing" + (": download it again" if index else ""))
-        try:
-            part = (load_file(file) if file.suffix == ".safetensors" else
-                    torch.load(file, "cpu", weights_only=True, mmap=True))
-        except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as e:
-            fail(f"{file} cannot be read, it may be truncated or hold more than weights "
-                 f"({type(e).__name__}: {str(e).strip().splitlines()[0]})")
+        part = attempt(f"{file} cannot be read, it may be truncated or hold more than weights",
+                       lambda: load_file(file) if file.suffix == ".safetensors" else
+                       torch.load(file, "cpu", weights_only=True, mmap=True))
         part = part.get("state_dict", part) if isinstance(part, dict) else {"": part}
-        if not all(map(torch.is_tensor, part.values())):
+        if not isinstance(part, dict) or not all(
+                isinstance(k, str) and torch.is_tensor(v) for k, v in part.items()):
             fail(f"{file} holds more than weights: not the release's file")
         tensors |= part
     if index.keys() - tensors.keys():
@@ -165,12 +161,12 @@ def check(got, cfg, parts, path, layout, strange=()):
 def merge(folder, lora, path, out):
     """The VLM of `folder` with W += alpha/r B A -> out. lora: `... .lora_A.default.weight` and so
     on by the VLM's names; path is where it comes from."""
-    try:
-        vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-        others = [a.from_pretrained(folder) for a in (AutoTokenizer, AutoImageProcessor)]
-    except (OSError, ValueError) as e:
-        fail(f"the VLM {folder} cannot be loaded, give its folder as --vlm "
-             f"({str(e).strip().splitlines()[0]})")
+    vlm, *others = attempt(
+        f"the VLM {folder} cannot be loaded, give its folder as --vlm", lambda: [
+            kind.from_pretrained(folder, **options) for kind, options in (
+                (AutoModelForImageTextToText, dict(dtype="auto")), (AutoTokenizer, {}),
+                (AutoImageProcessor, {}))])
+    sound(folder, dict(vlm.named_parameters()))
     ends = {"lora_A.default.weight": "A", "lora_B.default.weight": "B",
             "lora_embedding_A.default": "A", "lora_embedding_B.default": "B"}
     pairs, strange = {}, set()
@@ -219,7 +215,7 @@ def convert(layout, path, out, lora_from=None, vlm=None):
     refuse(layout, path, out, lora_from)
     source = read(path / "conditioner" if layout == "unipic2" else path)
     names = {k: rename(k, layout) for k in source}
-    tensors = {ours: source[k] for k, ours in names.items() if ours}
+    tensors = sound(path, {ours: source[k] for k, ours in names.items() if ours})
     strange = {k for k, ours in names.items() if ours == ""}
     left_out = [k for k, ours in names.items() if ours is None]
     lora = {k.removeprefix("vlm."): tensors.pop(k) for k in list(tensors) if k.startswith("vlm.")}
@@ -237,7 +233,7 @@ def convert(layout, path, out, lora_from=None, vlm=None):
     check(tensors, cfg, parts, path, layout, strange)
     if layout == "unipic2":
         dit = {f"dit.{k}": v for k, v in read(path / "transformer").items()}
-        check(dit, cfg, ["dit"], path / "transformer", layout)
+        check(sound(path / "transformer", dit), cfg, ["dit"], path / "transformer", layout)
         if not (path / "vae" / "config.json").exists():
             fail(f"{path / 'vae'} holds no VAE: download the whole release")
         cfg = replace(cfg, dit=str((path / "transformer").resolve()),
@@ -246,8 +242,8 @@ def convert(layout, path, out, lora_from=None, vlm=None):
     if lora_from and (lora or parts == ["bridge"]):
         fail(f"{path} needs no --lora-from: " + ("it has a LoRA" if lora else "it is of stage 1"))
     if lora_from:
-        lora = {rename(k, layout).removeprefix("vlm."): v for k, v in read(lora_from).items()
-                if k.startswith("lmm.")}
+        lora = {rename(k, layout).removeprefix("vlm."): v
+                for k, v in sound(lora_from, read(lora_from)).items() if k.startswith("lmm.")}
     if lora_from and not lora:
         fail(f"{lora_from} holds no LoRA of the VLM (lmm. ... lora_A): give DeepGen-1.0's SFT file")
     if layout == "deepgen" and "dit" in parts and not lora:
