@@ -46,7 +46,7 @@ def complaint(run, *args):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset shape", "unknown --preset 'shape'; there are: shapes"),
     ("--reward geneva", "unknown reward 'geneva'; valid: geneval, geneval_strict, ocr, clip"),
     ("--reward geneval:x", "not a number"),
     ("--step 3", "unrecognized arguments: --step 3; there are: --preset --recipe --init "),

@@ -326,7 +326,7 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset shape", "unknown --preset 'shape'; there are: shapes"),
     ("--preset unirl-zero --T 20 --data " + Args.data, "edits photos and needs --data of its own"),
     ("--reward geneva", "unknown reward 'geneva'"), ("--reward cycle:2", "not a number"),
     ('--reward {"add":"edit"} --data EDITS', "no mix for edits of kind 'move', and no '*'"),

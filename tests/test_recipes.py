@@ -112,7 +112,7 @@ def test_a_recipe_is_reproduced_by_its_name(monkeypatch):
         assert paper.recipe == recipe
         assert paper == Args(preset=name, recipe=recipe, **RECIPES[recipe] | {
             k: v for k, v in PRESETS[name].stage3.items() if k != "recipe"})
-    with pytest.raises(SystemExit, match="unknown recipe 'fas'; there are: fast, flow-grpo, "):
+    with pytest.raises(SystemExit, match="unknown --recipe 'fas'; there are: fast, flow-grpo, "):
         flags(monkeypatch, "--recipe", "fas")
     monkeypatch.setitem(RECIPES, "odd", dict(warp=3))
     with pytest.raises(SystemExit, match="recipe 'odd' needs --warp, which this script lacks"):
@@ -150,7 +150,7 @@ def test_settings_of_recipes_are_no_flags(monkeypatch, tmp_path):
     (None, "is no JSON object of settings: [Errno 2] No such file"),
     ("{", "is no JSON object of settings: Expecting"), ("[1]", "is no JSON object of settings"),
     ('{"recipe": 3}', "is no JSON object of settings"),
-    ('{"recipe": "fas"}', "unknown recipe 'fas'; there are: fast, flow-grpo, "),
+    ('{"recipe": "fas"}', "unknown --recipe 'fas'; there are: fast, flow-grpo, "),
     ('{"warp": 3}', "needs --warp, which this script lacks"), ('{"G": "8"}', "G is a int, not '8'"),
     ('{"G": 8.5}', "G is a int, not 8.5"), ('{"shared_noise": 1}', "shared_noise is a bool, not 1"),
     ('{"final_bench": 1}', "final_bench is a bool, not 1"),

@@ -383,7 +383,7 @@ def test_pictures_that_people_have(talker, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset shape", "unknown --preset 'shape'; there are: shapes"),
     ("--preset flow-grpo --data POOL", "has no language model that could answer"),
     ("--preset unirl-zero --data " + Args.data, "draws photos and needs --data of its own"),
     ("--preset deepgen", "which this script lacks"),
