@@ -66,13 +66,13 @@ def inside(x, interval):
 def shown(value):
     """A value in an error's one line."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+    return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def there(name, allowed=FILE):
     """Is there such a file or folder, here or, of the classroom's, beside the scripts? HUB: or
     might it be on the Hub, or is it none, ""?"""
-    on_hub = re.fullmatch(r"([\w.-]+(/[\w.-]+)+)?", name, re.ASCII)
+    on_hub = re.fullmatch(r"([\w.-]{1,96}(/[\w.-]{1,96})+)?", name, re.ASCII)
     return bool(name) and os.path.exists(beside(name)) or allowed == HUB and bool(on_hub)
 
 
@@ -83,9 +83,10 @@ def check(f, value, who=""):
         return tuple(check(f, v, who) for v in value)
     said, allowed = f"{who}{flag_of(f.name)} {shown(value)}", f.metadata["allowed"]
     if f.type in (int, float):
-        x = number(value, f.type)
+        x, what = number(value, f.type), "an integer" if f.type is int else "a number"
         if not inside(x, allowed):
-            fail(f"{said}: must be {'an integer' if f.type is int else 'a number'} in {allowed}")
+            given = shown(x if x == x else value)          # NaN is not
+            fail(f"{who}{flag_of(f.name)} {given}: must be {what} in {allowed}")
         return x
     if re.search("[\ud800-\udfff\0]", str(value)):      # what the shell gave in no encoding of ours
         fail(f"{said}: must be text in UTF-8")
@@ -113,7 +114,7 @@ def read_flag(args, name, read):
         return read(value)
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        fail(f"{flag_of(name)} {shown(value)}: {' '.join(str(why).split())}")
+        fail(f"{flag_of(name)} {shown(value)}: {' '.join(str(why).split())[:300]}")
 
 
 def must_exist(args, *names):
@@ -201,7 +202,7 @@ def recipe_of(name, Args):
         own = dict(**json.loads(Path(name).read_text()))         # TypeError unless an object
         base = recipe_of(own.pop("recipe"), Args) if "recipe" in own else {}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
-        fail(f"--recipe {shown(name)} is no JSON object of settings: {e}")
+        fail(f"--recipe {shown(name)} is no JSON object of settings: {f'{e}'[:300]}")
     kinds = {f.name: bool if f.type == bool | None else f.type for f in fields(Args)}
     for k, value in own.items():
         if k in kinds and type(value) is not kinds[k] and (type(value), kinds[k]) != (int, float):

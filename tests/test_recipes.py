@@ -171,7 +171,7 @@ def test_a_recipe_sets_flags_that_exist(name):
     assert all(type(v) is kinds[k] for k, v in RECIPES[name].items())
     preset = next((c.preset for c in PRESETS.values() if (c.stage3 or {}).get("recipe") == name),
                   "shapes")
-    grpo.check(Args(preset=preset, prompts="its.jsonl", **RECIPES[name]), 1)
+    grpo.check(Args(preset=preset, prompts="its.jsonl", sft_data=".", **RECIPES[name]), 1)
 
 
 def test_what_the_papers_say():
