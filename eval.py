@@ -424,10 +424,10 @@ def main():
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
     guidances = [args.guidance]
-    if args.guidances and not (args.bench == "shapes-edit" and out):
-        fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
     if args.guidances:
         guidances = read_flag(args, "guidances", read_guidances)
+    if args.guidances and not (args.bench == "shapes-edit" and out):
+        fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
     if args.bench == "geneval" and not out:
         fail("--bench geneval needs --out, a folder for its images")
     to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds

@@ -92,8 +92,8 @@ class Args:
     sft_batch: int = flag(32, "its images per update", "[1, 1e5]", setting=True)
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
     ldam_gamma: float = flag(0.1, "size of --ldam's noise", "[0, 100]", setting=True)
-    ldam_leap: float = flag(100.0, "growth of grad_norm for --ldam", "(0, 1e9]", setting=True)
-    ldam_falls: int = flag(5, "falls of the reward for --ldam", "[1, 1e6]", setting=True)
+    ldam_leap: float = flag(100.0, "growth of grad_norm for --ldam", "[0, 1e9]", setting=True)
+    ldam_falls: int = flag(5, "falls of the reward for --ldam", "[0, 1e6]", setting=True)
 
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see rewards/shared.py",
                       group="Rewards")

@@ -233,7 +233,6 @@ def main():
         if not args.preset.startswith("shapes"):
             fail(f"preset {args.preset!r} draws photos: --task {args.task} needs its own --tuples")
         args.tuples = f"data/shapes/{args.task}"
-    must_exist(args, "data", "tuples")
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
     learns = {k: None for k in ("bridge", "dit") if args.train in (k, "both")}
@@ -244,6 +243,7 @@ def main():
                                 args.vlm_lora_dropout)
     elif args.lm_loss:
         learns["vlm"] = None
+    must_exist(args, "data", "tuples")
     model = start_model(Unified, args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)

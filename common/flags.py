@@ -28,9 +28,9 @@ HUB = "a folder that exists, or owner/repo on the Hub"
 def flag(default, help, allowed=None, group="", setting=False, positional=False):
     """A field of a script's Args. help: what --help says of it, {} standing for its choices.
     allowed: a number's range, such as "[0, 1)" or "0 or [0.01, 100]"; of a text its choices, FILE
-    or HUB; None: any text. "" is always allowed where it is the default. group: the title of the
-    flags that begin with this one; setting: no flag, but one that recipes have: see parse;
-    positional: all that stands on the command line without a flag."""
+    or HUB; None: any text. The default is allowed, too. group: the title of the flags that begin
+    with this one; setting: no flag, but one that recipes have: see parse; positional: all that
+    stands on the command line without a flag."""
     if allowed and not isinstance(allowed, str):
         help = help.replace("{}", ", ".join(allowed))
     return field(default=default, metadata=dict(help=help, allowed=allowed, group=group,
@@ -90,7 +90,7 @@ def check(f, value, who=""):
         return x
     if re.search("[\ud800-\udfff\0]", str(value)):      # what the shell gave in no encoding of ours
         fail(f"{said}: must be text in UTF-8")
-    if allowed is None or value == "" == f.default:
+    if allowed is None or value == f.default:            # must_exist sees to that
         return value
     if not isinstance(allowed, str):
         among(f.name, value, allowed, who)

@@ -176,7 +176,8 @@ def test_a_recipe_sets_flags_that_exist(name):
 
 def test_what_the_papers_say():
     """The values that facts and tables give, and that the window may be all steps but the last."""
-    f, m, u, p = (Args(**RECIPES[k]) for k in ("flow-grpo", "mr-grpo", "unirl-zero", "unipic2"))
+    f, m, u, p = (Args(sft_data=".", **RECIPES[k])
+                  for k in ("flow-grpo", "mr-grpo", "unirl-zero", "unipic2"))
     assert (f.T, f.window, f.guidance, f.eta, f.kind) == (10, 9, 4.5, 0.7, "flow")
     assert (f.beta, f.kl, f.updates, f.norm, f.shared_noise) == (0.04, "flow-grpo", 2, "global", 0)
     assert (f.lora_rank, f.lora_alpha, f.B, f.G, f.eval_T) == (32, 64, 48, 24, 40)
@@ -386,11 +387,12 @@ def test_categories_of_main(parts, tmp_path, monkeypatch):
 def test_refusals(parts, photos, tmp_path, monkeypatch):
     for line, words in [
             ("--reward {", "Expecting"), ("--reward none.json", "No such file"),
-            ("--mix text:x", "could not convert"), ("--norm z", "there are: group, joint, global"),
+            ("--mix text:x", "must be a number in [0, 1e6]"),
+            ("--norm z", "there are: group, joint, global"),
             ("--grid z", "unknown --grid 'z'; there are: uniform, diffusers"),
             ("--updates 3", "--updates 3"), ("--trained 4", "--trained 4 of a window of 3"),
-            ("--sft 1", "is a share in [0,1)"), ("--ldam blue:1-2", "bridge lim"),
-            ("--sft .1 --sft-data none", "neither metadata.jsonl nor"),
+            ("--sft 1", "--sft 1.0: must be a number in [0, 1)"), ("--ldam blue:1-2", "bridge lim"),
+            ("--sft .1 --sft-data none", "must be a file"),
             ("--ldam blue:a", "invalid literal"),
             ("--preset deepgen --prompts data/shapes/prompts/train.jsonl", "of its own")]:
         with pytest.raises(SystemExit) as e:
