@@ -24,8 +24,8 @@ from functools import partial
 import torch
 
 from common.draw import draw_edits
-from common.flags import RunFlags, flag, parse
-from common.presets import preset, reference_ways
+from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
+from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
@@ -52,74 +52,75 @@ BACK = ('A picture will be edited by the instruction "{}". You see it before tha
 
 @dataclass
 class Args(RunFlags):
-    preset: str = flag("shapes", "which model, by its name in common/presets.py",
+    preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS,
                        group="What matters most")
     recipe: str = flag("fast", "which settings, by their name in common/presets.py, or a .json of "
                        "them; a flag wins")
-    init: str = flag("data/shapes/sft-edit", "a checkpoint that edits, or as grpo.py's --init")
+    init: str = flag("data/shapes/sft-edit", "a checkpoint that edits, or as grpo.py's --init", HUB)
     reward: str = flag("cycle", "cycle (eq. 5), edit, judge, edit_model, a mix (edit:1,clip:4), or "
                        "a .json of such by kind of edit")
-    reverse: str = flag("auto", "edit back? auto: if a reward looks at the result; yes; no")
+    reverse: str = flag("auto", "edit back? auto: if a reward looks at the result; yes; no",
+                        ("auto", "yes", "no"))
     data: str = flag("data/shapes/prompts/edit_train.jsonl",
-                     "jsonl of sources and instructions, or a folder with metadata.jsonl")
+                     "jsonl of sources and instructions, or a folder with metadata.jsonl", FILE)
     out: str = flag("out/cycle", "folder of the run")
-    steps: int = flag(150, "updates")
-    B: int = flag(8, "sources per update, over all ranks")
-    G: int = flag(8, "edits per source, 2 or more: the group")
-    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
-    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    steps: int = flag(150, "updates", "[1, 1e7]")
+    B: int = flag(8, "sources per update, over all ranks", "[1, 10000]")
+    G: int = flag(8, "edits per source: the group", "[2, 1000]")
+    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
+    seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
-                  group="Sampling and exploration")
-    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's",
-                     setting=True)
-    window: int = flag(3, "consecutive steps that are random, and trained")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
-    window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
-    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
-    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
+                  "[1, 1000]", group="Sampling and exploration")
+    grid: str = flag("", "times of the rollout: {}; empty: the preset's", GRIDS, setting=True)
+    window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
+    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    kind: str = flag("flow", "kernel of the random steps: {}", KERNELS)
+    eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
                               setting=True)
-    guidance: float = flag(1.0, "weight of the text in rollout and update; 1: no guidance")
-    image_guidance: float = flag(1.0, "weight of the source in rollout and update; 1: no guidance")
-    refs: str = flag("", "what is shown the pictures: vlm, dit or both; empty: as it was trained")
+    guidance: float = flag(1.0, "weight of the text in rollout and update; 1: off", "[0, 100]")
+    image_guidance: float = flag(1.0, "weight of the source in both; 1: off", "[0, 100]")
+    refs: str = flag("", "what is shown the pictures: {}; empty: as it was trained", REFS)
 
-    train: str = flag("dit", "dit, bridge (with its queries) or both", group="What learns")
-    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
-    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
-    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+    train: str = flag("dit", "{}; the bridge with its queries", TRAIN, group="What learns")
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA", "[0, 1000]")
+    lora_alpha: int = flag(64, "a LoRA's output is scaled by this / rank", "[1, 1e5]", setting=True)
+    wd: float = flag(0.0, "weight decay of AdamW", "[0, 10]", setting=True)
+    ema: float = flag(0.95, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
 
-    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
+    norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS,
                      group="Objective")
     clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
-                       "it is nats of the true log-ratio")
-    updates: int = flag(1, "optimiser steps per rollout, each on its share of the samples")
+                       "it is nats of the true log-ratio", "(0, 100]")
+    updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
-    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
+    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it", "[0, 1000]")
     kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
-                   "(without the step size) or velocity (between velocities)", setting=True)
+                   "(without the step size) or velocity (between velocities)", KLS, setting=True)
 
     judge: str = flag("", "VLM that judges, and that writes what inverses are missing; empty: see "
                       "rewards/shared.py", group="Rewards")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
     max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
-                             "answers that say nothing, ends the run")
+                             "answers that say nothing, ends the run", "[0, 1]")
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own", HUB,
                     group="Weights in place of the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
     micro: int = flag(64, "rows of the window per backward; 0: all. The gradients are equal",
-                      group="Memory and speed")
+                      "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
                             "which saves memory")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
-    eval_every: int = flag(20, "updates between quick scores on held-out edits", group="Evaluation")
-    eval_data: str = flag("", "held-out edits of photos, as --data; empty: none, and no score")
-    eval_T: int = flag(10, "ODE steps of an edit")
+    eval_every: int = flag(20, "updates between quick scores on held-out edits", "[1, 1e7]",
+                           group="Evaluation")
+    eval_data: str = flag("", "held-out edits of photos, as --data; empty: none, no score", FILE)
+    eval_T: int = flag(10, "ODE steps of an edit", "[1, 1000]")
     final_bench: bool | None = flag(None, "at the end held-out edits and drawings, before and "
                                     "after [on, unless --steps is below --eval-every]")
 
@@ -136,13 +137,8 @@ def check(args, world):
              "metadata.jsonl, rows of source, instruction and inverse")
     if args.eval_data and args.preset.startswith("shapes"):
         fail("--eval-data is for photos: the classroom has held-out edits of its own")
-    check_flags(args, world, tuple(TRAIN), "sources")
-    if args.reverse not in ("auto", "yes", "no"):
-        fail(f"unknown --reverse {args.reverse!r}; there are: auto, yes, no")
-    try:
-        weights = read_weights(args.reward, SHORT)
-    except (OSError, ValueError) as e:
-        fail(e)
+    check_flags(args, world, "sources")
+    weights = read_flag(args, "reward", partial(read_weights, short=SHORT))
     asks = any(w.get(name) for w in weights.values() for name in CYCLED)
     back = args.reverse == "yes" or args.reverse == "auto" and asks
     return [{kind: {n: x for n, x in w.items() if x and (back and n in CYCLED) == leg}

@@ -24,8 +24,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.draw import draw_edits, draw_reflecting, draw_thinking
-from common.flags import flag, given_parts, parse
+from common.flags import HUB, can_hold, flag, given_parts, inside, number, parse, read_flag
+from common.presets import PRESETS, SOLVERS
 from common.read import arrays
+from common.rl import must_be_drawn
 from common.run import all_mean, fail, key, replacing, setup, slices, write
 from common.show import grid, plot_trade_off, show_table
 from common.stop import stopping
@@ -86,16 +88,14 @@ def parse_weights(text):
     """ "geneval:0.8,my_file.py:f:0.2" -> {"*": {name: weight}}; no number means 1."""
     weights = {}
     for item in text.split(","):
-        name, number = re.fullmatch(r"((?:[^:]*\.py:)?[^:]*):?(.*)", item.strip(), re.S).groups()
+        name, weight = re.fullmatch(r"((?:[^:]*\.py:)?[^:]*):?(.*)", item.strip(), re.S).groups()
         find(name)
         if column_of(name) in map(column_of, weights):
             raise ValueError(f"reward {column_of(name)!r} is given twice")
-        try:
-            weights[name] = float(number or 1)
-        except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"weight of reward {name!r} is not a number: {number!r}")
+        weights[name] = number(weight or 1)
+        if not inside(weights[name], "[-1e6, 1e6]"):
+            raise ValueError(f"weight of reward {name!r} is not a number in [-1e6, 1e6]: "
+                             f"{weight!r}")
     if not any(weights.values()):
         raise ValueError(f"every weight in {text!r} is 0: nothing to train on")
     return {"*": weights}
@@ -231,12 +231,13 @@ def check_prompts(args):
         fail("--eval-prompts is for photos: the classroom has held-out prompts of its own")
 
 
-def read_prompts_of(args, weights):
+def read_prompts_of(args, weights, mix):
     """-> rows of grpo.py's --prompts and, of photos, held-out ones: of --eval-prompts, or of
-    GenEval's own test where that is the reward"""
+    GenEval's own test where that is the reward. mix: --mix, read"""
     photos = not args.preset.startswith("shapes")
     read = partial(read_rows, weights=weights, reward=args.reward, photos=photos)
     prompts = read(args.prompts)
+    must_be_drawn(args, mix, prompts, args.prompts)
     if args.eval_prompts:
         held = read(args.eval_prompts)
         must_be_held_out(held, args.eval_prompts, prompts, args.prompts)
@@ -382,57 +383,64 @@ def score_geneval(folder):
 
 
 BENCHMARKS = ("shapes", "geneval", "shapes-edit", "shapes-think", "shapes-reflect", "shapes-answer")
+GUIDANCE = "[0, 100]"
 
 
 @dataclass
 class Args:
-    bench: str = flag("shapes", f"which benchmark: {', '.join(BENCHMARKS)}",
-                      group="What matters most")
+    bench: str = flag("shapes", "which benchmark: {}", BENCHMARKS, group="What matters most")
     init: str = flag("data/shapes/sft", "a checkpoint; with --preset also the folder of a "
-                     "diffusers DiT or peft LoRA, or none: empty")
-    preset: str = flag("", "which model, by its name in common/presets.py; empty: as --init says")
+                     "diffusers DiT or peft LoRA, or none: empty", HUB)
+    preset: str = flag("", "which model, by its name in common/presets.py; empty: as --init says",
+                       PRESETS)
     out: str = flag("", "folder for results and images; empty: they are only printed")
-    steps: int = flag(10, "ODE steps of a drawing, one DiT forward each")
-    solver: str = flag("", "of the ODE: euler, or dpm, of second order; empty: the preset's")
-    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, and half the forwards")
-    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: no guidance by it")
-    seed: int = flag(0, "0 to 2**63 - 1; another seed draws other noise")
+    steps: int = flag(10, "ODE steps of a drawing, one DiT forward each", "[1, 1000]")
+    solver: str = flag("", "of the ODE: {}, the last of second order; empty: the preset's", SOLVERS)
+    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, half the forwards", GUIDANCE)
+    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: none by it", GUIDANCE)
+    seed: int = flag(0, "another seed draws other noise", "[0, 2**63)")
 
     guidances: str = flag("", "of edits, several such as 1,3,5,7: their trade-off, as a picture",
                           group="More of single benchmarks")
-    temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones")
-    limit: int = flag(64, "most tokens that a thought or an answer may have")
-    rounds: int = flag(1, "of shapes-reflect: most looks at a picture; a yes ends them")
+    temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones",
+                              "0 or [0.01, 100]")
+    limit: int = flag(64, "most tokens that a thought or an answer may have", "[1, 10000]")
+    rounds: int = flag(1, "of shapes-reflect: most looks at a picture; a yes ends them", "[1, 100]")
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own", HUB,
                     group="Weights in place of the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+
+
+def read_guidances(text):
+    """ "1,3" -> [1.0, 3.0]; ValueError"""
+    values = [number(g) for g in text.split(",")]
+    if not all(inside(g, GUIDANCE) for g in values):
+        raise ValueError(f"must be numbers in {GUIDANCE} with commas between them, such as 1,3,5,7")
+    return values
 
 
 def main():
     if sys.argv[1:2] == ["--write-prompts"]:
         return write_prompts(*sys.argv[2:])
     args = parse(Args, __doc__)
-    if args.bench in (old := {"shapes-reason": "shapes-think", "shapes-vqa": "shapes-answer"}):
-        fail(f"--bench {args.bench} is now --bench {old[args.bench]}")
-    if args.bench not in BENCHMARKS:
-        fail(f"unknown benchmark {args.bench!r}; there are: {', '.join(BENCHMARKS)}")
     out = Path(args.out) if args.out else None
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
-    try:
-        guidances = [float(g) for g in args.guidances.split(",") if g] or [args.guidance]
-    except ValueError:
-        fail(f"--guidances {args.guidances!r}: numbers with commas between them, such as 1,3,5,7")
+    guidances = [args.guidance]
+    if args.guidances:
+        guidances = read_flag(args, "guidances", read_guidances)
     if args.guidances and not (args.bench == "shapes-edit" and out):
         fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
-    if args.temperature < 0 or min(args.limit, args.rounds) < 1:
-        fail("--temperature is not below 0, --limit and --rounds at least 1")
     if args.bench == "geneval" and not out:
         fail("--bench geneval needs --out, a folder for its images")
-    rank, world, device = setup()
     to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds
+    if to_draw and not args.init and not args.preset:
+        fail("--init '' draws from the weights of --preset, which is missing")
+    if out:
+        read_flag(args, "out", can_hold)
+    rank, world, device = setup()
     if to_draw:
         model = slim(Unified.load(args.init, args.preset, **given_parts(args)), device).to(device)
         if out:

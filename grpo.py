@@ -22,13 +22,14 @@ from functools import partial
 
 import torch
 
-from common.flags import RunFlags, flag, parse
+from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
+from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS
 from common.read import pairs
 from common.record import Recorder
 from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
                        draw_steps, draw_window, fine_tune, latent_numbers, ldam_layers, noise_keys,
-                       ratio_stats, set_up, wants_final_bench)
-from common.run import all_mean, fail, key, keyed, setup, table
+                       ratio_stats, read_mix, set_up, wants_final_bench)
+from common.run import all_mean, key, keyed, setup
 from common.weights import swapped
 from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
                   draw_while_judging, preview_of, read_prompts_of, read_weights, score)
@@ -45,74 +46,73 @@ CURVES = [["score", "extra"], ["grad_norm"]]     # panels of curves.png, beside 
 
 @dataclass
 class Args(RunFlags):
-    preset: str = flag("shapes", "which model, by its name in common/presets.py",
+    preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS,
                        group="What matters most")
     recipe: str = flag("fast", "settings, by their name there, or a .json of them; a flag wins")
     init: str = flag("data/shapes/sft", "a checkpoint, or the folder of a diffusers DiT or peft "
-                     "LoRA; empty: the preset's own weights")
+                     "LoRA; empty: the preset's own weights", HUB)
     reward: str = flag("geneval", "a reward, a mix such as geneval:0.8,my_file.py:f:0.2, or a "
                        ".json of such by category")
-    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts in GenEval's schema")
+    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts as GenEval's", FILE)
     out: str = flag("out/grpo", "folder of the run")
-    steps: int = flag(300, "updates")
-    B: int = flag(16, "prompts per update, over all ranks")
-    G: int = flag(8, "images per prompt, 2 or more: the group")
-    T: int = flag(10, "denoising steps while training; evaluation takes --eval-T")
-    window: int = flag(3, "consecutive steps that are random, and trained")
-    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
-    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
-    eval_every: int = flag(20, "updates between quick scores on held-out prompts")
-    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    steps: int = flag(300, "updates", "[1, 1e7]")
+    B: int = flag(16, "prompts per update, over all ranks", "[1, 10000]")
+    G: int = flag(8, "images per prompt: the group", "[2, 1000]")
+    T: int = flag(10, "denoising steps while training; evaluation takes --eval-T", "[1, 1000]")
+    window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
+    eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
+    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
+    eval_every: int = flag(20, "updates between quick scores on held-out prompts", "[1, 1e7]")
+    seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
-    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple",
-                     group="Sampling")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
-    window_stop: int = flag(3, "last step, from 0, at which it may start; each update draws one")
-    guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: half the forwards")
-    grid: str = flag("", "times: uniform or diffusers; empty: the preset's", setting=True)
+    kind: str = flag("flow", "kernel of the random steps: {}", KERNELS, group="Sampling")
+    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: off", "[0, 100]")
+    grid: str = flag("", "times: {}; empty: the preset's", GRIDS, setting=True)
     shared_noise: bool = flag(True, "a group starts from one initial noise", setting=True)
     mix: str = flag("", "weight of each prompt by its category: text:3,*:1", setting=True)
 
-    train: str = flag("dit", "dit, bridge (with its queries) or both", group="What learns")
-    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
-    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
-    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+    train: str = flag("dit", "{}; the bridge with its queries", TRAIN, group="What learns")
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA", "[0, 1000]")
+    lora_alpha: int = flag(64, "a LoRA's output is scaled by this / rank", "[1, 1e5]", setting=True)
+    wd: float = flag(0.0, "weight decay of AdamW", "[0, 10]", setting=True)
+    ema: float = flag(0.95, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
 
-    clip: float = flag(2e-3, "the ratio is kept within 1 +- this", group="Objective")
-    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage")
-    updates: int = flag(1, "optimiser steps per rollout, each on its share of the images")
+    clip: float = flag(2e-3, "the ratio is kept within 1 +- this", "(0, 100]", group="Objective")
+    norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS)
+    updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     trained: int = flag(0, "of the window's steps so many, drawn anew, are trained; 0: all",
-                        setting=True)
-    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it is kept")
-    kl: str = flag("mean", "which KL: mean, flow-grpo or velocity, see Anchor", setting=True)
+                        "[0, 1000]", setting=True)
+    beta: float = flag(0.0, "weight of the KL to the initial model; 0: no copy of it", "[0, 1000]")
+    kl: str = flag("mean", "which KL: {}, see Anchor", KLS, setting=True)
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
-    sft: float = flag(0.0, "weight, below 1, of a fine-tuning loss (DeepGen) beside the rewards")
-    sft_data: str = flag("data/shapes/train", "its images and prompts, as pretrain.py's --data")
-    sft_batch: int = flag(32, "its images per update, over all ranks", setting=True)
+    sft: float = flag(0.0, "weight of a fine-tuning loss (DeepGen) beside the rewards", "[0, 1)")
+    sft_data: str = flag("data/shapes/train", "images and prompts, as pretrain.py's --data", FILE)
+    sft_batch: int = flag(32, "its images per update", "[1, 1e5]", setting=True)
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
-    ldam_gamma: float = flag(0.1, "size of that noise", setting=True)
-    ldam_leap: float = flag(100.0, "growth of the gradient norm that it waits for", setting=True)
-    ldam_falls: int = flag(5, "falls of the reward that it waits for", setting=True)
+    ldam_gamma: float = flag(0.1, "size of --ldam's noise", "[0, 100]", setting=True)
+    ldam_leap: float = flag(100.0, "growth of grad_norm for --ldam", "[0, 1e9]", setting=True)
+    ldam_falls: int = flag(5, "falls of the reward for --ldam", "[0, 1e6]", setting=True)
 
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see rewards/shared.py",
                       group="Rewards")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
-    max_failed: float = flag(0.5, "a larger share of unusable rewards or answers ends the run")
+    max_failed: float = flag(0.5, "share of unusable rewards or answers that ends a run", "[0, 1]")
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub", group="Weights not the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub")
+    vlm: str = flag("", "folder, or owner/repo on the Hub", HUB, group="Weights not the preset's")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub", HUB)
 
     micro: int = flag(64, "rows of the window per backward; 0: all. The gradients are equal",
-                      group="Memory and speed")
+                      "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: the DiT is computed again in the backward pass")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
     eval_prompts: str = flag("", "held-out prompts for photos, a file as --prompts; empty: "
                              "GenEval's own test if that is the reward, else none and no score",
-                             group="Evaluation")
-    eval_T: int = flag(10, "ODE steps of a drawing")
+                             FILE, group="Evaluation")
+    eval_T: int = flag(10, "ODE steps of a drawing", "[1, 1000]")
     final_bench: bool | None = flag(None, "at the end the whole benchmark, before and after [on, "
                                     "unless --steps is below --eval-every]")
 
@@ -205,14 +205,9 @@ def check(args, world):
     """Errors that a user can make, before anything is loaded or written. -> rewards and their
     weights by category, weights of categories in the draw, layers that see a reward's noise"""
     check_prompts(args)
-    check_flags(args, world, tuple(TRAIN), "prompts")
-    try:
-        weights = read_weights(args.reward)
-        mix = table(args.mix, float)
-        layers = ldam_layers(args, weights)
-    except (OSError, ValueError) as e:
-        fail(e)
-    return weights, mix, layers
+    check_flags(args, world, "prompts")
+    weights = read_flag(args, "reward", read_weights)
+    return weights, read_flag(args, "mix", read_mix), ldam_layers(args, weights)
 
 
 def encode(model, prompts, args, learns, noise=None):
@@ -227,7 +222,7 @@ def main():
     rank, world, device = setup()
     weights, mix, layers = check(args, world)
     judge = Judge(args.judge, args.judge_url)
-    prompts, held = read_prompts_of(args, weights)
+    prompts, held = read_prompts_of(args, weights, mix)
 
     # The model, what trains it, and where the run is kept
     learns = TRAIN[args.train]

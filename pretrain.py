@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from common.checkpoint import Trained, save_weights
-from common.flags import RunFlags, flag, parse
+from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, train_times
-from common.presets import reference_ways
+from common.presets import PRESETS, REFS, reference_ways
 from common.read import mixture
 from common.record import Recorder, check_out
 from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, setup, sum_grads
@@ -27,35 +27,36 @@ from model import Unified
 
 @dataclass
 class Args(RunFlags):
-    preset: str = flag("shapes", "which model, by its name in common/presets.py",
+    preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS,
                        group="What matters most")
     init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
-                     "empty: the preset's own weights")
+                     "empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train",
-                     "folder with metadata.jsonl, or of WebDataset shards (.tar)")
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+                     "folder with metadata.jsonl, or of WebDataset shards (.tar)", FILE)
+    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none",
+                      FILE)
     out: str = flag("out/pretrain", "folder of the run")
-    steps: int = flag(900, "optimiser steps")
-    batch: int = flag(64, "images per step, over all ranks")
-    lr: float = flag(2e-3, "peak learning rate")
-    eval_every: int = flag(450, "steps between sample grids, quick scores and checkpoints")
-    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    steps: int = flag(900, "optimiser steps", "[1, 1e7]")
+    batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")
+    lr: float = flag(2e-3, "peak learning rate", "[0, 10]")
+    eval_every: int = flag(450, "steps between sample grids, quick scores, checkpoints", "[1, 1e7]")
+    seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
-    warmup: int = flag(50, "steps of linear warm-up before the cosine",
+    warmup: int = flag(50, "steps of linear warm-up before the cosine", "[1, 1e7]",
                       group="Optimisation")
-    wd: float = flag(0.01, "weight decay of AdamW, on matrices only")
-    ema: float = flag(0.99, "decay, below 1, of the averaged weights that are evaluated and saved")
-    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance")
+    wd: float = flag(0.01, "weight decay of AdamW, on matrices only", "[0, 10]")
+    ema: float = flag(0.99, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
+    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance", "[0, 1]")
 
-    edit_share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of edits, if given",
+    edit_share: float = flag(0.5, "share of the steps whose batch is of edits, if given", "[0, 1]",
                             group="Edits (--edits)")
-    edit_drop: float = flag(0.05, "how often text, references or both are withheld: each 0 to 1/3")
-    refs: str = flag("", "what is shown references: vlm, dit or both; empty: the preset's")
+    edit_drop: float = flag(0.05, "how often text, references, and both are withheld", "[0, 1/3]")
+    refs: str = flag("", "what is shown references: {}; empty: the preset's", REFS)
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own", HUB,
                     group="Weights in place of the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
 
 def main():
@@ -64,9 +65,8 @@ def main():
     check_out(args)
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
+    must_exist(args, "data")
     n = args.batch // world
-    if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
-        fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
     model = start_model(Unified, args, dict(bridge=None), n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)

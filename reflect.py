@@ -31,13 +31,14 @@ import numpy as np
 import torch
 
 from common.draw import draw_reflecting, draw_thinking
-from common.flags import RunFlags, flag, parse
-from common.presets import preset, reference_ways
+from common.flags import FILE, HUB, RunFlags, among, flag, parse, read_flag
+from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
 from common.read import UNREADABLE, read_image
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
-                       latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import PER_SAMPLE, fail, key, keyed, setup, slices, table
+                       latent_numbers, must_be_drawn, noise_keys, ratio_stats, read_mix, set_up,
+                       wants_final_bench)
+from common.run import PER_SAMPLE, fail, key, keyed, setup, slices
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
 from data.shapes.bench import bench_shapes, scene_image
@@ -82,98 +83,99 @@ TRAIN = {                                 # --train -> parts that learn
 @dataclass
 class Args(RunFlags):
     task: str = flag("reflect", "reflect (judge, criticise, draw again), cot (think, then draw), "
-                     "text or vqa (answer; flags about drawing then count for nothing)",
+                     "text or vqa (answer; flags about drawing then count for nothing)", TASKS,
                      group="What matters most")
-    preset: str = flag("shapes", "which model, by its name in common/presets.py")
+    preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS)
     recipe: str = flag("fast", "which settings, by their name in common/presets.py, or a .json of "
                        "them; a flag wins")
-    init: str = flag("out/sft-reflect", "a checkpoint that heeds words, or as grpo.py's --init")
+    init: str = flag("out/sft-reflect", "a checkpoint that heeds words, or as grpo.py's", HUB)
     reward: str = flag("geneval", "of the picture, as grpo.py's --reward; text and vqa have "
                        "their own")
     data: str = flag("data/shapes/prompts/reflect_train.jsonl",
                      "jsonl, or a folder with metadata.jsonl: of prompts and first pictures, "
-                     "prompts, or questions")
+                     "prompts, or questions", FILE)
     train: str = flag("both", "what learns: lm (by its tokens), dit (by its steps), or both and "
-                      "the bridge between")
+                      "the bridge between", TRAIN["reflect"])
     out: str = flag("out/reflect", "folder of the run")
-    steps: int = flag(200, "updates")
-    B: int = flag(128, "rows per update, over all ranks")
-    G: int = flag(8, "samples per row, 2 or more: the group")
-    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then linearly down to a tenth")
-    lm_lr: float = flag(7e-4, "as --lr, of the language model")
-    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    steps: int = flag(200, "updates", "[1, 1e7]")
+    B: int = flag(128, "rows per update, over all ranks", "[1, 10000]")
+    G: int = flag(8, "samples per row: the group", "[2, 1000]")
+    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
+    lm_lr: float = flag(7e-4, "as --lr, of the language model", "[0, 10]")
+    seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
-    limit: int = flag(32, "most tokens that a sample may have", group="Words")
-    temperature: float = flag(1.0, "of drawing words, above 0; reflections are evaluated by the "
-                              "likeliest ones")
-    top_p: float = flag(1.0, "words are drawn from the likeliest of this mass, up to 1: all")
+    limit: int = flag(32, "most tokens that a sample may have", "[1, 10000]", group="Words")
+    temperature: float = flag(1.0, "of drawing words; reflections are evaluated by the "
+                              "likeliest ones", "[0.01, 100]")
+    top_p: float = flag(1.0, "words are drawn from the likeliest of this mass; 1: all", "(0, 1]")
 
     redraw: int = flag(8, "reflect: of so many first pictures each critique that says no leads to "
-                       "a second drawing; the others are judged alone")
-    images_per_thought: int = flag(1, "cot: images of one thought, which learns by their mean")
+                       "a second drawing; the others are judged alone", "[1, 10000]")
+    images_per_thought: int = flag(1, "cot: images of one thought, which learns by their mean",
+                                   "[1, 1000]")
     answer_only: bool = flag(False, "cot: the DiT is told the answer, not prompt and thought")
     mix: str = flag("", "weight of each row by its category, as text:3,*:1; empty: all alike",
                     setting=True)
 
-    verdict: float = flag(1.0, "reflect: weight of the reward for a right verdict, 0 or 1",
+    verdict: float = flag(1.0, "reflect: weight of the reward for a right verdict", "[0, 1000]",
                           group="Rewards")
     format: float = flag(1.0, "weight of the reward for the form of words: yes, or no and why; "
-                         "<think> and <answer> tags")
+                         "<think> and <answer> tags", "[0, 1000]")
     judge: str = flag("", "VLM of the rewards preference and judge; empty: see rewards/shared.py")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
     max_failed: float = flag(0.5, "a larger share of rewards that could not be had, or of judges' "
-                             "answers that say nothing, ends the run")
+                             "answers that say nothing, ends the run", "[0, 1]")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
-                  group="Sampling and exploration")
-    grid: str = flag("", "times of the rollout: uniform or diffusers; empty: the preset's",
-                     setting=True)
-    window: int = flag(3, "consecutive steps that are random, and trained")
-    window_start: int = flag(0, "first step, from 0, at which a window may start", setting=True)
-    window_stop: int = flag(3, "last step at which it may start; each update draws one of them")
-    kind: str = flag("flow", "kernel of the random steps: flow, unirl, dance, cps, cps-simple")
-    eta: float = flag(0.9, "size of the fresh noise; 0: there is nothing to explore")
+                  "[1, 1000]", group="Sampling and exploration")
+    grid: str = flag("", "times of the rollout: {}; empty: the preset's", GRIDS, setting=True)
+    window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
+    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    kind: str = flag("flow", "kernel of the random steps: {}", KERNELS)
+    eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
                               setting=True)
-    guidance: float = flag(1.0, "weight of prompt and critique in rollout and update; 1: none")
-    refs: str = flag("", "what redraws from the picture: vlm, dit or both; empty: the preset's")
+    guidance: float = flag(1.0, "weight of prompt and critique in rollout and update; 1: off",
+                           "[0, 100]")
+    refs: str = flag("", "what redraws from the picture: {}; empty: the preset's", REFS)
 
-    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA", "[0, 1000]",
                           group="What learns")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank", setting=True)
-    vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA")
-    vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
-    wd: float = flag(0.0, "weight decay of AdamW", setting=True)
-    ema: float = flag(0.95, "decay, below 1, of the averaged weights that are evaluated and saved")
+    lora_alpha: int = flag(64, "a LoRA's output is scaled by this / rank", "[1, 1e5]", setting=True)
+    vlm_lora_rank: int = flag(0, "rank of a LoRA on the language model; 0: no LoRA", "[0, 1000]")
+    vlm_lora_alpha: int = flag(128, "its output is scaled by this / rank", "[1, 1e5]")
+    wd: float = flag(0.0, "weight decay of AdamW", "[0, 10]", setting=True)
+    ema: float = flag(0.95, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
 
-    norm: str = flag("group", "scale of advantages: group, joint or global, see group_advantage",
+    norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS,
                      group="Objective")
     clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
-                       "it is nats of the true log-ratio")
-    lm_clip: float = flag(0.2, "the ratio of a token is kept within 1 +- this")
-    updates: int = flag(1, "optimiser steps per rollout, each on its share of the samples")
+                       "it is nats of the true log-ratio", "(0, 100]")
+    lm_clip: float = flag(0.2, "the ratio of a token is kept within 1 +- this", "(0, 100]")
+    updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
-    beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy of it")
-    lm_beta: float = flag(0.1, "as --beta, of tokens")
+    beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy", "[0, 1000]")
+    lm_beta: float = flag(0.1, "as --beta, of tokens", "[0, 1000]")
     kl: str = flag("mean", "which KL: mean (between step means, in closed form), flow-grpo "
-                   "(without the step size) or velocity (between velocities)", setting=True)
+                   "(without the step size) or velocity (between velocities)", KLS, setting=True)
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own", HUB,
                     group="Weights in place of the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
     micro: int = flag(64, "critiques, or rows of the window, per backward; 0: all. The "
-                      "gradients are equal", group="Memory and speed")
+                      "gradients are equal", "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
                             "which saves memory")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
-    eval_every: int = flag(20, "updates between quick scores on held-out pictures",
+    eval_every: int = flag(20, "updates between quick scores on held-out pictures", "[1, 1e7]",
                            group="Evaluation")
-    eval_data: str = flag("", "held-out rows of photos, as --data; empty: none, and no score")
-    eval_T: int = flag(10, "ODE steps of a drawing")
-    rounds: int = flag(1, "reflect: most looks at a picture; a yes ends them")
+    eval_data: str = flag("", "held-out rows of photos, as --data; empty: none, and no score", FILE)
+    eval_T: int = flag(10, "ODE steps of a drawing", "[1, 1000]")
+    rounds: int = flag(1, "reflect: most looks at a picture; a yes ends them", "[1, 100]")
     final_bench: bool | None = flag(None, "at the end the whole benchmark, before and after [on, "
                                     "unless --steps is below --eval-every]")
 
@@ -235,25 +237,19 @@ def check(args, world):
         fail("--eval-data is for photos: the classroom has held-out rows of its own")
     if preset(args.preset).bridge == "text":
         fail(f"preset {args.preset!r} has no language model that could answer")
-    check_flags(args, world, tuple(TRAIN[args.task]), "rows")
+    among("train", args.train, TRAIN[args.task])
+    check_flags(args, world, "rows")
     for name, task in (("redraw", "reflect"), ("verdict", "reflect"), ("rounds", "reflect"),
                        ("images_per_thought", "cot"), ("answer_only", "cot")):
         if getattr(args, name) != getattr(Args, name) and args.task != task:
             fail(f"--{name.replace('_', '-')} is for --task {task}")
     if args.task == "reflect" and min(args.redraw, args.B) < min(2 * world, args.B):
         fail(f"--redraw {args.redraw}: at least a pair of first pictures for each of {world} ranks")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or min(
-            args.limit, args.rounds, args.images_per_thought) < 1:
-        fail("--temperature is above 0 (else a group agrees), --top-p in (0,1], --limit, --rounds "
-             "and --images-per-thought at least 1")
     learns = TRAIN[args.task][args.train]
     if args.lora_rank and "dit" not in learns or args.vlm_lora_rank and "vlm" not in learns:
         fail(f"--lora-rank adapts the DiT, --vlm-lora-rank the language model; of --task "
              f"{args.task}, --train {args.train} learns: {', '.join(learns)}")
-    try:
-        return read_weights(args.reward), table(args.mix, float)
-    except (OSError, ValueError) as e:
-        fail(e)
+    return read_flag(args, "reward", read_weights), read_flag(args, "mix", read_mix)
 
 
 def read_pool(path):
@@ -490,6 +486,8 @@ def main():
     weights, mix = check(args, world)
     judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
     rows = read_task(args.data, args, weights)
+    if args.task != "reflect":
+        must_be_drawn(args, mix, rows, args.data)
     held = read_held(args, weights, rows)
 
     # The model, what trains it, and where the run is kept

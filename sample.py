@@ -12,9 +12,12 @@ to image; questions -> answers.
 """
 
 import json
+import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -24,9 +27,9 @@ from safetensors.torch import save_file
 from common.checkpoint import read_step
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
-from common.flags import check_seed, command_line, given_parts
+from common.flags import FILE, HUB, can_hold, flag, given_parts, parse, read_flag
 from common.lora import write_lora
-from common.presets import PARTS, reference_ways
+from common.presets import PRESETS, SOLVERS, reference_ways
 from common.read import UNREADABLE, read_image, to_bucket
 from common.run import fail, setup
 from common.weights import fetch, slim
@@ -66,6 +69,52 @@ def read(file):
         fail(f"{file} cannot be read as an image: {str(e).splitlines()[0]}")
 
 
+@dataclass
+class Args:
+    prompts: tuple = flag((), "what to draw, each prompt in quotes", group="What matters most",
+                          positional=True)
+    init: str = flag(None, "checkpoint or folder of a run; with --preset also the folder of a "
+                     "diffusers transformer or peft LoRA, or none: '' [data/shapes/sft, to edit "
+                     "data/shapes/sft-edit]", HUB)
+    image: tuple = flag((), "picture to edit, to ask about or to reflect on; given again: further "
+                        "references", FILE)
+    edit: tuple = flag((), "what to change in --image, in quotes")
+    think: bool = flag(False, "reason first, then draw from the prompt and those words")
+    reflect: bool = flag(False, "judge what was drawn, or --image, and draw again what is judged "
+                         "wrong")
+    answer: tuple = flag((), "a question in quotes, about --image if given")
+    out: str = flag("sample.png", "file to write, .png, or with --trajectory .gif")
+    n: int = flag(4, "images per prompt", "[1, 1000]")
+    size: str = flag("", "pixels, WIDTHxHEIGHT or a number, of what is drawn from prompts; empty: "
+                     "the preset's")
+    steps: int = flag(20, "ODE steps, one DiT forward each", "[1, 1000]")
+    solver: str = flag("", "of the ODE: {}, the last of second order, which wants fewer steps; "
+                       "empty: the preset's", SOLVERS)
+    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, else two forwards a step",
+                           "[0, 100]")
+    seed: int = flag(0, "image i has seed + i", "[0, 2**63)")
+
+    image_guidance: float = flag(1.0, "weight of --image; 1: no guidance by it, more: closer to it",
+                                 "[0, 100]", group="Edits")
+    mask: str = flag("", "image of the size of --image, white where the edit may change it", FILE)
+
+    limit: int = flag(64, "most tokens that a thought, critique or answer may have", "[1, 10000]",
+                      group="Words")
+    temperature: float = flag(0.0, "of drawing words; 0: the likeliest ones", "0 or [0.01, 100]")
+    rounds: int = flag(1, "of --reflect: most looks at a picture; a yes ends them", "[1, 100]")
+
+    trajectory: bool = flag(False, "write the path from noise to image as a GIF",
+                            group="More files to write")
+    export: str = flag("", "folder to write the parts to, for other people's pipelines")
+
+    preset: str = flag("", "what --init is for, if it is no checkpoint of ours", PRESETS,
+                       group="Weights in place of the checkpoint's")
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the checkpoint's, or its "
+                    "preset's", HUB)
+    dit: str = flag("", "as --vlm, and /subfolder", HUB)
+    vae: str = flag("", "as --dit", HUB)
+
+
 def size_of(text, cfg, dit):
     """--size: pixels, "width x height" or one side of a square -> (height, width) that the DiT can
     draw; rounded, which it says, to the multiples that patches and VAE want."""
@@ -86,61 +135,15 @@ def size_of(text, cfg, dit):
     return near[1], near[0]
 
 
-def main():
-    p = command_line(__doc__)
-    most = p.add_argument_group("What matters most")
-    edits, words = p.add_argument_group("Edits"), p.add_argument_group("Words")
-    files, parts = (p.add_argument_group(title) for title in (
-        "More files to write", "Weights in place of the checkpoint's"))
-    most.add_argument("prompts", nargs="*", help="what to draw, each prompt in quotes")
-    most.add_argument("--init", help="checkpoint or folder of a run; with --preset also the folder "
-                      "of a diffusers transformer or peft LoRA, or none: '' [data/shapes/sft, to "
-                      "edit data/shapes/sft-edit]")
-    most.add_argument("--image", action="append", default=[], help="picture to edit, to ask about "
-                      "or to reflect on; given again: further references")
-    most.add_argument("--edit", action="append", default=[],
-                      help="what to change in --image, in quotes")
-    most.add_argument("--think", action="store_true",
-                      help="reason first, then draw from the prompt and those words")
-    most.add_argument("--reflect", action="store_true", help="judge what was drawn, or --image, "
-                      "and draw again what is judged wrong")
-    most.add_argument("--answer", action="append", default=[],
-                      help="a question in quotes, about --image if given")
-    most.add_argument("--out", default="sample.png",
-                      help="file to write, .png, or with --trajectory .gif [%(default)s]")
-    most.add_argument("--n", type=int, default=4, help="images per prompt [%(default)s]")
-    most.add_argument("--size", default="", help="pixels, WIDTHxHEIGHT or a number, of what is "
-                      "drawn from prompts; empty: the preset's")
-    most.add_argument("--steps", type=int, default=20,
-                      help="ODE steps, one DiT forward each [%(default)s]")
-    most.add_argument("--solver", default="", help="of the ODE: euler, or dpm, of second order, "
-                      "which wants fewer steps; empty: the preset's")
-    most.add_argument("--guidance", type=float, default=1.0, help="weight of the prompt; 1: no "
-                      "guidance, else two forwards a step [%(default)s]")
-    most.add_argument("--seed", type=int, default=0,
-                      help="0 to 2**63 - 1; image i has seed + i [%(default)s]")
-    edits.add_argument("--image-guidance", type=float, default=1.0, help="weight of --image; 1: no "
-                       "guidance by it, more: closer to it [%(default)s]")
-    edits.add_argument("--mask", help="image of the size of --image, white where the edit may "
-                       "change it")
-    words.add_argument("--limit", type=int, default=64,
-                       help="most tokens that a thought, critique or answer may have "
-                       "[%(default)s]")
-    words.add_argument("--temperature", type=float, default=0.0,
-                       help="of drawing words; 0: the likeliest ones [%(default)s]")
-    words.add_argument("--rounds", type=int, default=1,
-                       help="of --reflect: most looks at a picture; a yes ends them [%(default)s]")
-    files.add_argument("--trajectory", action="store_true",
-                       help="write the path from noise to image as a GIF")
-    files.add_argument("--export", metavar="DIR",
-                       help="folder to write the parts to, for other people's pipelines")
-    parts.add_argument("--preset", default="",
-                       help="what --init is for, if it is no checkpoint of ours")
-    for part in PARTS:
-        parts.add_argument(f"--{part}", default="", help="folder, or owner/repo[/subfolder] on the "
-                           "Hub; empty: the checkpoint's, or its preset's")
-    parts.add_argument("-h", "--help", action="help", help="print this text")
-    args = p.parse_args()
+def can_write(file, ending):
+    """ValueError and OSError where a file cannot be written; nothing is left behind."""
+    if file.suffix != ending or file.is_dir():
+        raise ValueError(f"this writes a {ending} file")
+    TemporaryFile(dir=file.parent).close()
+
+
+def check(args):
+    """Every error that a user can make, before anything is loaded or written. -> images, mask"""
     if not args.prompts and not args.export and not args.edit and not args.answer:
         fail("the following arguments are required: prompts")
     if args.edit and (args.prompts or not args.image) or (
@@ -154,27 +157,32 @@ def main():
         fail("--answer answers without drawing, and --reflect looks at one --image")
     if (args.think or args.reflect) and not args.prompts:
         fail("the following arguments are required: prompts")
-    if args.temperature < 0 or min(args.limit, args.rounds) < 1:
-        fail("--temperature is not below 0, --limit and --rounds at least 1")
     if args.mask and not args.edit or args.mask and args.trajectory:
         fail("--mask confines an --edit, and has no --trajectory")
     if args.size and (args.image or args.answer):
         fail("--size is of what is drawn from prompts: an --image keeps its own")
-    check_seed(args)
-    if args.init is None:
-        args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
+    if args.init == "" and not args.preset:
+        fail("--init '' draws from the weights of --preset, which is missing")
     images = [read(file) for file in args.image]
     mask = read(args.mask) if args.mask else None
     if mask and mask.size != images[0].size:
         fail(f"--mask {args.mask} has {mask.size[0]} x {mask.size[1]} pixels, --image "
              f"{images[0].size[0]} x {images[0].size[1]}")
-    if args.n < 1:
-        fail(f"--n {args.n}: at least one image per prompt")
-    if args.export and Path(args.export).exists():
-        fail(f"--export {args.export} exists: choose another folder")
-    wanted = ".gif" if args.trajectory else ".png"
-    if not args.answer and Path(args.out).suffix != wanted:
-        fail(f"--out {args.out}: this writes a {wanted} file")
+    if args.export:
+        if os.path.lexists(args.export):
+            fail(f"--export {args.export} exists: choose another folder")
+        read_flag(args, "export", can_hold)
+    if not args.answer:
+        ending = ".gif" if args.trajectory else ".png"
+        read_flag(args, "out", lambda out: can_write(Path(out), ending))
+    return images, mask
+
+
+def main():
+    args = parse(Args, __doc__)
+    images, mask = check(args)
+    if args.init is None:
+        args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
     _, _, device = setup()
     model = Unified.load(args.init, args.preset, **given_parts(args))
     size = (size_of(args.size, model.cfg, model.dit) if args.size else

@@ -25,9 +25,9 @@ from data.shapes.edits import scored_edit
 from data.shapes.looks import CURVES, preview, what_to_show
 from rewards.edit import EditReward, read_scored, spearman
 from common.checkpoint import Trained, save_weights
-from common.flags import RunFlags, flag, parse
+from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, lm_loss, train_times
-from common.presets import preset, reference_ways
+from common.presets import PRESETS, REFS, preset, reference_ways
 from common.read import mixture
 from common.record import Recorder, check_out
 from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, sum_grads
@@ -39,50 +39,51 @@ from model import Unified
 class Args(RunFlags):
     task: str = flag("flow", "what is taught: flow (pictures), cot or reflect (also pictures that "
                      "words go with), reward (a judge of edits, see train_reward)",
-                     group="What matters most")
-    preset: str = flag("shapes", "which model, by its name in common/presets.py")
+                     ("flow", "cot", "reflect", "reward"), group="What matters most")
+    preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS)
     init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
-                     "LoRA; empty: the preset's own weights")
+                     "LoRA; empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train", "folder with metadata.jsonl, or of WebDataset shards "
-                     "(.tar); of task reward: jsonl of scored edits")
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+                     "(.tar); of task reward: jsonl of scored edits", FILE)
+    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none",
+                      FILE)
     out: str = flag("out/sft", "folder of the run")
-    steps: int = flag(3000, "optimiser steps")
-    batch: int = flag(64, "images per step, over all ranks")
-    train: str = flag("both", "what learns: dit, bridge (with its queries) or both")
-    lr: float = flag(7e-4, "peak learning rate")
-    eval_every: int = flag(500, "steps between sample grids, quick scores and checkpoints")
-    seed: int = flag(0, "0 to 2**63 - 1; one seed, one result")
+    steps: int = flag(3000, "optimiser steps", "[1, 1e7]")
+    batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")
+    train: str = flag("both", "{}; the bridge with its queries", ("dit", "bridge", "both"))
+    lr: float = flag(7e-4, "peak learning rate", "[0, 10]")
+    eval_every: int = flag(500, "steps between sample grids, quick scores, checkpoints", "[1, 1e7]")
+    seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
-    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA",
+    lora_rank: int = flag(0, "rank of a LoRA on the DiT's attention; 0: no LoRA", "[0, 1000]",
                           group="Low-rank adapters (LoRA)")
-    lora_alpha: int = flag(64, "output of that LoRA is scaled by this / rank")
-    vlm_lora_rank: int = flag(0, "rank of a LoRA on the VLM; 0: no LoRA")
-    vlm_lora_alpha: int = flag(128, "output of that LoRA is scaled by this / rank")
-    vlm_lora_dropout: float = flag(0.05, "share of that LoRA's inputs that a step leaves out")
+    lora_alpha: int = flag(64, "its output is scaled by this / rank", "[1, 1e5]")
+    vlm_lora_rank: int = flag(0, "rank of a LoRA on the VLM; 0: no LoRA", "[0, 1000]")
+    vlm_lora_alpha: int = flag(128, "its output is scaled by this / rank", "[1, 1e5]")
+    vlm_lora_dropout: float = flag(0.05, "share of its inputs that a step leaves out", "[0, 1)")
 
-    warmup: int = flag(50, "steps of linear warm-up before the cosine",
+    warmup: int = flag(50, "steps of linear warm-up before the cosine", "[1, 1e7]",
                       group="Optimisation")
-    wd: float = flag(0.01, "weight decay of AdamW, on matrices only")
-    ema: float = flag(0.99, "decay, below 1, of the averaged weights that are evaluated and saved")
-    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance")
+    wd: float = flag(0.01, "weight decay of AdamW, on matrices only", "[0, 10]")
+    ema: float = flag(0.99, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
+    drop: float = flag(0.1, "share of captions replaced by the null prompt, for guidance", "[0, 1]")
 
-    edit_share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of edits, if given",
+    edit_share: float = flag(0.5, "share of the steps whose batch is of edits, if given", "[0, 1]",
                             group="Edits (--edits)")
-    edit_drop: float = flag(0.05, "how often text, references or both are withheld: each 0 to 1/3")
-    refs: str = flag("", "what is shown references: vlm, dit or both; empty: the preset's")
+    edit_drop: float = flag(0.05, "how often text, references, and both are withheld", "[0, 1/3]")
+    refs: str = flag("", "what is shown references: {}; empty: the preset's", REFS)
 
     tuples: str = flag("", "folder of cot (file_name, prompt, reasoning) or reflect (image, "
-                       "prompt, critique, refined); empty: the classroom's",
+                       "prompt, critique, refined); empty: the classroom's", FILE,
                        group="Words (--task cot, reflect)")
-    share: float = flag(0.5, "share of the steps, 0 to 1, whose batch is of those")
+    share: float = flag(0.5, "share of the steps whose batch is of those", "[0, 1]")
     lm_loss: float = flag(0.0, "weight of the words' own loss, by which the language model "
-                          "learns too; UniRL-Zero saw it unlearn to understand")
+                          "learns too; UniRL-Zero saw it unlearn to understand", "[0, 1000]")
 
-    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own",
+    vlm: str = flag("", "folder, or owner/repo on the Hub; empty: the preset's own", HUB,
                     group="Weights in place of the preset's")
-    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
-    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own")
+    dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+    vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
@@ -195,16 +196,12 @@ def main():
     check_out(args)
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
-    if args.task not in ("flow", "cot", "reflect", "reward"):
-        fail(f"unknown --task {args.task!r}; there are: flow, cot, reflect, reward")
     if args.task == "reward":
         return train_reward(args, rank, world, device)
     n = args.batch // world
-    if not 0 <= args.edit_share <= 1 or not 0 <= args.edit_drop <= 1 / 3:
-        fail("--edit-share is a share, 0 to 1, and --edit-drop one of three, 0 to 1/3")
     cold = args.task in ("cot", "reflect")
-    if not 0 <= args.share <= 1 or cold and args.edits and args.share + args.edit_share > 1:
-        fail("--share is a share, 0 to 1, and with --edit-share at most 1")
+    if cold and args.edits and args.share + args.edit_share > 1:
+        fail(f"--share {args.share} and --edit-share {args.edit_share} are together at most 1")
     if (args.tuples or args.lm_loss) and not cold:
         fail("--tuples and --lm-loss belong to --task cot or reflect")
     if cold and preset(args.preset).bridge == "text":
@@ -213,8 +210,6 @@ def main():
         if not args.preset.startswith("shapes"):
             fail(f"preset {args.preset!r} draws photos: --task {args.task} needs its own --tuples")
         args.tuples = f"data/shapes/{args.task}"
-    if args.train not in ("dit", "bridge", "both"):
-        fail(f"unknown --train {args.train!r}; there are: dit, bridge, both")
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
     learns = {k: None for k in ("bridge", "dit") if args.train in (k, "both")}
@@ -225,6 +220,7 @@ def main():
                                 args.vlm_lora_dropout)
     elif args.lm_loss:
         learns["vlm"] = None
+    must_exist(args, "data", "tuples")
     model = start_model(Unified, args, learns, n, n, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)

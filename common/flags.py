@@ -1,48 +1,158 @@
-"""A dataclass as a strict command line; values of presets and recipes stand below flags."""
+"""A dataclass as a strict command line: numbers have ranges, names have choices. Values of presets
+and recipes are held to the same, and stand below flags."""
 
 import argparse
 import json
+import math
+import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from common.presets import PARTS, RECIPES, preset
-from common.run import fail
+from common.run import beside, fail
+from common.track import TRACKERS
 
 OLD = {                                   # flags that were renamed, and what to give instead
     "--chat": "--answer", "--prompts": "--data", "--eval-prompts": "--eval-data",
     "--task": "a flag of reflect.py, where the language model acts: python reflect.py --task text, "
               "vqa, cot or reflect",
+    "--bench shapes-reason": "--bench shapes-think", "--bench shapes-vqa": "--bench shapes-answer",
 }
+# What a flag's text may name. Of the second kind "" is none, and the Hub is asked when it is read.
+FILE = "a file or folder that exists"
+HUB = "a folder that exists, or owner/repo on the Hub"
 
 
-def flag(default, help, group="", setting=False):
-    """A field of a script's Args. help: what --help says of it; group: the title of the flags that
-    begin with this one; setting: no flag, but one that recipes have: see parse."""
-    return field(default=default, metadata=dict(help=help, group=group, setting=setting))
+def flag(default, help, allowed=None, group="", setting=False, positional=False):
+    """A field of a script's Args. help: what --help says of it, {} standing for its choices.
+    allowed: a number's range, such as "[0, 1)" or "0 or [0.01, 100]"; of a text its choices, FILE
+    or HUB; None: any text. The default is allowed, too. group: the title of the flags that begin
+    with this one; setting: no flag, but one that recipes have: see parse; positional: all that
+    stands on the command line without a flag."""
+    if allowed and not isinstance(allowed, str):
+        help = help.replace("{}", ", ".join(allowed))
+    return field(default=default, metadata=dict(help=help, allowed=allowed, group=group,
+                                                setting=setting, positional=positional))
 
 
 @dataclass
 class RunFlags:
     """What every script that trains has: how its run is begun, gone on with and kept."""
     resume: str = flag("", "go on with the run in --out, by the flags that it had; auto: or begin, "
-                       "where there is no checkpoint", group="The run")
+                       "where there is no checkpoint", ("yes", "auto"), group="The run")
     change: str = flag("", "flags that --resume may change, such as lr,B")
     keep: int = flag(0, "so many checkpoints' weights stay in ckpt/step_..., and always the best "
-                     "by held-out score in ckpt/best")
+                     "by held-out score in ckpt/best", "[0, 1000]")
+    track: str = flag("", "where rows and pictures also go, by your own installation: {}", TRACKERS)
 
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
+def number(text, kind=float):
+    """ "0.5" -> 0.5; NaN of what is no number, or in another alphabet's digits."""
+    try:
+        return kind(text) if str(text).isascii() else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def inside(x, interval):
+    """Is x in an interval such as "[0, 1)", or in one of "0 or [0.01, 100]"? NaN is in none."""
+    def end(text):                                       # "1e6", "1/3", "2**63"
+        base, _, power = text.partition("**")
+        over, _, under = base.partition("/")
+        return (float(over) / float(under or 1)) ** int(power or 1)
+    for part in interval.split(" or "):
+        low, _, high = part.strip("[()]").partition(", ")
+        low, high = end(low), end(high or low)
+        if low < x < high or x == low and part[0] != "(" or x == high and part[-1] != ")":
+            return True
+    return False
+
+
+def shown(value):
+    """A value in an error's one line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def there(name, allowed=FILE):
+    """Is there such a file or folder, here or, of the classroom's, beside the scripts? HUB: or
+    might it be on the Hub, or is it none, ""?"""
+    on_hub = re.fullmatch(r"([\w.-]{1,96}(/[\w.-]{1,96})+)?", name, re.ASCII)
+    return bool(name) and os.path.exists(beside(name)) or allowed == HUB and bool(on_hub)
+
+
+def check(f, value, who=""):
+    """A flag's text, or a value of `who`, a preset or a recipe -> what the script gets, or the
+    user's error. What a preset names need not be there: nobody may read it."""
+    if isinstance(value, list):                          # of a flag that may be given again
+        return tuple(check(f, v, who) for v in value)
+    said, allowed = f"{who}{flag_of(f.name)} {shown(value)}", f.metadata["allowed"]
+    if f.type in (int, float):
+        x, what = number(value, f.type), "an integer" if f.type is int else "a number"
+        if not inside(x, allowed):
+            given = shown(x if x == x else value)          # NaN is not
+            fail(f"{who}{flag_of(f.name)} {given}: must be {what} in {allowed}")
+        return x
+    if re.search("[\ud800-\udfff\0]", str(value)):      # what the shell gave in no encoding of ours
+        fail(f"{said}: must be text in UTF-8")
+    if allowed is None or value == f.default:            # must_exist sees to that
+        return value
+    if not isinstance(allowed, str):
+        among(f.name, value, allowed, who)
+    elif not who and not there(value, allowed):
+        fail(f"{said}: must be {allowed}")
+    return value
+
+
+def among(name, value, choices, who=""):
+    """The user's error where a flag's value is none of its choices."""
+    if renamed := OLD.get(f"{flag_of(name)} {value}"):
+        fail(f"{flag_of(name)} {value} is now {renamed}")
+    if value not in choices:
+        fail(f"{who}unknown {flag_of(name)} {shown(value)}; there are: {', '.join(choices)}")
+
+
+def read_flag(args, name, read):
+    """read(a flag's value), whose OSError and ValueError are the user's error."""
+    value = getattr(args, name)
+    try:
+        return read(value)
+    except (OSError, ValueError, RecursionError) as e:
+        why = getattr(e, "strerror", None) or e
+        fail(f"{flag_of(name)} {shown(value)}: {' '.join(str(why).split())[:300]}")
+
+
+def must_exist(args, *names):
+    """The user's error where a flag that was not given, so that nobody looked, names nothing."""
+    for name in names:
+        if (value := getattr(args, name)) and not there(value):
+            fail(f"{flag_of(name)} {shown(value)}: must be {FILE}; the classroom's: python -m "
+                 "data.shapes.prepare data")
+
+
+def can_hold(folder):
+    """OSError where a folder can neither be made nor be written into; nothing is left behind."""
+    folder = Path(folder).absolute()
+    place = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+    TemporaryFile(dir=place).close()
+
+
 def command_line(description, epilog="", names=(), settings=()):
-    """A strict parser, which knows no abbreviations and takes one line for an error. Its --help is
-    the description, then groups of flags: no usage, in which the few that matter would drown.
-    names: the flags, for the error of an unknown one; settings: see parse."""
-    p = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, add_help=False,
-                                allow_abbrev=False, epilog=epilog,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A strict parser, which knows no abbreviations, takes one line for an error, and returns what
+    was given. Its --help is the description, then groups of flags: no usage, in which the few that
+    matter would drown. names: the flags, for the error of an unknown one; settings: see parse."""
+    p = argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
+        epilog=epilog, argument_default=argparse.SUPPRESS, formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=34))
     of_recipes = {flag_of(no + name): name for name in settings for no in ("", "no_")}
 
     def error(message):                                # one line instead of the whole usage
@@ -60,30 +170,40 @@ def command_line(description, epilog="", names=(), settings=()):
     return p
 
 
-def check_seed(args):
-    if not 0 <= getattr(args, "seed", 0) < 2**63:
-        fail(f"--seed {args.seed} is not from 0 to 2**63 - 1")
+def kind_of(f):
+    """What --help says that a flag takes: int [1, 1e7]"""
+    ranged = f.type in (int, float)
+    return f"{f.type.__name__} {f.metadata['allowed']}" if ranged else (
+        "" if f.type is bool else "str")
+
+
+def about(f):
+    """What --help says of a flag."""
+    default = ("off", "on")[f.default] if f.type is bool else f.default
+    return f.metadata["help"] + (f" [{default}]" if default not in ("", None, ()) else "")
 
 
 def add_flags(p, Args):
-    """Every field of Args as a flag, in its group; a boolean gets its --no-x."""
+    """Every field of Args as a flag, in its group; a boolean gets its --no-x, a tuple may be given
+    again."""
     group = p
     own = [f for f in fields(Args) if f.name not in RunFlags.__dataclass_fields__]
     for f in own + [f for f in fields(Args) if f not in own]:
-        if title := f.metadata.get("group"):             # the fields that follow belong to it, too
+        if title := f.metadata["group"]:                 # the fields that follow belong to it, too
             group = p.add_argument_group(title)
-        if f.metadata.get("setting"):
+        if f.metadata["setting"]:
             continue
-        boolean = f.type in (bool, bool | None)          # None: its help says when it is on
-        kind = (dict(action=argparse.BooleanOptionalAction) if boolean else
-                dict(type=f.type, metavar=f.type.__name__))
-        if f.name == "resume":                           # alone it means: there is one
-            kind = dict(nargs="?", const="yes", choices=("yes", "auto"), metavar="auto")
-        default = ("off", "on")[f.default] if f.type is bool else f.default
-        about = f.metadata.get("help", "") + (f" [{default}]" if default not in ("", None) else "")
-        group.add_argument(flag_of(f.name), help=about.replace("%", "%%"), **kind)
+        text = about(f).replace("%", "%%")
+        if f.metadata["positional"]:
+            group.add_argument(f.name, nargs="*", help=text)
+        elif f.name == "resume":                         # alone it means: there is one
+            group.add_argument("--resume", help=text, metavar="auto", nargs="?", const="yes")
+        elif f.type in (bool, bool | None):              # None: its help says when it is on
+            group.add_argument(flag_of(f.name), help=text, action=argparse.BooleanOptionalAction)
+        else:
+            group.add_argument(flag_of(f.name), help=text, metavar=kind_of(f),
+                               action="append" if f.type is tuple else "store")
     group.add_argument("-h", "--help", action="help", help="print this text")
-    p.set_defaults(**asdict(Args()))
 
 
 def recipe_of(name, Args):
@@ -91,17 +211,18 @@ def recipe_of(name, Args):
     ("recipe": its name) -> {field: value}"""
     if not name.endswith(".json"):
         if name not in RECIPES:
-            fail(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}, or a .json of them")
+            fail(f"unknown --recipe {shown(name)}; there are: {', '.join(RECIPES)}, or a .json of "
+                 "them")
         return RECIPES[name]
     try:
         own = dict(**json.loads(Path(name).read_text()))         # TypeError unless an object
         base = recipe_of(own.pop("recipe"), Args) if "recipe" in own else {}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
-        fail(f"--recipe {name} is no JSON object of settings: {e}")
+        fail(f"--recipe {shown(name)} is no JSON object of settings: {f'{e}'[:300]}")
     kinds = {f.name: bool if f.type == bool | None else f.type for f in fields(Args)}
     for k, value in own.items():
         if k in kinds and type(value) is not kinds[k] and (type(value), kinds[k]) != (int, float):
-            fail(f"--recipe {name}: {k} is a {kinds[k].__name__}, not {value!r}")
+            fail(f"--recipe {shown(name)}: {k} is a {kinds[k].__name__}, not {shown(value)}")
     return base | own
 
 
@@ -111,52 +232,41 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
     --recipe's < a flag. What papers alone set is no flag: a recipe sets it, or a .json of settings
     that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
     says}; others that the script lacks are an error."""
-    settings = [f for f in fields(Args) if f.metadata.get("setting")]
-    about = [f"  {f.name:14} {f.metadata['help']}" + f" [{f.default}]" * (f.default != "")
-             for f in settings]
+    known = {f.name: f for f in fields(Args)}
+    settings = [f for f in known.values() if f.metadata["setting"]]
+    said = [f"  {f'{f.name} {kind_of(f)}':30}  {about(f)}" for f in settings]
     p = command_line(
         description, "\n".join([
             "Settings of recipes; to change one, give a .json as --recipe, such as {\"recipe\": "
-            "\"fast\", \"wd\": 0.01}:", *about]) if settings else "",
-        [flag_of(f.name) for f in fields(Args) if f not in settings], [f.name for f in settings])
+            "\"fast\", \"wd\": 0.01}:", *said]) if settings else "",
+        [flag_of(name) for name, f in known.items() if f not in settings],
+        [f.name for f in settings])
     add_flags(p, Args)
-    args = p.parse_args()
+    given = {name: check(known[name], value) for name, value in vars(p.parse_args()).items()}
+    if given.get("resume"):
+        given = as_before(known, given)
+    args = asdict(Args()) | given
 
     def settle(who, values):
-        lacks = [flag_of(k) for k in values if k not in vars(args)]
+        lacks = [flag_of(k) for k in values if k not in known]
         if lacks:
             fail(f"{who} needs {', '.join(lacks)}, which this script lacks")
-        p.set_defaults(**values)
-        return p.parse_args()
+        args.update({k: check(known[k], v, f"{who}: ") for k, v in values.items()} | given)
     if tasks:
-        if args.task not in tasks:
-            fail(f"unknown --task {args.task!r}; there are: {', '.join(tasks)}")
-        args = settle(f"task {args.task!r}", tasks[args.task])
+        settle(f"task {args['task']!r}", tasks[args["task"]])
     if stage:
-        paper = getattr(preset(args.preset), stage)
+        paper = getattr(preset(args["preset"]), stage)
         if paper is None:
-            fail(f"the paper of preset {args.preset!r} has no {stage}: see common/presets.py")
-        args = settle(f"preset {args.preset!r}", paper)
-    if hasattr(args, "recipe"):
-        values = recipe_of(args.recipe, Args)
-        without = (not_here or {}).get(getattr(args, "task", ""), ())
+            fail(f"the paper of preset {args['preset']!r} has no {stage}: see common/presets.py")
+        settle(f"preset {args['preset']!r}", paper)
+    if "recipe" in args:
+        values = recipe_of(args["recipe"], Args)
+        without = (not_here or {}).get(args.get("task", ""), ())
         if left := [k for k in values if k in without]:
-            print(f"recipe {args.recipe!r}: {', '.join(left)} are grpo.py's and left out")
-        args = settle(f"recipe {args.recipe!r}",
-                      {k: v for k, v in values.items() if k not in without})
-    if getattr(args, "resume", ""):
-        args = settle("the run in --out", as_before(args, given(p)))
-    check_seed(args)
-    return Args(**vars(args))
-
-
-def given(p):
-    """-> {name: value} of the flags that stand on the command line"""
-    absent, defaults = object(), vars(p.parse_args([]))
-    p.set_defaults(**dict.fromkeys(defaults, absent))
-    found = {name: value for name, value in vars(p.parse_args()).items() if value is not absent}
-    p.set_defaults(**defaults)
-    return found
+            print(f"recipe {args['recipe']!r}: {', '.join(left)} are grpo.py's and left out")
+        settle(f"recipe {args['recipe']!r}",
+               {k: v for k, v in values.items() if k not in without})
+    return Args(**args)
 
 
 def fork(Args, without, **own):
@@ -164,10 +274,9 @@ def fork(Args, without, **own):
     {name: flag(...)}, behind them -> dataclass"""
     kept, title = [], ""
     for f in fields(Args):
-        about = f.metadata
-        title = about["group"] or title                  # of a group whose first field is left out
+        title = f.metadata["group"] or title             # of a group whose first field is left out
         if f.name not in {*without, *own}:
-            kept.append((f.name, f.type, flag(f.default, about["help"], title, about["setting"])))
+            kept.append((f.name, f.type, flag(f.default, **f.metadata | dict(group=title))))
             title = ""
     return make_dataclass("Args", kept + [(name, type(f.default), f) for name, f in own.items()])
 
@@ -199,21 +308,21 @@ def script():
 # These may differ from what a run was started with: they change no update.
 FREE = {"out", "resume", "change", "keep", "track", "steps", "eval_every", "final_bench", "micro",
         "checkpoint", "compile", "judge_url", "max_failed"}
+FIXED = {"preset", "recipe", "task"}     # stand for many others, which a run has by now
 
 
-def as_before(args, given):
-    """--resume goes on with the flags that the run had. given: {name: value} of those on the
-    command line, of which only FREE ones, and those that --change names, may differ.
-    -> {name: value} of the others, {} where no run is"""
-    had = settings_of(args.out)
+def as_before(known, given):
+    """--resume goes on with the flags that the run had, as if they were given. known: {name:
+    field}; given: {name: value} of the command line, of which only FREE ones, and those that
+    --change names, may differ. -> {name: value}"""
+    out = given.get("out", known["out"].default)
+    had = settings_of(out)
     if had and had.pop("script", script()) != script():
-        fail(f"{args.out} is not a run of {script()}: choose another --out")
-    allowed = FREE | {name.strip().strip("-").replace("-", "_") for name in args.change.split(",")}
+        fail(f"{out} is not a run of {script()}: choose another --out")
+    named = {name.strip().strip("-").replace("-", "_") for name in
+             given.get("change", "").split(",")}
     for name, value in given.items():
-        if name in had and had[name] != value and (
-                name not in allowed or name in ("preset", "recipe", "task")):
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} was {had[name]!r} when {args.out} was begun, not {value!r}: leave it out"
-                 + ("" if name in ("preset", "recipe", "task") else f", or add --change {name}"))
-    return {k: v for k, v in had.items() if k in vars(args) and k not in given
-            and k not in ("out", "resume", "change")}
+        if name in had and had[name] != value and name not in FREE | named - FIXED:
+            fail(f"{flag_of(name)} was {shown(had[name])} when {out} was begun, not {shown(value)}:"
+                 " leave it out" + f", or add --change {name}" * (name not in FIXED))
+    return {k: check(known[k], v, f"{out}: ") for k, v in had.items() if k in known} | given

@@ -75,6 +75,8 @@ class Config:
 
 
 PARTS = ("vlm", "dit", "vae")             # what the flags of these names replace; and --refs
+REFS = ("vlm", "dit", "both")
+NORMS, KLS = ("group", "joint", "global"), ("mean", "flow-grpo", "velocity")    # of RL
 
 # Stable Diffusion 3.5 Medium. Its VAE's own config holds the scaling: 1.5305 (z - .0609).
 SD35M = dict(
@@ -257,7 +259,7 @@ def reference_ways(cfg, dit):
     able |= {"dit"} if dit.most_refs != 0 else set()
     asked = dict(both={"vlm", "dit"}, vlm={"vlm"}, dit={"dit"}, none=set()).get(cfg.refs)
     if asked is None:
-        fail(f"unknown --refs {cfg.refs!r}; there are: vlm, dit, both")
+        fail(f"unknown --refs {cfg.refs!r}; there are: {', '.join(REFS)}")
     if not asked or not asked <= able:
         fail(f"preset {cfg.preset!r} cannot edit with --refs {cfg.refs}; it can show images to: "
              f"{', '.join(sorted(able)) or 'nobody'}")
@@ -266,5 +268,5 @@ def reference_ways(cfg, dit):
 
 def preset(name):
     if name not in PRESETS:
-        fail(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+        fail(f"unknown --preset {name!r}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]

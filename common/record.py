@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_about
-from common.flags import script, settings_of
+from common.flags import can_hold, read_flag, script, settings_of
 from common.page import look
 from common.run import all_mean, check_ranks, fail, write
 from common.stop import as_a_wish, at_once, end, heed, stopping
@@ -26,11 +26,7 @@ def check_out(args):
     out = Path(args.out)
     if not args.out.strip():
         fail("--out is empty: name a folder for the run")
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        fail(f"--out {out}: there is a file where the folder would be")
-    place = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK):
-        fail(f"--out {out}: {place} cannot be written to")
+    read_flag(args, "out", can_hold)
     a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or settings_of(out)
     if not args.resume and a_run:
         fail(f"{out} holds another run: choose another --out, or continue it with --resume")

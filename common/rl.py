@@ -8,55 +8,72 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlsplit
 
 import torch
 
 from common.checkpoint import Trained, save_weights
+from common.flags import HUB, inside, must_exist, number, read_flag, shown, there
 from common.flow import flow_loss
-from common.presets import GRIDS, KERNELS, preset
+from common.presets import preset
 from common.record import check_out, read_log
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, fail, key, keyed,
                         odds, slices, span, sum_grads, table)
 from common.weights import adapter, start_model, swapped
 
 
-def one_of(name, value, valid):
-    if value not in valid:
-        fail(f"unknown --{name} {value!r}; there are: {', '.join(valid)}")
-
-
-def check_flags(args, world, train, what):
-    """The errors that a user of any RL script can make, before anything is loaded or written.
-    train: the values of --train; what: the script draws B of it, such as "prompts"."""
-    if args.G < 2:
-        fail("--G 1: a group of one has nothing to compare with, every advantage is 0; try 8")
+def check_flags(args, world, what):
+    """Where flags do not go together: the errors that a user of any RL script can make, before
+    anything is loaded or written. what: the script draws B of it, such as "prompts"."""
     if args.B % world:
         fail(f"--B {args.B} {what} cannot be shared by {world} ranks: choose a multiple")
     check_out(args)
-    one_of("train", args.train, train)
-    one_of("norm", args.norm, ("group", "joint", "global"))
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
+    if args.judge_url:
+        read_flag(args, "judge_url", must_be_url)
+    elif not there(args.judge, HUB):
+        fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
     if hasattr(args, "window"):
         check_window(args, world)
 
 
 def check_window(args, world):
     """The same, of scripts that step at random on a window of steps."""
-    if not (args.window > 0 <= args.window_start <= args.window_stop < args.T - args.window):
+    if not args.window_start <= args.window_stop < args.T - args.window:
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
              "noise")
-    if args.updates < 1 or args.B * args.G % args.updates:
+    if args.B * args.G % args.updates:
         fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
-    if not 0 <= getattr(args, "trained", 0) <= args.window:
+    if getattr(args, "trained", 0) > args.window:
         fail(f"--trained {args.trained} of a window of {args.window} steps")
-    if sft := getattr(args, "sft", 0):
-        if not 0 <= sft < 1 or args.sft_batch % world:
-            fail(f"--sft {sft} is a share in [0,1), --sft-batch a multiple of the {world} ranks")
-    one_of("kl", args.kl, ("mean", "flow-grpo", "velocity"))
-    one_of("grid", args.grid or "uniform", GRIDS)
-    one_of("kind", args.kind, KERNELS)
+    if getattr(args, "sft", 0):
+        must_exist(args, "sft_data")
+        if args.sft_batch % world:
+            fail(f"--sft-batch {args.sft_batch} images cannot be shared by {world} ranks")
+
+
+def must_be_url(text):
+    """ValueError unless it is one of an endpoint."""
+    url = urlsplit(text)                                 # ValueError, as .port, where it is broken
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or not (
+            text.isascii() and text.isprintable() and " " not in text):
+        raise ValueError("must be http:// or https:// and a host, such as http://localhost:8000/v1")
+
+
+def read_mix(text):
+    """--mix -> weights of categories, {} where all rows are alike; ValueError"""
+    mix = table(text, number)
+    if wrong := [name for name, weight in mix.items() if not inside(weight, "[0, 1e6]")]:
+        raise ValueError(f"the weight of {wrong[0]!r} must be a number in [0, 1e6]")
+    return mix
+
+
+def must_be_drawn(args, mix, rows, where):
+    """The user's error where --mix leaves no row of --data or --prompts."""
+    if mix and not odds(rows, mix).any():
+        fail(f"--mix {shown(args.mix)} gives no row of {where} a weight above 0")
 
 
 def adapters(args, parts):
@@ -284,12 +301,14 @@ class Ldam:
 
 def ldam_layers(args, weights):
     """--ldam, where a script has it -> {reward: its range of layers}, of the rewards that the run
-    has; ValueError."""
-    text = getattr(args, "ldam", "")
-    found = {name: at for name, at in table(text, span).items()
-             if any(name in w for w in weights.values())}
-    if text and (preset(args.preset).bridge != "lim" or not found):
-        fail(f"--ldam {text} wants a preset with bridge lim, and one of those in --reward")
+    has."""
+    if not getattr(args, "ldam", ""):
+        return {}
+    cfg, given = preset(args.preset), read_flag(args, "ldam", partial(table, value=span))
+    found = {name: at for name, at in given.items() if any(name in w for w in weights.values())}
+    if cfg.bridge != "lim" or not any(i in at for at in found.values() for i in cfg.layers):
+        fail(f"--ldam {shown(args.ldam)} wants a preset with bridge lim, of its layers "
+             f"{min(cfg.layers, default=0)}-{max(cfg.layers, default=0)}, and a reward in --reward")
     return found
 
 

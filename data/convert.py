@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model  # noqa: E402
 from common.checkpoint import save_checkpoint  # noqa: E402
+from common.flags import HUB, can_hold, shown, there  # noqa: E402
 from common.presets import preset  # noqa: E402
 from common.run import fail  # noqa: E402
 from common.weights import attempt, indexed, sound  # noqa: E402
@@ -199,20 +200,28 @@ def merge(folder, lora, path, out):
         saved.save_pretrained(out)
 
 
-def refuse(layout, path, out, lora_from):
-    if out.exists():
-        fail(f"{out} exists: choose another OUT")
-    if not path.exists():
-        fail(f"{path} does not exist: download the release first")
+def refuse(layout, path, out, lora_from, vlm):
+    """The errors that a user can make, before anything is read."""
+    if not out or os.path.lexists(out):
+        fail(f"out {shown(out)} exists: choose another OUT")
+    try:
+        can_hold(out)
+    except OSError as e:
+        fail(f"out {shown(out)}: {e.strerror}")
+    for name, file in (("path", path), ("--lora-from", lora_from)):
+        if file is not None and not there(file):
+            fail(f"{name} {shown(file)} does not exist: download the release first")
     if lora_from and layout != "deepgen":
         fail("--lora-from is DeepGen's: no other release has a LoRA")
+    if vlm is not None and not (vlm and there(vlm, HUB)):
+        fail(f"--vlm {shown(vlm)}: must be {HUB}")
 
 
 def convert(layout, path, out, lora_from=None, vlm=None):
+    refuse(layout, str(path), str(out), lora_from, vlm)
     cfg, path, out = preset(PRESET[layout]), Path(path), Path(out)
     if vlm:
         cfg = replace(cfg, vlm=str(Path(vlm).resolve()) if Path(vlm).is_dir() else vlm)
-    refuse(layout, path, out, lora_from)
     source = read(path / "conditioner" if layout == "unipic2" else path)
     names = {k: rename(k, layout) for k in source}
     tensors = sound(path, {ours: source[k] for k, ours in names.items() if ours})

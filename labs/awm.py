@@ -34,11 +34,11 @@ from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/awm", "folder of the run", group="Advantage Weighted Matching"),
-    times=flag(3, "random times per image, at which it teaches"),
-    near=flag(0.003, "weight of the KL to the average; 0: no average, fewer forwards"),
-    most=flag(5.0, "advantages, in standard deviations, are cut off there"),
-    old=flag(0.3, "most that the average keeps of itself per update"),
-    old_growth=flag(0.001, "by so much more per update, from nothing, it keeps of itself"))
+    times=flag(3, "random times per image, at which it teaches", "[1, 1000]"),
+    near=flag(0.003, "weight of the KL to the average; 0: no average, fewer forwards", "[0, 1000]"),
+    most=flag(5.0, "advantages, in standard deviations, are cut off there", "(0, 1000]"),
+    old=flag(0.3, "most that the average keeps of itself per update", "[0, 1)"),
+    old_growth=flag(0.001, "by so much more per update, from 0, it keeps of itself", "[0, 1]"))
 
 
 def awm_loss(v, target, advantage):

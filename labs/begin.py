@@ -31,7 +31,7 @@ class Lab:
         self.rank, self.world, self.device = setup()
         self.weights, self.mix, _ = grpo.check(args, self.world)
         self.judge = Judge(args.judge, args.judge_url)
-        self.prompts, held = read_prompts_of(args, self.weights)
+        self.prompts, held = read_prompts_of(args, self.weights, self.mix)
         self.learns = TRAIN[args.train]
         self.B = args.B // self.world                    # prompts of this rank
         self.samples = range(self.rank * self.B * args.G, (self.rank + 1) * self.B * args.G)

@@ -36,9 +36,9 @@ from labs.begin import REMOVED, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/dgpo", "folder of the run", group="Direct Group Preference Optimization"),
-    times=flag(3, "random times per group, at which it teaches"),
-    sharp=flag(100.0, "how soon a group that is preferred weighs less"),
-    most=flag(5.0, "advantages, in standard deviations, are cut off there"))
+    times=flag(3, "random times per group, at which it teaches", "[1, 1000]"),
+    sharp=flag(100.0, "how soon a group that is preferred weighs less", "[0.001, 1e6]"),
+    most=flag(5.0, "advantages, in standard deviations, are cut off there", "(0, 1000]"))
 
 
 def dgpo_loss(v, v_0, target, advantage, G, sharp):

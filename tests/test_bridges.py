@@ -807,7 +807,7 @@ def test_preset_without_such_a_stage(monkeypatch):
     for stage, name, words in [
             ("stage1", "flow-grpo", "the paper of preset 'flow-grpo' has no stage1"),
             ("stage3", "openuni", "has no stage3"),
-            ("stage1", "shape", "unknown preset 'shape'; there are: shapes, shapes-sana, ")]:
+            ("stage1", "shape", "unknown --preset 'shape'; there are: shapes, shapes-sana, ")]:
         with pytest.raises(SystemExit, match=words):
             flags(monkeypatch, stage, "--preset", name)
     odd = replace(PRESETS["shapes"], stage2=dict(warp=3, lr=1.0))

@@ -469,7 +469,7 @@ def test_files(parts, folders, releases, tmp_path):
     def wrong(words, path, layout="deepgen", out=out, *more):
         fails(tmp_path, parts, folders["deepgen"], words, layout, path, out, *more)
     wrong("exists: choose another OUT", file, out=tmp_path)
-    wrong("nothing.pth does not exist", tmp_path / "nothing.pth")
+    wrong("nothing.pth' does not exist", tmp_path / "nothing.pth")
     (tmp_path / "half.pth").write_bytes(file.read_bytes()[:1000])
     wrong("half.pth cannot be read, it may be truncated", tmp_path / "half.pth")
     (tmp_path / "half.safetensors").write_bytes(bytes(100))

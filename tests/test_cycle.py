@@ -326,25 +326,25 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset shape", "unknown --preset 'shape'; there are: shapes"),
     ("--preset unirl-zero --T 20 --data " + Args.data, "edits photos and needs --data of its own"),
     ("--reward geneva", "unknown reward 'geneva'"), ("--reward cycle:2", "not a number"),
     ('--reward {"add":"edit"} --data EDITS', "no mix for edits of kind 'move', and no '*'"),
     ("--preset deepgen", "which this script lacks"),
     ("--reverse maybe", "unknown --reverse 'maybe'; there are: auto, yes, no"),
-    ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "a group of one"),
+    ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "--G 1: must be an integer"),
     ("--B 3", "--B 3 sources cannot be shared by 2 ranks"), ("--window 9", "must end before"),
     ("--updates 3", "cannot be shared by --updates 3"),
     ("--lora-rank 4 --train bridge", "--lora-rank adapts the DiT"),
     ("--data BAD", "bad.jsonl, line 2: not a JSON object with `source`"),
-    ("--data NONE", "No such file"), ("--data EMPTY", "holds no edits"),
+    ("--data NONE", "must be a file or folder that exists"), ("--data EMPTY", "holds no edits"),
     ("--data BACK", "back.jsonl, line 1: no `inverse` (nor have 0 other rows)"),
     ("--data GONE", "gone.jsonl, line 1: its source cannot be read (FileNotFoundError"),
     ("--data CUT", "cut.jsonl, line 1: its source cannot be read (OSError"),
     ("--reward clip_direction --data BARE", "line 1: reward 'clip_direction' needs `captions`"),
     ("--data SCENE", "scene.jsonl, line 1: its source cannot be read (KeyError"),
     ("--refs all", "unknown --refs 'all'; there are: vlm, dit, both"),
-    ("--init NONE", "no checkpoint at "), ("--resume", "nothing to resume")])
+    ("--init NONE", "must be a folder that exists"), ("--resume", "nothing to resume")])
 def test_cycle_edit_refuses(parts, tmp_path, monkeypatch, flags, words):
     """In one line, and nothing is written."""
     if "--B" in flags:
@@ -436,7 +436,7 @@ def test_held_out_edits_of_photos(parts, tmp_path, monkeypatch, capsys):
     before = files(tmp_path)
     said = complaint(play, parts, tmp_path / "both", *flags)
     assert "line 2: its picture and instruction are in" in said and "of 1 in 3" in said
-    for more, words in ((["--eval-data", tmp_path / "none"], "No such file"),
+    for more, words in ((["--eval-data", tmp_path / "none"], "must be a file"),
                         (["--preset", "shapes"], "--eval-data is for photos")):
         assert words in complaint(play, parts, tmp_path / "both", *flags, *more)
     assert files(tmp_path) == before

@@ -424,9 +424,10 @@ def test_gradient_feels_references(parts, cfg, refs):
 
 def test_training_refuses(parts, tmp_path):
     for flags, words in ((["--refs", "eyes"], "unknown --refs 'eyes'"),
-                         (["--edit-share", 1.5], "--edit-share is a share"),
-                         (["--edit-drop", 0.4], "one of three"),
-                         (["--edits", tmp_path / "none"], "neither metadata.jsonl")):
+                         (["--edit-share", 1.5], "--edit-share 1.5: must be a number in [0, 1]"),
+                         (["--edit-drop", 0.4], "--edit-drop 0.4: must be a number in [0, 1/3]"),
+                         (["--edits", tmp_path / "none"], "must be a file"),
+                         (["--edits", tmp_path], "neither metadata.jsonl")):
         assert words in complaint(lambda: play(parts, tmp_path, "x", *flags))
         assert not (tmp_path / "x").exists()
 
@@ -480,7 +481,7 @@ def test_sample_refuses_edits(parts, cfg, tmp_path, monkeypatch):
             ([*image, "--edit", "x", "y"], "an edit is an --image"),
             (["x", "--mask", tmp_path / "in.png"], "--mask confines an --edit"),
             (["--image", tmp_path / "bad.png", "--edit", "x"], "bad.png cannot be read"),
-            (["--image", tmp_path / "no.png", "--edit", "x"], "no.png cannot be read"),
+            (["--image", tmp_path / "no.png", "--edit", "x"], "no.png': must be a file"),
             ([*image, "--edit", "x", "--mask", tmp_path / "small.png"], "has 8 x 8 pixels")):
         words_said = complaint(draw, monkeypatch, cfg, *argv, "--init", parts / "sft", "--out", out)
         assert words in words_said and not out.exists()

@@ -466,7 +466,7 @@ def test_eval_prompts_of_photos(parts, photos, tmp_path, monkeypatch, capsys):
     for more, words in ((["--eval-prompts", both], f"{trained!r} is in "),
                         (["--eval-prompts", both], "as 1 of its 21 prompts are"),
                         (["--eval-prompts", tmp_path / "none.jsonl"], "holds no prompts"),
-                        (["--eval-prompts", tmp_path / "gone"], "No such file"),
+                        (["--eval-prompts", tmp_path / "gone"], "must be a file"),
                         (["--eval-prompts", file, "--reward", '{"x": "blue"}'], "no mix for"),
                         (["--eval-prompts", file, "--preset", "shapes"], "is for photos")):
         assert words in complaint(tiny.play, parts, tmp_path / "no", *flags, *more)

@@ -112,7 +112,7 @@ def test_a_recipe_is_reproduced_by_its_name(monkeypatch):
         assert paper.recipe == recipe
         assert paper == Args(preset=name, recipe=recipe, **RECIPES[recipe] | {
             k: v for k, v in PRESETS[name].stage3.items() if k != "recipe"})
-    with pytest.raises(SystemExit, match="unknown recipe 'fas'; there are: fast, flow-grpo, "):
+    with pytest.raises(SystemExit, match="unknown --recipe 'fas'; there are: fast, flow-grpo, "):
         flags(monkeypatch, "--recipe", "fas")
     monkeypatch.setitem(RECIPES, "odd", dict(warp=3))
     with pytest.raises(SystemExit, match="recipe 'odd' needs --warp, which this script lacks"):
@@ -150,7 +150,7 @@ def test_settings_of_recipes_are_no_flags(monkeypatch, tmp_path):
     (None, "is no JSON object of settings: [Errno 2] No such file"),
     ("{", "is no JSON object of settings: Expecting"), ("[1]", "is no JSON object of settings"),
     ('{"recipe": 3}', "is no JSON object of settings"),
-    ('{"recipe": "fas"}', "unknown recipe 'fas'; there are: fast, flow-grpo, "),
+    ('{"recipe": "fas"}', "unknown --recipe 'fas'; there are: fast, flow-grpo, "),
     ('{"warp": 3}', "needs --warp, which this script lacks"), ('{"G": "8"}', "G is a int, not '8'"),
     ('{"G": 8.5}', "G is a int, not 8.5"), ('{"shared_noise": 1}', "shared_noise is a bool, not 1"),
     ('{"final_bench": 1}', "final_bench is a bool, not 1"),
@@ -171,12 +171,13 @@ def test_a_recipe_sets_flags_that_exist(name):
     assert all(type(v) is kinds[k] for k, v in RECIPES[name].items())
     preset = next((c.preset for c in PRESETS.values() if (c.stage3 or {}).get("recipe") == name),
                   "shapes")
-    grpo.check(Args(preset=preset, prompts="its.jsonl", **RECIPES[name]), 1)
+    grpo.check(Args(preset=preset, prompts="its.jsonl", sft_data=".", **RECIPES[name]), 1)
 
 
 def test_what_the_papers_say():
     """The values that facts and tables give, and that the window may be all steps but the last."""
-    f, m, u, p = (Args(**RECIPES[k]) for k in ("flow-grpo", "mr-grpo", "unirl-zero", "unipic2"))
+    f, m, u, p = (Args(sft_data=".", **RECIPES[k])
+                  for k in ("flow-grpo", "mr-grpo", "unirl-zero", "unipic2"))
     assert (f.T, f.window, f.guidance, f.eta, f.kind) == (10, 9, 4.5, 0.7, "flow")
     assert (f.beta, f.kl, f.updates, f.norm, f.shared_noise) == (0.04, "flow-grpo", 2, "global", 0)
     assert (f.lora_rank, f.lora_alpha, f.B, f.G, f.eval_T) == (32, 64, 48, 24, 40)
@@ -386,11 +387,12 @@ def test_categories_of_main(parts, tmp_path, monkeypatch):
 def test_refusals(parts, photos, tmp_path, monkeypatch):
     for line, words in [
             ("--reward {", "Expecting"), ("--reward none.json", "No such file"),
-            ("--mix text:x", "could not convert"), ("--norm z", "there are: group, joint, global"),
+            ("--mix text:x", "must be a number in [0, 1e6]"),
+            ("--norm z", "there are: group, joint, global"),
             ("--grid z", "unknown --grid 'z'; there are: uniform, diffusers"),
             ("--updates 3", "--updates 3"), ("--trained 4", "--trained 4 of a window of 3"),
-            ("--sft 1", "is a share in [0,1)"), ("--ldam blue:1-2", "bridge lim"),
-            ("--sft .1 --sft-data none", "neither metadata.jsonl nor"),
+            ("--sft 1", "--sft 1.0: must be a number in [0, 1)"), ("--ldam blue:1-2", "bridge lim"),
+            ("--sft .1 --sft-data none", "must be a file"),
             ("--ldam blue:a", "invalid literal"),
             ("--preset deepgen --prompts data/shapes/prompts/train.jsonl", "of its own")]:
         with pytest.raises(SystemExit) as e:

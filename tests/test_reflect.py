@@ -383,7 +383,7 @@ def test_pictures_that_people_have(talker, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--preset shape", "unknown preset 'shape'; there are: shapes"),
+    ("--preset shape", "unknown --preset 'shape'; there are: shapes"),
     ("--preset flow-grpo --data POOL", "has no language model that could answer"),
     ("--preset unirl-zero --data " + Args.data, "draws photos and needs --data of its own"),
     ("--preset deepgen", "which this script lacks"),
@@ -391,20 +391,21 @@ def test_pictures_that_people_have(talker, tmp_path, monkeypatch, capsys):
     ('--reward {"colors":"blue"}', "no mix for prompts of category 'position', and no '*'"),
     ("--reward edit", "line 1: reward 'edit' needs `kind`"),
     ("--train bridge", "unknown --train 'bridge'; there are: lm, dit, both"),
-    ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "a group of one"),
+    ("--step 3", "unrecognized arguments: --step 3"), ("--G 1", "--G 1: must be an integer"),
     ("--B 3", "--B 3 rows cannot be shared by 2 ranks"), ("--window 9", "must end before"),
-    ("--updates 3", "cannot be shared by --updates 3"), ("--temperature 0", "is above 0"),
-    ("--top-p 0", "--top-p in (0,1]"), ("--rounds 0", "at least 1"),
+    ("--updates 3", "cannot be shared by --updates 3"), ("--temperature 0", "[0.01, 100]"),
+    ("--top-p 0", "--top-p 0.0: must be a number in (0, 1]"), ("--rounds 0", "[1, 100]"),
     ("--lora-rank 4 --train lm", "--lora-rank adapts the DiT, --vlm-lora-rank the language model; "
      "of --task reflect, --train lm learns: vlm"),
     ("--vlm-lora-rank 4 --train dit", "of --task reflect, --train dit learns: dit"),
     ("--data BAD", "bad.jsonl, line 2: not a JSON object with `prompt`"),
-    ("--data NONE", "No such file"), ("--data EMPTY", "no row has a first image that is wrong"),
+    ("--data NONE", "must be a file or folder that exists"),
+    ("--data EMPTY", "no row has a first image that is wrong"),
     ("--data ONE", "no row has a first image that is right, `right`"),
     ("--data GONE", "gone.jsonl, line 1: its source cannot be read (FileNotFoundError"),
     ("--data SCENE", "scene.jsonl, line 1: its source cannot be read (KeyError"),
     ("--refs all", "unknown --refs 'all'; there are: vlm, dit, both"),
-    ("--init NONE", "no checkpoint at "), ("--resume", "nothing to resume")])
+    ("--init NONE", "must be a folder that exists"), ("--resume", "nothing to resume")])
 def test_reflect_refuses(talker, tmp_path, monkeypatch, flags, words):
     """In one line, and nothing is written."""
     if "--B" in flags:

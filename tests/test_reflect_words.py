@@ -290,11 +290,11 @@ def test_resume_continues_as_if_never_stopped(talker, tmp_path):
     ("--task cot --train bridge", "unknown --train 'bridge'; there are: lm, dit, both"),
     ("--task text --train dit", "unknown --train 'dit'; there are: lm"),
     ("--task cot --train dit --vlm-lora-rank 2", "--task cot, --train dit learns: dit"),
-    ("--task cot --temperature 0", "--temperature is above 0"),
+    ("--task cot --temperature 0", "--temperature 0.0: must be"),
     ("--task text --images-per-thought 2", "--images-per-thought is for --task cot"),
     ("--task vqa --data TEXT", "--task vqa is about pictures"),
     ("--task text --data BAD", "bad.jsonl, line 1: not a JSON object with `question`"),
-    ("--task text --data NONE", "No such file"),
+    ("--task text --data NONE", "must be a file or folder that exists"),
     ("--task cot --preset flow-grpo", "has no language model that could answer")])
 def test_reflect_refuses(talker, tmp_path, flags, words):
     """In one line, and nothing is written."""

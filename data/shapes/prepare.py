@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from common.presets import PRESETS
-from common.run import key, keyed, setup, sum_grads
+from common.run import fail, key, keyed, setup, sum_grads
 from common.sana import SanaDiT
 from data.shapes.bench import bench_shapes
 from data.shapes.captions import (CAPTION_ERROR, MIXTURE, mistaken, phrase, plural, sample_meta,
@@ -657,9 +657,14 @@ def train_vlm(eye_steps=1000, steps=1300, batch=32):
     processor.save_pretrained(out)
 
 
-if __name__ == "__main__":
+def main():
     parts = dict(data=make_data, vae=train_vae, clip=train_clip, dit=train_dit, vlm=train_vlm,
                  sana=partial(train_dit, "shapes-sana", steps=7000))  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
     parser.add_argument("part", choices=parts)
     parts[parser.parse_args().part]()
+
+
+if __name__ == "__main__":
+    main()
