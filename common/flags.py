@@ -245,6 +245,8 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
     given = {name: check(known[name], value) for name, value in vars(p.parse_args()).items()}
     if given.get("resume"):
         given = as_before(known, given)
+    elif "change" in given:
+        fail(f"--change {shown(given['change'])} belongs to --resume")
     args = asdict(Args()) | given
 
     def settle(who, values):
@@ -320,7 +322,9 @@ def as_before(known, given):
     if had and had.pop("script", script()) != script():
         fail(f"{out} is not a run of {script()}: choose another --out")
     named = {name.strip().strip("-").replace("-", "_") for name in
-             given.get("change", "").split(",")}
+             given.get("change", "").split(",")} - {""}
+    if odd := named - (known.keys() - FIXED):
+        fail(f"--change {shown(','.join(sorted(odd)))}: no flag that may change")
     for name, value in given.items():
         if name in had and had[name] != value and name not in FREE | named - FIXED:
             fail(f"{flag_of(name)} was {shown(had[name])} when {out} was begun, not {shown(value)}:"

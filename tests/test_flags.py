@@ -33,7 +33,6 @@ SCRIPTS = [pretrain, sft, grpo, cycle_edit, reflect, eval_py, sample, nft, awm, 
 STAGE = {pretrain: "stage1", sft: "stage2"} | dict.fromkeys(
     [grpo, cycle_edit, reflect, nft, awm, dgpo], "stage3")
 TEXT = {"prompts", "edit", "answer"}          # of sample.py: any text will do
-KEPT = {"out", "resume"}                      # of the training scripts: see common/run.py
 LABS = [nft, awm, dgpo]                       # of these what grpo.py has not, see fork
 FLAGS = [(script, f) for script in SCRIPTS for f in fields(script.Args) if script not in LABS or
          f.name not in {g.name for g in fields(grpo.Args)}]
@@ -84,7 +83,7 @@ WRONG = dict(
                "http://host\n", "http://hö.st", LONG, "\udce9"],
     guidances=["nan", "1,nan", "1,inf", "-1", "1,", ",", "1;3", "101", "x", "１", LONG, "\udce9"],
     export=["HERE", "HERE/x", "/dev/null/x", "/proc/x/y", LONG, "\udce9"],
-    mask=NO_FILES, final_bench=[])
+    mask=NO_FILES, final_bench=[], change=["nonsense", "lr,nonsense", ",", "preset", LONG, "\udce9"])
 
 
 def wrong(script, f):
@@ -96,7 +95,8 @@ def wrong(script, f):
         return outside(f) + NO_NUMBERS + NO_INTEGERS * (f.type is int)
     if f.name == "out":
         where = {eval_py: ["HERE", "HERE/x"], sample: [
-            "", "x.jpg", "x", "no/such/x.png", "HERE/x.png", "FOLDER.png", LONG + ".png"]}[script]
+            "", "x.jpg", "x", "no/such/x.png", "HERE/x.png", "FOLDER.png", LONG + ".png"]}.get(
+                script, ["", " ", "HERE", "HERE/x", LONG])
         return [*where, "/dev/null/x.png", "/proc/x.png", "\udce9.png"]
     if f.name in WRONG:
         return WRONG[f.name]
@@ -148,7 +148,7 @@ def refused(monkeypatch, script, name, *argv):
 
 @pytest.mark.parametrize("script, f", FLAGS, ids=NAMES)
 def test_wrong_values(desk, monkeypatch, script, f):
-    if f.name in TEXT or f.name in KEPT and script not in (eval_py, sample):
+    if f.name in TEXT:
         return
     here, setting = str(desk / "file"), f.metadata["setting"]
     if f.type in (bool, bool | None) and not setting:
