@@ -30,6 +30,8 @@ from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, op
 from common.weights import start_model
 from model import Unified
 
+CURVES = [["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"]]     # curves.png's panels
+
 
 @dataclass
 class Args:
@@ -158,7 +160,7 @@ def main():
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
         if due and rank == 0:
-            look(out, ["loss", "edit_loss"], ["grad_norm"], ["score", "edit_score"])
+            look(out, *CURVES)
         if stopped:
             break
 

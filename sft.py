@@ -41,6 +41,9 @@ from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, op
 from common.weights import adapter, start_model
 from model import Unified
 
+CURVES = [["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],  # curves.png's panels
+          ["score", "edit_score", "cot_score", "corrected"]]
+
 
 @dataclass
 class Args:
@@ -356,8 +359,7 @@ def main():
         bar.set_postfix({name: f"{mean:.4f}"}, **scores, refresh=False)
         log(out, rank, row)
         if due and rank == 0:
-            look(out, ["loss", "edit_loss", "cot_loss", "reflect_loss"], ["grad_norm"],
-                 ["score", "edit_score", "cot_score", "corrected"])
+            look(out, *CURVES)
         if stopped:
             break
 
