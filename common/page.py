@@ -118,8 +118,8 @@ def drawing(curves):
         for k, name in enumerate(names):
             lines[i, name] = (ax.plot([], [], f"C{k}", lw=1, alpha=0.3)[0],
                               ax.plot([], [], f"C{k}", ms=3, lw=1.5, label=name)[0])
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.set_xlabel("minutes")
         ax.grid(alpha=0.3)
         if names:
@@ -160,6 +160,11 @@ def plot(out, *curves):
 # Is it healthy? The rules of docs/results.md
 
 
+def finite(log, name):
+    values = log.curve(name)[2]
+    return values[np.isfinite(values)]
+
+
 def ends(values, least=5):
     """The first and the last quarter of a noisy curve, `least` to 50 values each -> their means,
     and by how many standard errors the last is above the first"""
@@ -169,16 +174,11 @@ def ends(values, least=5):
     return a.mean(), b.mean(), (b.mean() - a.mean()) / error if error else 0.0
 
 
-def health(log, config):
-    """-> [("fine", "look" or "early", a sentence)]"""
-    def values(name):
-        v = log.curve(name)[2]
-        return v[np.isfinite(v)]
-
+def of_training(log):
+    """Rewards should rise, losses fall. -> sentences, does a reward rise?"""
     said, rises = [], False
     for name in log.columns:
-        v = values(name)
-        falls = re.fullmatch(LOSS, name)
+        v, falls = finite(log, name), re.fullmatch(LOSS, name)
         if not falls and not name.startswith("reward_") or not len(v):
             continue
         first, last, by = ends(v)
@@ -191,40 +191,56 @@ def health(log, config):
         else:
             said += [("look", f"{name} does not {way}: {first:.3g} at first, {last:.3g} now, in "
                       f"{len(v)} updates.")]
-    held = next((name for name in ("score", "accuracy", "success", "spearman")
-                 if len(values(name))), None)
-    if held:
-        v = values(held)
+    return said, rises
+
+
+def of_looks(log, rises):
+    """What is held out should follow the rewards. -> sentences"""
+    said = []
+    for name in ("score", "accuracy", "success", "spearman"):
+        if not len(v := finite(log, name)) or said:              # the first of them is the main one
+            continue
         last = v[1:][-3:].mean() if len(v) > 1 else v[0]         # one look alone is noisy
         if len(v) < 3:
-            said += [("early", f"Held out, {held} is {v[-1]:.3g}; its way shows after more looks.")]
+            said += [("early", f"Held out, {name} is {v[-1]:.3g}; its way shows after more looks.")]
         elif last > v[0]:
-            said += [("fine", f"Held out, {held} follows: {v[0]:.3g} at first, {last:.3g} lately.")]
+            said += [("fine", f"Held out, {name} follows: {v[0]:.3g} at first, {last:.3g} lately.")]
         else:
             why = ": the policy may be hacking the reward, which rises" if rises else ""
-            said += [("look", f"Held out, {held} does not rise: {v[0]:.3g} at first, {last:.3g} "
+            said += [("look", f"Held out, {name} does not rise: {v[0]:.3g} at first, {last:.3g} "
                       f"lately{why}.")]
-    if len(v := values("kept")):
+    if len(v := finite(log, "extra")) > 1:
+        first, last = v[0], v[1:][-3:].mean()
+        said += [("look" if last > first + 0.02 else "fine", "Pictures with an object nobody asked "
+                  f"for: {first:.1%} at first, {last:.1%} lately.")]
+    return said
+
+
+def of_updates(log, config):
+    """Is there something to learn from, and are the ratios what they should be? -> sentences"""
+    said = []
+    if len(v := finite(log, "kept")):
         kept = v[-20:].mean()
         said += [("look", f"Only {kept:.0%} of the images are in groups that disagree: there is "
                   "nothing left to learn from.") if kept < 0.05 else
                  ("fine", f"{kept:.0%} of the images are in groups that disagree.")]
-    if len(v := values("extra")) > 1:
-        first, last = v[0], v[1:][-3:].mean()
-        grown = last > first + 0.02
-        said += [("look" if grown else "fine", f"Pictures with an object nobody asked for: "
-                  f"{first:.1%} at first, {last:.1%} lately.")]
     for part in "", "lm_":
         clip = config.get(part + "clip")
-        if len(v := values(part + "ratio_off")) and isinstance(clip, (int, float)):
+        if len(v := finite(log, part + "ratio_off")) and isinstance(clip, (int, float)):
             off = v[-20:].max()
             said += [("look", f"{part}ratio_off is {off:.1g}, not far below --{part}clip "
                       f"{clip:g}: rollout and update disagree.") if off > clip / 10 else
                      ("fine", f"{part}ratio_off is {off:.1g}, rounding only.")]
-        if len(v := values(part + "clipped")):
+        if len(v := finite(log, part + "clipped")):
             share = v[-20:].mean()
             said += [("look" if share > 0.5 else "fine",
                       f"{share:.0%} of the {part}ratios are clipped in later updates.")]
+    return said
+
+
+def of_failures(log):
+    """What could not be scored, and what was not finite -> sentences"""
+    said = []
     for name in log.columns:
         if re.match("failed_|unparsed_", name):
             share = np.nansum(np.array(log.columns[name])[-20:]) / min(20, log.n)
@@ -233,13 +249,19 @@ def health(log, config):
                 f"{share:.0%} of the images could not be scored." if what == "failed" else
                 f"{share:.0%} of the judge's answers said nothing usable."))]
     if log.n:
-        skipped = int(values("skipped").sum())
+        skipped = int(finite(log, "skipped").sum())
         said += [("look", f"Updates left out, as they were not finite: {skipped}. A lower --lr may "
                   "help.") if skipped else ("fine", "No update was left out.")]
     if log.torn:
         said += [("look", f"Lines of log.jsonl that cannot be read: {log.torn}.")]
-    order = dict(look=0, fine=1, early=2)
-    return sorted(said, key=lambda item: order[item[0]])
+    return said
+
+
+def health(log, config):
+    """-> [("look", "fine" or "early", a sentence)], what wants a look first"""
+    said, rises = of_training(log)
+    said += of_looks(log, rises) + of_updates(log, config) + of_failures(log)
+    return sorted(said, key=lambda item: ("look", "fine", "early").index(item[0]))
 
 
 # ---------------------------------------------------------------------------------------------
