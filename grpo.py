@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from common.flags import flag, parse
-from common.read import pairs
+from common.data import pairs
 from common.rl import (Anchor, Clock, Ldam, Recorder, batch_std, check_flags, disagreeing,
                        draw_rows, draw_steps, draw_window, fine_tune, ldam_layers, noise_keys,
                        ratio_stats, set_up, wants_final_bench)

@@ -23,7 +23,7 @@ from common.draw import draw_edits
 from common.flags import flag, parse
 from common.flow import condition, train_times
 from common.presets import reference_ways
-from common.read import mixture, pairs
+from common.data import mixture, pairs
 from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot, setup,
                         stop_flag, sum_grads)
 from common.weights import start_model

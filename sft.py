@@ -34,7 +34,7 @@ from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import preset, reference_ways
-from common.read import mixture, pairs
+from common.data import mixture, pairs
 from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot,
                         same_start, setup, stop_flag, sum_grads)
 from common.weights import adapter, start_model

@@ -26,7 +26,7 @@ import sample
 import sft
 from common.flags import parse
 from common.presets import KERNELS, Config
-from common.read import pairs
+from common.data import pairs
 from common.run import stop_flag
 
 FLAGGED = [pretrain, sft, grpo, cycle_edit, reflect, judges]         # scripts with Args
