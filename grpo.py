@@ -51,7 +51,7 @@ class Args:
                      "LoRA; empty: the preset's own weights")
     reward: str = flag("geneval", "a reward, a mix such as geneval:0.8,my_file.py:f:0.2, or a "
                        ".json of such by category")
-    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts in GenEval's schema")
+    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts (GenEval's), or .txt")
     out: str = flag("out/grpo", "folder of the run")
     steps: int = flag(300, "updates")
     B: int = flag(16, "prompts per update, over all ranks")
@@ -90,6 +90,7 @@ class Args:
     sft: float = flag(0.0, "weight, below 1, of a fine-tuning loss (DeepGen) beside the rewards")
     sft_data: str = flag("data/shapes/train", "its images and prompts, as pretrain.py's --data")
     sft_batch: int = flag(32, "its images per update, over all ranks", setting=True)
+    columns: str = flag("", "own names of columns in --prompts, --sft-data: caption=my_text")
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
     ldam_gamma: float = flag(0.1, "size of that noise", setting=True)
     ldam_leap: float = flag(100.0, "growth of the gradient norm that it waits for", setting=True)
@@ -239,7 +240,7 @@ def main():
         Unified, args, learns, micro, reads, args.beta, rank, device)
     if args.sft:
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
-                     skip=optimiser.start * args.updates)
+                     skip=optimiser.start * args.updates, columns=args.columns)
     ldam = Ldam(args, layers, model.cfg.layers)
     noise = ldam.resumed(args.out, optimiser.start) if args.ldam and args.resume else None
     preview = preview_of(model, args, prompts, held, weights, judge, rank)

@@ -37,8 +37,10 @@ class Args:
     init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
                      "empty: the preset's own weights")
     data: str = flag("data/shapes/train",
-                     "folder with metadata.jsonl, or of WebDataset shards (.tar)")
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+                     "pictures with captions, in a layout of docs/data.md: a folder with "
+                     "metadata.jsonl, of WebDataset shards (.tar) ...")
+    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none")
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/pretrain", "folder of the run")
     steps: int = flag(900, "optimiser steps")
     batch: int = flag(64, "images per step, over all ranks")
@@ -82,10 +84,10 @@ def main():
         reference_ways(cfg, model.dit)
     data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
-    faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
+    seen = partial(pairs, cfg=cfg, n=n, seed=args.seed, columns=args.columns)
+    faces = next(seen(args.data))[1][:16]                        # what the sample grids show
     if args.edits:
-        orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
-                                                        form="edit"))[1:])
+        orders, originals = (a[:16] for a in next(seen(args.edits, form="edit"))[1:])
     bar = tqdm(range(start, args.steps), "pretrain", initial=start, total=args.steps,
                disable=rank > 0)
     scores = {}

@@ -14,7 +14,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,7 +22,8 @@ from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import check_seed, command_line, given_parts
 from common.presets import PARTS, reference_ways
-from common.read import UNREADABLE, read_image, to_bucket
+from common.layouts import one_line
+from common.read import UNREADABLE, as_text, read_image, to_bucket
 from common.run import fail, setup
 from common.weights import fetch, slim
 from model import Unified
@@ -62,7 +62,7 @@ def read(file):
     try:
         return read_image(file)
     except UNREADABLE as e:
-        fail(f"{file} cannot be read as an image: {str(e).splitlines()[0]}")
+        fail(f"{file} cannot be read as an image: {one_line(e)}")
 
 
 def main():
@@ -138,6 +138,11 @@ def main():
     check_seed(args)
     if args.init is None:
         args.init = "data/shapes/sft-edit" if args.edit else "data/shapes/sft"
+    try:
+        for texts in (args.prompts, args.edit, args.answer):
+            texts[:] = [as_text(text, "a prompt") for text in texts]
+    except ValueError as e:
+        fail(e)
     images = [read(file) for file in args.image]
     mask = read(args.mask) if args.mask else None
     if mask and mask.size != images[0].size:
@@ -164,7 +169,7 @@ def main():
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
     seeds = [(args.seed + i) % 2**63 for i in range(args.n)] * (len(prompts) // args.n)
     if args.answer:
-        seen = [[torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]]
+        seen = [[to_bucket([image], model.cfg)[0] for image in images]]
         said = model.generate(args.answer, seen * len(args.answer) if images else None, "answer",
                               args.limit, args.temperature, keys=range(args.seed, args.seed + len(
                                   args.answer)))

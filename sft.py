@@ -21,7 +21,6 @@ from functools import partial
 import numpy as np
 import torch
 from peft import inject_adapter_in_model
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.show import grid
@@ -34,7 +33,8 @@ from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import flag, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import preset, reference_ways
-from common.data import mixture, pairs
+from common.data import Broken, mixture, pairs
+from common.read import UNREADABLE, read_image, to_bucket
 from common.run import (Finite, adamw, all_mean, check_ranks, fail, key, log, open_run, plot,
                         same_start, setup, stop_flag, sum_grads)
 from common.weights import adapter, start_model
@@ -49,9 +49,11 @@ class Args:
     preset: str = flag("shapes", "which model, by its name in common/presets.py")
     init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
                      "LoRA; empty: the preset's own weights")
-    data: str = flag("data/shapes/train", "folder with metadata.jsonl, or of WebDataset shards "
-                     "(.tar); of task reward: jsonl of scored edits")
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none")
+    data: str = flag("data/shapes/train", "pictures with captions, in a layout of docs/data.md: a "
+                     "folder with metadata.jsonl, of shards (.tar) ...; of task reward: jsonl of "
+                     "scored edits")
+    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none")
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/sft", "folder of the run")
     steps: int = flag(3000, "optimiser steps")
     batch: int = flag(64, "images per step, over all ranks")
@@ -93,7 +95,7 @@ class Args:
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
-HELD_OUT = 400     # edits of the classroom
+HELD_OUT = 400     # edits, at most
 
 
 def scored_edits(args):
@@ -110,24 +112,42 @@ def scored_edits(args):
     if len(rows) < 20:
         fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
     random.Random(0).shuffle(rows)
-    return rows[len(rows) // 10 :], rows[: len(rows) // 10]
+    n = min(len(rows) // 10, HELD_OUT)                   # they are kept in memory
+    return rows[n:], rows[:n]
 
 
-def draw_scored(rows, n, rng):
+def opened(examples, cfg, broken):
+    """Examples whose images are arrays or files -> those that can be read, with arrays, of the size
+    that the preset draws; the others are named and counted."""
+    found = []
+    for old, new, *about in examples:
+        try:
+            if not isinstance(new, np.ndarray):
+                old, new = (x.permute(1, 2, 0).numpy() for x in to_bucket(
+                    [read_image(old), read_image(new)], cfg))
+        except UNREADABLE as e:
+            broken(f"the edit {new}", e)
+            continue
+        broken.good += 1
+        found.append((old, new, *about))
+    return found
+
+
+def draw_scored(rows, n, rng, cfg, broken):
     """n examples (source, edited, instruction, score)"""
-    if rows:
-        return rng.choices(rows, k=n)
-    return [(*e, score + rng.gauss(0, SCORE_NOISE))
-            for *e, score in (scored_edit(rng) for _ in range(n))]
+    if not rows:
+        return [(*e, score + rng.gauss(0, SCORE_NOISE))
+                for *e, score in (scored_edit(rng) for _ in range(n))]
+    found = []
+    while len(found) < n:
+        found += opened(rng.choices(rows, k=n - len(found)), cfg, broken)
+    return found
 
 
 def predict(model, examples):
-    """-> the model's scores (n,) of examples, whose images are arrays or files"""
+    """-> the model's scores (n,) of examples, whose images are arrays"""
     olds, news, says, _ = zip(*examples)
-    images = [[x if isinstance(x, np.ndarray) else np.array(
-        ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
-        for xs in (olds, news)]
-    return model(*images, list(says))
+    return model(list(olds), list(news), list(says))
 
 
 def reward_model(args, device):
@@ -157,7 +177,8 @@ def train_reward(args, rank, world, device):
     of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
     --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
     rows, held = scored_edits(args)
-    model = reward_model(args, device)
+    cfg, broken = preset(args.preset), Broken(args.data, 0.1)
+    held, model = opened(held, cfg, broken), reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     ema = Ema(params, args.ema)
@@ -168,8 +189,8 @@ def train_reward(args, rank, world, device):
                disable=rank > 0)
     for update in bar:
         # 1  scored edits, and how far the model is from their scores
-        examples = draw_scored(rows, args.batch // world, random.Random(
-            key(args.seed, update, rank)))
+        rng = random.Random(key(args.seed, update, rank))
+        examples = draw_scored(rows, args.batch // world, rng, cfg, broken)
         torch.manual_seed(key(args.seed, update, rank))
         model.train()
         score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)
@@ -258,13 +279,12 @@ def main():
         reference_ways(cfg, model.dit)
     data = mixture(args, cfg, n, rank, world, start)
     out, begin = open_run(args.out, args, args.resume, start, rank)  # after all that can fail
-    faces = next(pairs(args.data, cfg, n, args.seed))[1][:16]    # what the sample grids show
+    seen = partial(pairs, cfg=cfg, n=n, seed=args.seed, columns=args.columns)
+    faces = next(seen(args.data))[1][:16]                        # what the sample grids show
     if args.edits:
-        orders, originals = (a[:16] for a in next(pairs(args.edits, cfg, n, args.seed,
-                                                        form="edit"))[1:])
+        orders, originals = (a[:16] for a in next(seen(args.edits, form="edit"))[1:])
     if cold:
-        asked, *looks, _ = (a[:16] for a in next(pairs(args.tuples, cfg, n, args.seed,
-                                                       form=args.task))[1:])
+        asked, *looks, _ = (a[:16] for a in next(seen(args.tuples, form=args.task))[1:])
     bar = tqdm(range(start, args.steps), "sft", initial=start, total=args.steps,
                disable=rank > 0)
     scores = {}

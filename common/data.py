@@ -46,7 +46,11 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, form="t2
     cannot be read is named and counted; a share of more than bad_share of them ends the run. A
     resumed run skips the batches it has seen."""
     folder, columns = beside(folder), columns_of(columns)
-    data, rng, broken = layout(folder, form), random.Random(seed), Broken(folder, bad_share)
+    rng, broken = random.Random(seed), Broken(folder, bad_share)
+    try:
+        data = layout(folder, form)
+    except UNREADABLE as e:
+        fail(f"{one_line(e)}; the classroom's: python -m data.shapes.prepare data")
     understood(data, folder, form, columns)
 
     def batches(skip):

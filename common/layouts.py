@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_json, raw_records,
                          read_image, read_json, record, regular, utf8)
-from common.run import fail
+from common.run import beside, fail
 
 # Of training rows: files, the last of them drawn; texts. These are our names of a record's fields;
 # the first file may be several.
@@ -22,6 +22,7 @@ FORMS = {
     "t2i": (("file_name",), ("prompt",)), "edit": (("source", "target"), ("instruction",)),
     "cot": (("file_name",), ("prompt", "reasoning")),
     "reflect": (("image", "refined"), ("prompt", "critique")),
+    "prompts": ((), ("prompt",)),                                # of RL: texts alone
 }
 # Other people's names for them, in the order in which they are looked for.
 NAMES = {
@@ -30,7 +31,6 @@ NAMES = {
     "source": ("src_img", "source_image", "source_images", "input_image", "input", "image"),
     "target": ("edited_img", "target_image", "output_image", "output"),
     "instruction": ("edited_prompt_list", "prompt", "txt"),
-    "source_prompt": ("caption",), "target_prompt": ("target_caption",),
 }
 # What --columns can name, and our name for it.
 ROLES = dict(image="file_name", caption="prompt", **{k: k for k in (
@@ -55,13 +55,12 @@ def columns_of(text):
 
 
 def lookup(row, name, columns={}):
-    """The value of a record's field, under our name or another's; KeyError."""
+    """The value of a record's field, under our name or another's; LookupError."""
     names = [columns[name]] if name in columns else (name, *NAMES.get(name, ()))
     for k in names:
         if k in row:
             return row[k]
-    raise KeyError(f"no {' or '.join(names)} among its fields {', '.join(map(str, row))}"[:400]
-                   + ("" if columns else "; --columns tells other names"))
+    raise LookupError(f"no {' or '.join(names)} among its fields {', '.join(map(str, row))}"[:400])
 
 
 def pictures_in(value, folder):
@@ -81,7 +80,7 @@ def caption_beside(row, folder, pictures):
     elif pictures and isinstance(pictures[-1], Path):
         file = pictures[-1].with_suffix(".txt")
     else:
-        raise KeyError("no file that a caption could stand beside")
+        raise LookupError("no file that a caption could stand beside")
     if file.suffix == ".json":
         return lookup(record(read_json(file)), "prompt")
     with open(regular(file), "rb") as f:
@@ -103,17 +102,17 @@ def sample(row, folder, form, columns={}, draw=0):
         for name in texts:
             try:
                 value = lookup(row, name, columns)
-            except KeyError as e:
+            except LookupError as e:
                 try:
                     if name != "prompt":
                         raise e
                     value = caption_beside(row, folder, own)
-                except (FileNotFoundError, KeyError):
+                except (FileNotFoundError, LookupError):
                     raise e from None
             said.append(as_text(value, name, draw))
         return pictures + own, said
-    except KeyError as e:
-        raise ValueError(e.args[0]) from None
+    except LookupError as e:
+        raise ValueError(str(e)) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,11 +137,7 @@ def rows_of(file, stamp):
 
 def table(files):
     """metadata.jsonl or .csv, a list: kept in memory as text, and read once it is drawn"""
-    try:
-        parts = [rows_of(file, (os.stat(file).st_mtime_ns, os.stat(file).st_size))
-                 for file in files]
-    except UNREADABLE as e:
-        fail(one_line(e))
+    parts = [rows_of(file, (os.stat(file).st_mtime_ns, os.stat(file).st_size)) for file in files]
     found = parts[0] if len(parts) == 1 else sum(parts, [])
 
     def one_pass(rng, unreadable):
@@ -270,9 +265,11 @@ def of_datasets(path, files=()):
     try:
         import datasets
     except ImportError:
-        fail(f"{path} is neither here nor read without a library, for parquet, saved datasets and "
-             "those of the Hub: pip install datasets" if not os.path.exists(path) else
-             f"{path}: parquet and saved datasets are read by a library: pip install datasets")
+        raise ValueError(
+            f"{path}: parquet and saved datasets are read by a library: pip install datasets" if
+            os.path.exists(path) else
+            f"{path} is not here; datasets of the Hub are read by a library: pip install datasets"
+        ) from None
     try:
         if files:
             rows = datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train",
@@ -290,7 +287,7 @@ def of_datasets(path, files=()):
             elif isinstance(getattr(its, "feature", None), datasets.Image):
                 rows = rows.cast_column(name, datasets.List(packed))
     except Exception as e:                           # whatever a library and the Hub may say
-        fail(f"{path} cannot be read as a dataset: {one_line(e)}")
+        raise ValueError(f"{path} cannot be read as a dataset: {one_line(e)}") from None
 
     def one_pass(rng, unreadable):
         home, stored = Path(path).parent if files else Path(path), hasattr(rows, "num_rows")
@@ -300,7 +297,7 @@ def of_datasets(path, files=()):
                 ((k + 1, rows[k]) for k in order) if order else enumerate(rows, 1)))
             yield from shuffled(found, rng) if rng and not stored else found
         except Exception as e:
-            fail(f"{path} cannot be read on as a dataset: {one_line(e)}")
+            fail(f"{path} cannot be read on as a dataset: {one_line(e)}")    # of all of it
     size = f"{len(rows):,} rows" if hasattr(rows, "num_rows") else f"{len(files) or 'many'} files"
     return Data(f"a dataset of {size}", one_pass)
 
@@ -327,33 +324,34 @@ def held_in(folder, form):
         return [Path(f) for f in sorted(str(f) for p in patterns for f in folder.glob(p))]
     meta, tars = files("metadata.jsonl", "metadata.csv"), files("*.tar")
     if len(meta) > 1 or meta and tars:
-        fail(f"{folder} holds {meta[0].name} and {(meta[1:] or tars)[0].name}: give the file that "
-             "is meant, or move the other away")
+        raise ValueError(f"{folder} holds {meta[0].name} and {(meta[1:] or tars)[0].name}: give "
+                         "the file that is meant, or move the other away")
     if meta or tars:
         return table(meta) if meta else shards(tars, form)
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return of_datasets(folder)
     if parquet := files("*.parquet"):
         return of_datasets(folder, trained(parquet))
-    if found := captioned(folder, lambda folder: islice(walk(folder), 1)):
-        return found
-    lists = trained(files("*.jsonl", "*.json", "*.csv"))
+    pictures = form != "prompts" and captioned(folder, lambda folder: islice(walk(folder), 1))
+    if pictures:
+        return pictures
+    lists = trained(files("*.jsonl", "*.json", "*.csv", *["*.txt"] * (form == "prompts")))
     if len(lists) > 1:
-        fail(f"{folder} holds {lists[0].name} and {lists[1].name}: give the file that is meant")
+        raise ValueError(f"{folder} holds {lists[0].name} and {lists[1].name}: give the file that "
+                         "is meant")
     return table(lists) if lists else None
 
 
 def layout(path, form):
-    """A file, a folder or owner/name on the Hub -> Data"""
+    """A file, a folder or owner/name on the Hub -> Data; ValueError, OSError"""
+    ending = path.suffix.lower()
     if path.is_file():
-        ending = path.suffix.lower()
         return (shards([path], form) if ending == ".tar" else
                 of_datasets(path, [path]) if ending == ".parquet" else table([path]))
     if not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not (path.exists() or ending):
             return of_datasets(path)
-        fail(f"there is no folder {path} with metadata.jsonl or shards; the classroom's: python -m "
-             "data.shapes.prepare data")
+        regular(path)
     for home in (path, path / "train", path / "data"):
         if home.is_dir() and (found := held_in(home, form)):
             return found
@@ -366,8 +364,22 @@ def layout(path, form):
                     shards(found, form) if found[0].suffix == ".tar" else of_datasets(path, found))
     if found := captioned(path, walk):
         return found
-    fail(f"{path} holds neither metadata.jsonl nor *.tar shards nor what else docs/data.md lists; "
-         "the classroom's: python -m data.shapes.prepare data")
+    raise ValueError(f"{path} holds neither metadata.jsonl nor *.tar shards nor what else "
+                     "docs/data.md lists")
+
+
+def all_records(path, form="prompts"):
+    """Every record of a file or folder -> (where, {field: value}, folder); the first that is broken
+    raises ValueError, by its name."""
+    def refuse(where, error):
+        raise ValueError(f"{where}: {one_line(error)}")
+    data = layout(beside(path), form)
+    for where, raw, home in data.one_pass(None, refuse):
+        try:
+            row = data.row(raw)
+        except ValueError as e:
+            refuse(where, e)
+        yield where, row, home
 
 
 def one_line(error):

@@ -136,10 +136,12 @@ def csv_rows(path):
 
 
 def raw_records(path):
-    """jsonl, a JSON list, .csv -> ("line N", a record for `record`) of each. A line of jsonl stays
-    as it is: of a million of them the memory is that of their text."""
-    if Path(path).suffix.lower() == ".csv":
-        yield from csv_rows(path)
+    """jsonl, a JSON list, .csv, .txt of prompts -> ("line N", a record for `record`) of each. A
+    line of jsonl stays as it is: of a million of them the memory is that of their text."""
+    ending = Path(path).suffix.lower()
+    if ending in (".csv", ".txt"):
+        yield from csv_rows(path) if ending == ".csv" else (
+            (f"line {i}", dict(prompt=line)) for i, line in lines(path))
         return
     with open(regular(path), "rb") as f:
         start = f.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -156,15 +158,6 @@ def record(raw):
     if not isinstance(row, dict):
         raise ValueError(f"{named(row)}, not a JSON object with fields")
     return row
-
-
-def records(path):
-    """jsonl, a JSON list, .csv -> ("FILE, line N", record) of each; one that is broken ends it."""
-    for place, raw in raw_records(path):
-        try:
-            yield f"{path}, {place}", record(raw)
-        except ValueError as e:
-            raise ValueError(f"{path}, {place}: {e}") from None
 
 
 def as_text(value, name="text", draw=0):
@@ -188,8 +181,8 @@ def as_text(value, name="text", draw=0):
 # Pictures
 
 # Formats whose readers are code of Pillow: EPS would start another program.
-FORMATS = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM",
-                             "JPEG2000") if name in Image.registered_extensions().values()]
+FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+           if name in Image.registered_extensions().values()]
 PICTURES = {"png", "jpg", "jpeg", "webp", "avif", "gif", "bmp", "tif", "tiff"}   # endings of files
 
 

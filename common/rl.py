@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.checkpoint import Ema, resume_run, save_run
 from common.flow import flow_loss
 from common.presets import GRIDS, KERNELS, preset
-from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, check_ranks, fail,
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, check_ranks, fail,
                         key, keyed, log, odds, open_run, plot, slices, span, stop_flag, sum_grads,
                         table)
 from common.weights import adapter, start_model, swapped
@@ -287,12 +287,6 @@ def ldam_layers(args, weights):
     if text and (preset(args.preset).bridge != "lim" or not found):
         fail(f"--ldam {text} wants a preset with bridge lim, and one of those in --reward")
     return found
-
-
-def jsonl_of(path):
-    """A file, or a folder with metadata.jsonl -> the jsonl"""
-    path = beside(path)
-    return path / "metadata.jsonl" if path.is_dir() else path
 
 
 class Recorder:
