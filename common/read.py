@@ -35,7 +35,7 @@ def regular(path):
 def inside(folder, name):
     """A file that a record names -> its path. Only what lies in the record's own folder: data from
     elsewhere must not reach for other files."""
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not 0 < len(name) < 1000:
         raise ValueError(f"{named(name)} is not the name of a file")
     if os.path.isabs(name) or Path(os.path.normpath(name)).parts[:1] == ("..",):
         raise ValueError(f"{name!r} leaves the folder {folder}")
@@ -58,14 +58,13 @@ def utf8(raw, first=True):
     other = first and [name for mark, name in MARKS.items() if raw.startswith(mark)]
     if other:
         raise ValueError(f"this is {other[0]}: save it as UTF-8")
+    if b"\0" in raw:
+        raise ValueError("NUL bytes: UTF-16 without a mark, or no text: save it as UTF-8")
     try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
+        return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start + 1} is not UTF-8, perhaps Latin-1 or Windows-1252: save "
                          "it as UTF-8") from None
-    if "\0" in text:
-        raise ValueError("NUL bytes: UTF-16 without a mark, or no text: save it as UTF-8")
-    return text
 
 
 def lines(path):
@@ -223,7 +222,7 @@ def bucket(width, height, cfg):
     """Sides in pixels that keep an image's shape, at the preset's area; the DiT's multiples."""
     step = cfg.vae_factor * cfg.dit_config["patch_size"]       # pixels a side must divide into
     most = step * cfg.dit_config.get("pos_embed_max_size", 999)       # pixels that have a place
-    ratio = (width / height) ** 0.5
+    ratio = min(100, max(0.01, width / height)) ** 0.5         # of others Qwen's eyes want nothing
     return tuple(min(most, max(step, round(cfg.size * r / step) * step))
                  for r in (ratio, 1 / ratio))
 

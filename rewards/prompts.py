@@ -105,8 +105,8 @@ def check_meta(row):
     """GenEval's metadata of a row, if it has any; ValueError where it is not of the schema, or asks
     for what no picture can show."""
     for k in ("tag", "category", "text"):
-        if row.get(k) is not None:
-            as_text(row[k], k)
+        if row.get(k) is not None and (isinstance(row[k], list) or not as_text(row[k], k)):
+            raise ValueError(f"`{k}` is {named(row[k])}, no text")
     parts = {k: row.get(k) or [] for k in ("include", "exclude")}
     for k, of in parts.items():
         if not isinstance(of, list):

@@ -331,7 +331,8 @@ def test_edits_that_cannot_be_used(tmp_path, capsys):
                        ('{"source": "source1.png", "target": "target1.png"}', "no instruction")):
         (folder / "metadata.jsonl").write_text(row + "\n")
         assert f"line 1: {words}" in complaint(lambda: collect(folder, 1, form="edit"))
-    assert "neither metadata.jsonl nor" in complaint(lambda: collect(tmp_path, 1, form="edit"))
+    (tmp_path / "b").mkdir()
+    assert "neither metadata.jsonl" in complaint(lambda: collect(tmp_path / "b", 1, form="edit"))
 
 
 # --- the mixture ---
@@ -427,7 +428,7 @@ def test_training_refuses(parts, tmp_path):
     for flags, words in ((["--refs", "eyes"], "unknown --refs 'eyes'"),
                          (["--edit-share", 1.5], "--edit-share is a share"),
                          (["--edit-drop", 0.4], "one of three"),
-                         (["--edits", tmp_path / "none"], "neither metadata.jsonl")):
+                         (["--edits", tmp_path / "none"], "No such file")):
         assert words in complaint(lambda: play(parts, tmp_path, "x", *flags))
         assert not (tmp_path / "x").exists()
 

@@ -390,7 +390,7 @@ def test_refusals(parts, photos, tmp_path, monkeypatch):
             ("--grid z", "unknown --grid 'z'; there are: uniform, diffusers"),
             ("--updates 3", "--updates 3"), ("--trained 4", "--trained 4 of a window of 3"),
             ("--sft 1", "is a share in [0,1)"), ("--ldam blue:1-2", "bridge lim"),
-            ("--sft .1 --sft-data none", "neither metadata.jsonl nor"),
+            ("--sft .1 --sft-data none", "No such file"),
             ("--ldam blue:a", "invalid literal"),
             ("--preset deepgen --prompts data/shapes/prompts/train.jsonl", "of its own")]:
         with pytest.raises(SystemExit) as e:
