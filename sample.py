@@ -22,7 +22,7 @@ from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import check_seed, command_line, given_parts
 from common.presets import PARTS, reference_ways
-from common.layouts import one_line
+from common.shards import one_line
 from common.read import UNREADABLE, as_text, read_image, to_bucket
 from common.run import fail, setup
 from common.weights import fetch, slim

@@ -7,9 +7,10 @@ from itertools import count
 
 import torch
 
-from common.layouts import FORMS, columns_of, layout, one_line, sample, understood
+from common.layouts import FORMS, columns_of, layout, sample, understood
 from common.read import UNREADABLE, read_image, to_bucket
 from common.run import beside, fail, key
+from common.shards import one_line
 
 
 def collated(batch, form):

@@ -5,7 +5,6 @@ import io
 import os
 import re
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_json, raw_records,
                          read_image, read_json, record, regular, utf8)
 from common.run import beside, fail
+from common.shards import members, one_line, shuffled
 
 # Of training rows: files, the last of them drawn; texts. These are our names of a record's fields;
 # the first file may be several.
@@ -35,8 +35,6 @@ NAMES = {
 # What --columns can name, and our name for it.
 ROLES = dict(image="file_name", caption="prompt", **{k: k for k in (
     "source", "target", "instruction", "reasoning", "critique", "refined")})
-MOST_RECORD = 2**28       # bytes of a shard's record
-MOST_WAITING = 2**30      # bytes of the records that wait to be drawn from
 NOT_TRAINED = {"test", "val", "valid", "validation", "eval"}         # folders
 
 
@@ -164,43 +162,6 @@ def captioned(folder, walk=os.walk):
     return Data(f"{len(found):,} pictures with captions beside them", one_pass) if found else None
 
 
-MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")        # a record's key, and the member's ending
-
-
-def members(file, unreadable):
-    """A shard -> its records (where, {ending: bytes}, folder): neighbours whose names differ behind
-    the first dot. The file is opened as a file, whatever its name, and read member by member;
-    compressed it could unpack to any size."""
-    key, raw, size, any_yet = None, {}, 0, False
-    try:
-        with open(regular(file), "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                if member.size < 0:                              # would lead back, for ever
-                    raise ValueError(f"{member.name!r} has {member.size} bytes")
-                found = MEMBER.fullmatch(member.name)
-                if not found or not member.isreg() or re.match("__[^/]*__($|/)", member.name):
-                    continue
-                if found[1] != key:
-                    if raw:
-                        yield f"{file}, {key}", raw, file.parent
-                    key, raw, size, any_yet = found[1], {}, 0, True
-                ending = found[2].lower()
-                if ending.rpartition(".")[2] not in PICTURES | {"txt", "json"}:
-                    continue
-                size += member.size
-                if size > MOST_RECORD or ending in raw:
-                    unreadable(f"{file}, {member.name}", "more bytes than a record may have" if
-                               size > MOST_RECORD else "there is another of this name")
-                else:
-                    raw[ending] = tar.extractfile(member).read()
-        if raw:
-            yield f"{file}, {key}", raw, file.parent
-        if not any_yet:
-            raise ValueError("holds no records")
-    except Exception as e:                           # of an archive: whatever tarfile may do
-        unreadable(f"{file}", e)
-
-
 def unpacked(raw, form):
     """A record of a shard -> {field: value}: those of its .json, its .txt, and its pictures, in
     memory, which have their field's name before their ending, as source.png and source2.png"""
@@ -215,37 +176,6 @@ def unpacked(raw, form):
         if ending in PICTURES and name and (stem or name not in row):
             row[name] = [*row.get(name, []), raw[member]]
     return row
-
-
-def bytes_in(raw):
-    if isinstance(raw, (dict, list)):
-        return sum(map(bytes_in, raw.values() if isinstance(raw, dict) else raw))
-    return len(raw) if isinstance(raw, (bytes, str)) else 0
-
-
-def shuffled(records, rng, most=2000, least=100):
-    """Records in random order, as far as a buffer of `most` of them allows, or MOST_WAITING; it
-    fills by two in, one out, as webdataset's does."""
-    records, buffer, size = iter(records), [], 0
-    for item in records:
-        buffer.append(item)
-        size += bytes_in(item[1])
-        if len(buffer) < most and size < MOST_WAITING:
-            buffer += islice(records, 1)
-            size += bytes_in(buffer[-1][1]) * (buffer[-1] is not item)
-        if len(buffer) >= least or size >= MOST_WAITING:
-            item = taken(buffer, rng)
-            size -= bytes_in(item[1])
-            yield item
-    while buffer:
-        yield taken(buffer, rng)
-
-
-def taken(buffer, rng):
-    """-> one of a list, at random; it is no longer there."""
-    k = rng.randint(0, len(buffer) - 1)
-    buffer[k], buffer[-1] = buffer[-1], buffer[k]
-    return buffer.pop()
 
 
 def shards(files, form):
@@ -380,10 +310,6 @@ def all_records(path, form="prompts"):
         except ValueError as e:
             refuse(where, e)
         yield where, row, home
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @cache

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import common.layouts as layouts
+import common.shards as shards
 import cycle_edit
 import eval as eval_py
 import reflect
@@ -282,15 +283,17 @@ THING = {"class": "circle", "count": 1}
         ["left", 0], ["left of", 1], ["left of", 2], ["left of", -1], ["left of", True], "left of",
         ["left of"], ["left of", 0.0], ["left of", "0"], [["left of"], 0], {}, 3)] + [
     dict(include=[THING | dict(position=["left of", 0])])] + [
-    dict(include=i) for i in (THING, "circle", 3, [3], [None], [[]], [{}], [{"class": "circle"}], [],
-                              [{"class": "sofa", "count": 1}], [{"class": ["circle"], "count": 1}],
-                              [THING, {"class": "cat", "count": 1}], [THING, THING | dict(count=2)],
-                              [THING | dict(color="red"), THING | dict(color="blue")])] + [
+    dict(include=i) for i in (
+        THING, "circle", 3, [3], [None], [[]], [{}], [], [{"class": "circle"}],
+        [{"class": "sofa", "count": 1}], [{"class": ["circle"], "count": 1}],
+        [THING, {"class": "cat", "count": 1}], [THING, THING | dict(count=2)],
+        [THING | dict(color="red"), THING | dict(color="blue")])] + [
     dict(include=[THING], exclude=[THING | dict(count=n)]) for n in (1, 0, None, 2.5)] + [
     dict(category=["a"]), dict(tag=3), dict(tag=""), dict(text=""), dict(text=3), dict(exclude=3)])
 def test_metadata_that_no_picture_satisfies(tmp_path, more):
     file = tmp_path / "p.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in (dict(prompt="a"), dict(prompt="b") | more)))
+    rows = dict(prompt="a"), dict(prompt="b") | more
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(ValueError, match="p.jsonl, line 2: "):
         read_prompts(file)
 
@@ -328,8 +331,8 @@ SHARDS = {
     "random": random.Random(0).randbytes(20_000), "one byte": b"x", "negative": endless(-512),
     "very negative": endless(-2**40), "huge": endless(2**40), "gzip": gzip.compress(bytes(10**7)),
     "no end": endless(0), "short": endless(5)[:100], **dict.fromkeys((
-        "of folders", "hidden", "cut", "picture alone", "text alone", "null", "deep", "twice", "nan",
-        "latin-1", "no object", "no picture", "sparse", "outside")),
+        "of folders", "hidden", "cut", "picture alone", "text alone", "null", "deep", "twice",
+        "nan", "latin-1", "no object", "no picture", "sparse", "outside")),
 }
 
 
@@ -374,8 +377,8 @@ def test_cut_shards_at_any_length(tmp_path, capsys):
     for n in range(0, len(whole) - 10240, 701):
         (tmp_path / "a.tar").write_bytes(whole[:n])
         assert next(pairs(tmp_path, CFG, 8, 0))[1] == ["good"] * 8
-        if "a.tar" not in capsys.readouterr().err:       # cut between two members: all are whole
-            assert n % 512 == 0 or not any(whole[n : n - n % 512 + 512]), n
+        if "a.tar" not in capsys.readouterr().err:       # cut between two members, or in padding
+            assert not any(whole[n : n - n % 512 + 512]) or n % 512 == 0, n
 
 
 def test_the_name_of_a_shard_is_no_command(tmp_path, monkeypatch):
@@ -389,17 +392,17 @@ def test_the_name_of_a_shard_is_no_command(tmp_path, monkeypatch):
 
 def test_small_archives_that_unpack_to_much(tmp_path, capsys, monkeypatch):
     """Of a record so many bytes are read, of waiting records as well, and of gzip none."""
-    monkeypatch.setattr(layouts, "MOST_RECORD", 100_000)
+    monkeypatch.setattr(shards, "MOST_RECORD", 100_000)
     large = [("big.png", bytes(200_000)), ("big.json", b'{"prompt": "bad"}')]
     shard(tmp_path / "a.tar", good_records(20) + large)
-    monkeypatch.setattr(layouts, "MOST_WAITING", 150_000)
+    monkeypatch.setattr(shards, "MOST_WAITING", 150_000)
     waiting = [0]
-    real = layouts.taken
+    real = shards.taken
 
     def spy(buffer, rng):
-        waiting.append(sum(layouts.bytes_in(r[1]) for r in buffer))
+        waiting.append(sum(shards.bytes_in(r[1]) for r in buffer))
         return real(buffer, rng)
-    monkeypatch.setattr(layouts, "taken", spy)
+    monkeypatch.setattr(shards, "taken", spy)
     data = pairs(tmp_path, CFG, 2, 0)
     assert {p for _ in range(20) for p in next(data)[1]} == {"good"}
     assert "big.png" in capsys.readouterr().err and 100_000 < max(waiting) < 180_000
@@ -503,7 +506,7 @@ def test_mutated_pictures(kind):
             assert image.mode == "RGB" and np.array(image).shape == (image.height, image.width, 3)
             read += 1
         except UNREADABLE as e:
-            assert layouts.one_line(e)
+            assert shards.one_line(e)
             broken += 1
     assert broken > 30 and read + broken == 900
 
@@ -540,7 +543,7 @@ def test_mutated_shards(tmp_path, capsys):
                 headers[at : at + 512] = mutated(whole[at : at + 512], rng)[:512].ljust(512, b"\0")
         (tmp_path / "a.tar").write_bytes(headers)
         errors = []
-        for where, raw, _ in layouts.members(tmp_path / "a.tar", lambda *e: errors.append(e)):
+        for where, raw, _ in shards.members(tmp_path / "a.tar", lambda *e: errors.append(e)):
             with suppress(*UNREADABLE):
                 row = layouts.unpacked(raw, "t2i")
                 assert isinstance(row, dict)
