@@ -17,7 +17,6 @@ One iteration (DiT forwards per sample: at most 2 x (T + 3 x window), of twice g
     5  log; now and then look at pictures and score held-out edits
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,9 +24,11 @@ import torch
 
 from common.draw import draw_edits
 from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
+from common.layouts import all_records, lookup
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
+from common.read import as_text, record
 from common.record import Recorder
-from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
+from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup
 from common.show import grid, spread
@@ -38,6 +39,7 @@ from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
 from model import Unified, rollout, sigmas
 from rewards.judge import Judge
+from rewards.prompts import check_meta
 from rewards.shared import must_score
 
 TRAIN = dict(dit=["dit"], bridge=["bridge"], both=["dit", "bridge"])  # --train: parts that learn
@@ -46,6 +48,7 @@ CYCLED = ("clip_image",)            # rewards of the cycled picture; all others 
 # Eq. 5 with the weights of UniRL-Zero's code. It names no judge of quality, and its code has none:
 # here the CLIP score of the edited picture and the target's caption; for photos add aesthetic.
 SHORT = dict(cycle="clip_direction:4,clip_image:1,clip:1", judge="edit_judge")
+CAPTIONS = dict(source="caption", target="target_caption")       # UniRL-Zero's own names
 BACK = ('A picture will be edited by the instruction "{}". You see it before that. Write the one '
         'instruction that turns the edited picture back into this one. Answer with it only.')
 
@@ -146,26 +149,29 @@ def check(args, world):
 
 
 def read_edits(path):
-    """jsonl, or a folder with metadata.jsonl -> rows, each with what rewards read.
+    """jsonl, a folder with metadata.jsonl or another layout of docs/data.md -> rows, each with what
+    rewards read.
 
     A row has `source` (a picture's file beside the jsonl, or a scene) and `instruction`; `inverse`
     for the way back; for CLIP `source_prompt`, `target_prompt`, or GenEval metadata `source_meta`,
     `target_meta`. Without captions a reward of `prompt` reads the instruction."""
-    file, rows = jsonl_of(path), []
-    for i, line in enumerate(file.read_text().splitlines(), 1):
+    rows = []
+    for where, row, folder in all_records(path):
         try:
-            row = json.loads(line)
-            good = isinstance(row["instruction"], str) and isinstance(row["source"], (str, list))
-            captions = [row.get(f"{k}_meta", {}).get("prompt", row.get(f"{k}_prompt"))
-                        for k in ("source", "target")]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            good = False
-        if not good:
-            raise ValueError(f"{file}, line {i}: not a JSON object with `source` (a file or a "
-                             "scene) and `instruction`")
-        about = row.get("target_meta", {}) | row | dict(
-            where=f"{file}, line {i}", folder=file.parent, tag=row.get("kind", "edit"),
-            prompt=captions[1] or row["instruction"])
+            say = as_text(lookup(row, "instruction"), "instruction", where)
+            about, captions = {}, []
+            for k in ("source", "target"):
+                about = row.get(f"{k}_meta") or {}               # in the end the target's
+                check_meta(record(about))
+                caption = about.get("prompt", row.get(f"{k}_prompt", row.get(CAPTIONS[k])))
+                captions.append(caption if caption is None else as_text(caption, f"{k}_prompt"))
+            about = about | row | dict(
+                where=where, folder=folder, source=lookup(row, "source"), instruction=say,
+                tag=as_text(row.get("kind", "edit"), "kind"), prompt=captions[1] or say)
+            if row.get("inverse"):
+                about["inverse"] = as_text(row["inverse"], "inverse")
+        except (ValueError, LookupError) as e:
+            raise ValueError(f"{where}: {e}") from None
         rows.append(about | (dict(captions=captions) if all(captions) else {}))
     return rows
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import HUB, can_hold, flag, given_parts, inside, number, parse, read_flag
 from common.presets import PRESETS, SOLVERS
-from common.read import arrays
+from common.read import UNREADABLE, arrays, named, parse_json, read_image, read_json
 from common.rl import must_be_drawn
 from common.run import all_mean, fail, key, replacing, setup, slices, write
 from common.show import grid, plot_trade_off, show_table
@@ -104,8 +104,10 @@ def parse_weights(text):
 def read_weights(text, short=()):
     """--reward: a mix, or a .json of {category: mix} -> {category: {name: weight}}; ValueError.
     short: {name: the mix that it stands for}."""
-    text = Path(text).read_text() if text.endswith(".json") else text
-    mixes = json.loads(text) if text.strip().startswith("{") else {"*": text}
+    mixes = (read_json(text) if text.endswith(".json") else parse_json(text) if
+             text.strip().startswith("{") else {"*": text})
+    if not isinstance(mixes, dict):
+        raise ValueError(f"{text} is {named(mixes)}, no JSON object of mixes by category")
     for name, mix in dict(short).items():                # whole names: edit_judge is no judge
         mixes = {k: re.sub(rf"(^|,)(\s*){name}(?=\s*(?:[:,]|$))", rf"\1\2{mix}", str(m))
                  for k, m in mixes.items()}
@@ -206,11 +208,11 @@ def held_out_score(scores):
 # Rows: what is trained on, and what is held out
 
 
-def read_rows(path, weights, reward, photos):
+def read_rows(path, weights, reward, photos, columns=""):
     """A file of prompts -> its rows; every error in it, in one line. weights, reward: of the run,
     which must have a mix for each row; photos: does the preset draw them?"""
     try:
-        rows = read_prompts(path)
+        rows = read_prompts(path, columns)
     except FileNotFoundError as e:
         fail(f"{e}" if photos else f"{e}; the classroom's: python -m data.shapes.prepare data")
     except (OSError, ValueError) as e:
@@ -235,7 +237,8 @@ def read_prompts_of(args, weights, mix):
     """-> rows of grpo.py's --prompts and, of photos, held-out ones: of --eval-prompts, or of
     GenEval's own test where that is the reward. mix: --mix, read"""
     photos = not args.preset.startswith("shapes")
-    read = partial(read_rows, weights=weights, reward=args.reward, photos=photos)
+    read = partial(read_rows, weights=weights, reward=args.reward, photos=photos,
+                   columns=args.columns)
     prompts = read(args.prompts)
     must_be_drawn(args, mix, prompts, args.prompts)
     if args.eval_prompts:
@@ -372,10 +375,9 @@ def score_geneval(folder):
         fail(f"{folder} holds no images in GenEval's layout, such as 00000/samples/0000.png")
     for file, row in zip(tqdm(files, "score", unit="image", disable=None), rows):
         try:
-            image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        except OSError as e:
+            found.append(check(np.array(read_image(file)), row))
+        except UNREADABLE as e:
             fail(f"{file} cannot be read: {e}")
-        found.append(check(np.array(image), row))
     write(folder / "results.jsonl", "".join(
         json.dumps(dict(filename=str(f), tag=r["tag"], prompt=r["prompt"], **v)) + "\n"
         for f, r, v in zip(files, rows, found)))

@@ -22,9 +22,9 @@ from functools import partial
 
 import torch
 
+from common.data import pairs
 from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS
-from common.read import pairs
 from common.record import Recorder
 from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
                        draw_steps, draw_window, fine_tune, latent_numbers, ldam_layers, noise_keys,
@@ -53,7 +53,7 @@ class Args(RunFlags):
                      "LoRA; empty: the preset's own weights", HUB)
     reward: str = flag("geneval", "a reward, a mix such as geneval:0.8,my_file.py:f:0.2, or a "
                        ".json of such by category")
-    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts as GenEval's", FILE)
+    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts (GenEval's), or .txt", FILE)
     out: str = flag("out/grpo", "folder of the run")
     steps: int = flag(300, "updates", "[1, 1e7]")
     B: int = flag(16, "prompts per update, over all ranks", "[1, 10000]")
@@ -90,6 +90,7 @@ class Args(RunFlags):
     sft: float = flag(0.0, "weight of a fine-tuning loss (DeepGen) beside the rewards", "[0, 1)")
     sft_data: str = flag("data/shapes/train", "images and prompts, as pretrain.py's --data", FILE)
     sft_batch: int = flag(32, "its images per update", "[1, 1e5]", setting=True)
+    columns: str = flag("", "own names of columns in --prompts, --sft-data: caption=my_text")
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
     ldam_gamma: float = flag(0.1, "size of --ldam's noise", "[0, 100]", setting=True)
     ldam_leap: float = flag(100.0, "growth of grad_norm for --ldam", "[0, 1e9]", setting=True)
@@ -234,7 +235,7 @@ def main():
         Unified, args, learns, micro, reads, args.beta, rank, device)
     if args.sft:
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
-                     skip=optimiser.start * args.updates)
+                     skip=optimiser.start * args.updates, columns=args.columns)
     ldam = Ldam(args, layers, model.cfg.layers)
     noise = ldam.resumed(args.out, optimiser.start) if args.ldam else None
     preview = preview_of(model, args, prompts, held, weights, judge, rank)

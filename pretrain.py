@@ -17,7 +17,7 @@ from common.checkpoint import Trained, save_weights
 from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, train_times
 from common.presets import PRESETS, REFS, reference_ways
-from common.read import mixture
+from common.data import mixture
 from common.record import Recorder, check_out
 from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, setup, sum_grads
 from common.weights import start_model
@@ -32,9 +32,10 @@ class Args(RunFlags):
     init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
                      "empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train",
-                     "folder with metadata.jsonl, or of WebDataset shards (.tar)", FILE)
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none",
-                      FILE)
+                     "pictures with captions, in a layout of docs/data.md: a folder with "
+                     "metadata.jsonl, of WebDataset shards (.tar) ...", FILE)
+    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none", FILE)
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/pretrain", "folder of the run")
     steps: int = flag(900, "optimiser steps", "[1, 1e7]")
     batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")

@@ -22,31 +22,32 @@ A first picture is no action, whoever drew it: nothing learns from it (the paper
 The paper's code has scenarios 1, 2 and 5; of 6 it has nothing.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.draw import draw_reflecting, draw_thinking
 from common.flags import FILE, HUB, RunFlags, among, flag, parse, read_flag
+from common.layouts import all_records, lookup
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
-from common.read import UNREADABLE, read_image
+from common.read import as_text, to_bucket
 from common.record import Recorder
-from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window, jsonl_of,
+from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window,
                        latent_numbers, must_be_drawn, noise_keys, ratio_stats, read_mix, set_up,
                        wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup, slices
 from common.show import grid, show_answers
 from common.words import answer_of, answers, spans, verdict
-from data.shapes.bench import bench_shapes, scene_image
-from data.shapes.edits import source_picture
+from data.shapes.bench import bench_shapes
+from data.shapes.edits import picture_of, source_picture
 from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from eval import (Scores, before_and_after, check_scored, held_out_score, must_be_held_out,
                   must_be_mixed, read_rows, read_weights, score, sixteen, weights_of)
-from rewards.prompts import read_prompts
+from rewards.prompts import prompts_of
 from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
 from model import Branches, Unified, rollout, sigmas
@@ -257,42 +258,48 @@ def read_pool(path):
 
     A line has `prompt` (and GenEval's metadata for rewards that read it), and `right` or `wrong` or
     both: a picture's file beside the jsonl, or a scene."""
-    file, pools = jsonl_of(path), ([], [])
-    for i, row in enumerate(read_prompts(file), 1):
+    pools = [], []
+    for row, where, folder in prompts_of(path):
         for pool, side in zip(pools, ("wrong", "right")):
-            if side in row:
-                pool.append(row | dict(source=row[side], right=side == "right",
-                                       where=f"{file}, line {i}", folder=file.parent))
+            if row.get(side) is not None:
+                pool.append(row | dict(source=row[side], right=side == "right", where=where,
+                                       folder=folder))
     for pool, side in zip(pools, ("wrong", "right")):
         if not pool:
-            raise ValueError(f"{file}: no row has a first image that is {side}, `{side}`")
+            raise ValueError(f"{path}: no row has a first image that is {side}, `{side}`")
     return pools
 
 
 def read_questions(path):
     """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
     -> rows with `prompt`, the question; all can be looked at, or nothing starts."""
-    path, rows = jsonl_of(path), []
-    for i, line in enumerate(path.read_text().splitlines(), 1):
+    rows = []
+    for where, row, folder in all_records(path):
         try:
-            row = json.loads(line)
-            row |= dict(prompt=row["question"], answer=answer_of(row["answer"]))
-            if "image" in row:
-                row["image"] = (path.parent / row["image"]).resolve()
+            question, answer = (as_text(lookup(row, k), k) for k in ("question", "answer"))
+            about = next((row[k] for k in ("scene", "image") if row.get(k) is not None), None)
+            row |= dict(prompt=question, answer=answer_of(answer), folder=folder, about=about)
             asked_about(row)
-        except (*UNREADABLE, TypeError, LookupError, AttributeError) as e:
-            raise ValueError(f"{path}, line {i}: not a JSON object with `question`, `answer` and "
-                             f"maybe a `scene` or `image` that can be read ({e!r})")
+        except (ValueError, LookupError) as e:
+            raise ValueError(f"{where}: no `question`, `answer` and maybe a `scene` or `image` "
+                             f"that can be read ({e})") from None
         rows.append(row)
     return rows
 
 
-def asked_about(row):
-    """-> the picture that a question is about, uint8 (3,H,W), or None"""
-    if "scene" in row:
-        return scene_image(row["scene"])
-    return torch.from_numpy(np.array(read_image(row["image"]))).permute(2, 0, 1) if (
-        "image" in row) else None
+def same_picture(row):
+    """What tells the picture of a question from others: its file, or what it consists of"""
+    about = row["about"]
+    return str((row["folder"] / about).resolve() if isinstance(about, str) else about)
+
+
+def asked_about(row, cfg=None):
+    """-> the picture that a question is about, uint8 (3,H,W), or None. cfg: of the model that is to
+    see it, at the area that it draws; else as it is"""
+    if row["about"] is None:
+        return None
+    image = Image.fromarray(picture_of(row["about"], row["folder"]))
+    return to_bucket([image], cfg)[0] if cfg else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_task(path, args, weights):
@@ -300,7 +307,7 @@ def read_task(path, args, weights):
     every error in them, in one line."""
     photos = not args.preset.startswith("shapes")
     if args.task == "cot":
-        return read_rows(jsonl_of(path), weights, args.reward, photos)
+        return read_rows(path, weights, args.reward, photos)
     try:
         if args.task == "reflect":
             rows = read_pool(path)
@@ -316,7 +323,7 @@ def read_task(path, args, weights):
         fail(e)
     if not rows:
         fail(f"{path} holds no prompts")
-    if args.task == "vqa" and not all(row.keys() & {"scene", "image"} for row in rows):
+    if args.task == "vqa" and any(row["about"] is None for row in rows):
         fail(f"{path}: --task vqa is about pictures; a line without one is --task text's")
     return rows
 
@@ -327,9 +334,8 @@ def read_held(args, weights, rows):
         return []
     held = read_task(args.eval_data, args, weights)
     if args.task != "reflect":
-        about = ("scene", "image") if args.task == "vqa" else ()     # a question is of its picture
         must_be_held_out(held, args.eval_data, rows, args.data, lambda row: (
-            row["prompt"], *(str(row[k]) for k in about if k in row)))
+            row["prompt"], args.task == "vqa" and same_picture(row)))    # a question is of its own
         return sixteen(held)
     trained = {row["prompt"] for row in sum(rows, [])}
     if both := [row for row in sum(held, []) if row["prompt"] in trained]:
@@ -351,11 +357,11 @@ def draw_batch(rows, args, rng, mix):
     return [rows[i % 2][orders[i % 2][i // 2 % len(rows[i % 2])]] for i in range(args.B)]
 
 
-def with_picture(row, args, size):
+def with_picture(row, args, cfg):
     """-> row, and as `source_image` the picture that the language model looks at, or None"""
     if args.task == "reflect":
-        return row | dict(source_image=source_picture(row, size))
-    return row | dict(source_image=asked_about(row) if args.task == "vqa" else None)
+        return row | dict(source_image=source_picture(row, cfg.size))
+    return row | dict(source_image=asked_about(row, cfg) if args.task == "vqa" else None)
 
 
 def may_draw(args, mine):
@@ -463,7 +469,7 @@ def show_thoughts(model, args, faces, held, weights, judge, png):
 def show_asked(model, args, faces, held, weights, judge, png):
     """Questions and answers."""
     prompts = [row["prompt"] for row in faces]
-    pictures = [[asked_about(row)] for row in faces] if args.task == "vqa" else None
+    pictures = [[asked_about(row, model.cfg)] for row in faces] if args.task == "vqa" else None
     said = model.generate(prompts, pictures, "answer", args.limit, args.temperature,
                           keys=range(len(faces))).texts
     right = [answer_of(t) == row["answer"] for t, row in zip(said, faces)]
@@ -517,7 +523,7 @@ def main():
         # 1  draw B rows; a group is the G samples of one row
         batch = draw_batch(rows, args, rng, mix)[mine.start : mine.stop]
         window = draw_window(args, rng)
-        batch = [with_picture(row, args, model.cfg.size) | dict(group=i)
+        batch = [with_picture(row, args, model.cfg) | dict(group=i)
                  for i, row in enumerate(batch)]
         asked = [row for row in batch for _ in range(G)]                         # N = B G samples
         looks = None

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,7 +29,8 @@ from common.show import grid
 from common.flags import FILE, HUB, can_hold, flag, given_parts, parse, read_flag
 from common.lora import write_lora
 from common.presets import PRESETS, SOLVERS, reference_ways
-from common.read import UNREADABLE, read_image, to_bucket
+from common.read import UNREADABLE, as_text, read_image, to_bucket
+from common.shards import one_line
 from common.run import fail, setup
 from common.weights import fetch, slim
 from model import Unified
@@ -66,7 +66,7 @@ def read(file):
     try:
         return read_image(file)
     except UNREADABLE as e:
-        fail(f"{file} cannot be read as an image: {str(e).splitlines()[0]}")
+        fail(f"{file} cannot be read as an image: {one_line(e)}")
 
 
 @dataclass
@@ -163,6 +163,11 @@ def check(args):
         fail("--size is of what is drawn from prompts: an --image keeps its own")
     if args.init == "" and not args.preset:
         fail("--init '' draws from the weights of --preset, which is missing")
+    try:
+        for name in ("prompts", "edit", "answer"):
+            setattr(args, name, tuple(as_text(t, "a prompt") for t in getattr(args, name)))
+    except ValueError as e:
+        fail(e)
     images = [read(file) for file in args.image]
     mask = read(args.mask) if args.mask else None
     if mask and mask.size != images[0].size:
@@ -199,7 +204,7 @@ def main():
     prompts = [t for t in args.prompts + args.edit for _ in range(args.n)]
     seeds = [(args.seed + i) % 2**63 for i in range(args.n)] * (len(prompts) // args.n)
     if args.answer:
-        seen = [[torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]]
+        seen = [[to_bucket([image], model.cfg)[0] for image in images]]
         said = model.generate(args.answer, seen * len(args.answer) if images else None, "answer",
                               args.limit, args.temperature, keys=range(args.seed, args.seed + len(
                                   args.answer)))

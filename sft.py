@@ -19,7 +19,6 @@ from functools import partial
 import numpy as np
 import torch
 from peft import inject_adapter_in_model
-from PIL import Image, ImageOps
 
 from data.shapes.edits import scored_edit
 from data.shapes.looks import CURVES, preview, what_to_show
@@ -28,7 +27,8 @@ from common.checkpoint import Trained, save_weights
 from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import PRESETS, REFS, preset, reference_ways
-from common.read import mixture
+from common.data import Broken, mixture
+from common.read import UNREADABLE, read_image, to_bucket
 from common.record import Recorder, check_out
 from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, sum_grads
 from common.weights import adapter, start_model
@@ -43,10 +43,11 @@ class Args(RunFlags):
     preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS)
     init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
                      "LoRA; empty: the preset's own weights", HUB)
-    data: str = flag("data/shapes/train", "folder with metadata.jsonl, or of WebDataset shards "
-                     "(.tar); of task reward: jsonl of scored edits", FILE)
-    edits: str = flag("", "folder of edits (source, target, instruction): see README; empty: none",
-                      FILE)
+    data: str = flag("data/shapes/train", "pictures with captions, in a layout of docs/data.md: a "
+                     "folder with metadata.jsonl, of shards (.tar) ...; of task reward: jsonl of "
+                     "scored edits", FILE)
+    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none", FILE)
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/sft", "folder of the run")
     steps: int = flag(3000, "optimiser steps", "[1, 1e7]")
     batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")
@@ -87,7 +88,7 @@ class Args(RunFlags):
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
-HELD_OUT = 400     # edits of the classroom
+HELD_OUT = 400     # edits, at most
 
 
 def scored_edits(args):
@@ -104,24 +105,42 @@ def scored_edits(args):
     if len(rows) < 20:
         fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
     random.Random(0).shuffle(rows)
-    return rows[len(rows) // 10 :], rows[: len(rows) // 10]
+    n = min(len(rows) // 10, HELD_OUT)                   # they are kept in memory
+    return rows[n:], rows[:n]
 
 
-def draw_scored(rows, n, rng):
+def opened(examples, cfg, broken):
+    """Examples whose images are arrays or files -> those that can be read, with arrays, of the size
+    that the preset draws; the others are named and counted."""
+    found = []
+    for old, new, *about in examples:
+        try:
+            if not isinstance(new, np.ndarray):
+                old, new = (x.permute(1, 2, 0).numpy() for x in to_bucket(
+                    [read_image(old), read_image(new)], cfg))
+        except UNREADABLE as e:
+            broken(f"the edit {new}", e)
+            continue
+        broken.good += 1
+        found.append((old, new, *about))
+    return found
+
+
+def draw_scored(rows, n, rng, cfg, broken):
     """n examples (source, edited, instruction, score)"""
-    if rows:
-        return rng.choices(rows, k=n)
-    return [(*e, score + rng.gauss(0, SCORE_NOISE))
-            for *e, score in (scored_edit(rng) for _ in range(n))]
+    if not rows:
+        return [(*e, score + rng.gauss(0, SCORE_NOISE))
+                for *e, score in (scored_edit(rng) for _ in range(n))]
+    found = []
+    while len(found) < n:
+        found += opened(rng.choices(rows, k=n - len(found)), cfg, broken)
+    return found
 
 
 def predict(model, examples):
-    """-> the model's scores (n,) of examples, whose images are arrays or files"""
+    """-> the model's scores (n,) of examples, whose images are arrays"""
     olds, news, says, _ = zip(*examples)
-    images = [[x if isinstance(x, np.ndarray) else np.array(
-        ImageOps.exif_transpose(Image.open(x)).convert("RGB")) for x in xs]
-        for xs in (olds, news)]
-    return model(*images, list(says))
+    return model(list(olds), list(news), list(says))
 
 
 def reward_model(args, device):
@@ -157,7 +176,8 @@ def train_reward(args, rank, world, device):
     of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
     --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
     rows, held = scored_edits(args)
-    model = reward_model(args, device)
+    cfg, broken = preset(args.preset), Broken(args.data, 0.1)
+    held, model = opened(held, cfg, broken), reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     trained = Trained(args, params, opt, partial(save_reward, model))
@@ -166,7 +186,7 @@ def train_reward(args, rank, world, device):
     for update in recorder.steps("reward"):
         # 1  scored edits, and how far the model is from their scores
         rng = random.Random(key(args.seed, update, 0))           # every rank draws alike
-        examples = draw_scored(rows, args.batch, rng)[rank::world]
+        examples = draw_scored(rows, args.batch, rng, cfg, broken)[rank::world]
         torch.manual_seed(key(args.seed, update, rank))
         model.train()
         score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)

@@ -1,42 +1,228 @@
-"""Pictures and texts from disk: folders with metadata.jsonl, WebDataset shards."""
+"""What stands in a file, for every script: lines, records, pictures. Whoever wrote the file, it is
+read whole or refused by its name and line with a ValueError (or OSError): see UNREADABLE."""
 
+import codecs
+import csv
 import io
 import json
+import os
 import random
-import sys
-from collections import Counter
-from itertools import count
+import stat
+from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset as wds
 from PIL import Image, ImageOps
 
-from common.run import beside, fail, key
+UNREADABLE = (OSError, ValueError)         # what the functions of this file raise, and nothing else
+MOST_TEXT = 8192          # bytes of a text in UTF-8, some 1,400 words: more is no prompt of a model
+MOST_LINE = 2**24         # bytes of a line, 16 MiB
+MOST_PIXELS = 2**26       # of a picture: 8192 x 8192, 200 MB once unpacked
+
+
+# ---------------------------------------------------------------------------------------------
+# Files, lines, records
+
+
+def regular(path):
+    """-> the path, of a file proper: a pipe or a device might never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+    return path
+
+
+def inside(folder, name):
+    """A file that a record names -> its path. Only what lies in the record's own folder: data from
+    elsewhere must not reach for other files."""
+    if not isinstance(name, str) or not 0 < len(name) < 1000:
+        raise ValueError(f"{named(name)} is not the name of a file")
+    if os.path.isabs(name) or Path(os.path.normpath(name)).parts[:1] == ("..",):
+        raise ValueError(f"{name!r} leaves the folder {folder}")
+    return Path(folder) / name
+
+
+def named(value):
+    """What a value is, for an error; not the value itself, which may be of any size."""
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
+             str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def utf8(raw, first=True):
+    """Bytes -> text. first: they begin a file, and may have a byte order mark"""
+    other = first and [name for mark, name in MARKS.items() if raw.startswith(mark)]
+    if other:
+        raise ValueError(f"this is {other[0]}: save it as UTF-8")
+    if b"\0" in raw:
+        raise ValueError("NUL bytes: UTF-16 without a mark, or no text: save it as UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"byte {e.start + 1} is not UTF-8, perhaps Latin-1 or Windows-1252: save "
+                         "it as UTF-8") from None
+
+
+def lines(path):
+    """A text file -> (number from 1, line) of each line that is not blank. Lines end at \\n or
+    \\r\\n alone: within a JSON string U+2028, U+0085 and others are letters."""
+    number = 0
+    with open(regular(path), "rb") as f:
+        while raw := f.readline(MOST_LINE + 1):
+            number += 1
+            try:
+                if len(raw) > MOST_LINE:
+                    raise ValueError(f"longer than {MOST_LINE:,} bytes")
+                text = utf8(raw, number == 1).removesuffix("\n").removesuffix("\r")
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+            if text and not text.isspace():
+                yield number, text
+
+
+def refuse(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT, LOOSE = json.JSONDecoder(parse_constant=refuse), json.JSONDecoder()
+
+
+def parse_json(text, decoder=STRICT):
+    """JSON text -> value; NaN and Infinity are no JSON, but to a decoder that is LOOSE."""
+    try:
+        value = decoder.decode(text)
+        if "\\ud" in text or "\\uD" in text:     # half of a pair is no letter, nor can be written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("\\ud800 to \\udfff are halves of letters, one stands alone") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path):
+    """A file that is one JSON value -> that value"""
+    try:
+        with open(regular(path), "rb") as f:
+            return parse_json(utf8(f.read()))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def csv_rows(path):
+    """A .csv whose first line names the columns -> ("line N", {column: text}) of each row"""
+    with open(regular(path), "rb") as f:
+        try:
+            utf8(f.readline(MOST_LINE))
+        except ValueError as e:
+            raise ValueError(f"{path}, line 1: {e}") from None
+        f.seek(0)
+        reader = csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", newline=""), strict=True)
+        try:
+            if len({*(reader.fieldnames or ())}) < len(reader.fieldnames or ()):
+                raise ValueError(f"{path}, line 1: two columns have one name")
+            for row in reader:
+                yield f"line {reader.line_num}", row
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}, behind line {reader.line_num}: not UTF-8 ({e.reason}): "
+                             "save it as UTF-8") from None
+        except csv.Error as e:
+            raise ValueError(f"{path}, behind line {reader.line_num}: {e}") from None
+
+
+def raw_records(path):
+    """jsonl, a JSON list, .csv, .txt of prompts -> ("line N", a record for `record`) of each. A
+    line of jsonl stays as it is: of a million of them the memory is that of their text."""
+    ending = Path(path).suffix.lower()
+    if ending in (".csv", ".txt"):
+        yield from csv_rows(path) if ending == ".csv" else (
+            (f"line {i}", dict(prompt=line)) for i, line in lines(path))
+        return
+    with open(regular(path), "rb") as f:
+        start = f.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start[:1] == b"[":
+        rows = read_json(path)
+        yield from ((f"record {i}", row) for i, row in enumerate(rows, 1))
+    else:
+        yield from ((f"line {i}", line) for i, line in lines(path))
+
+
+def record(raw):
+    """What raw_records gives -> the record, {field: value}"""
+    row = parse_json(raw) if isinstance(raw, str) else raw
+    if not isinstance(row, dict):
+        raise ValueError(f"{named(row)}, not a JSON object with fields")
+    return row
+
+
+def as_text(value, name="text", draw=0):
+    """A field's value -> what it says. Of a list one is drawn, by `draw` alone. ValueError: it is
+    no text, empty, or longer than a model reads. name: the field's, for the error"""
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = random.Random(draw).choice(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {named(value)}, no text")
+    value = value.strip()
+    if not value:
+        raise ValueError(f"{name} is empty")
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name} has NUL or half of a letter in it")
+    if len(value.encode()) > MOST_TEXT:
+        raise ValueError(f"{name} has {len(value.encode()):,} bytes, more than {MOST_TEXT:,}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+# Formats whose readers are code of Pillow: EPS would start another program.
+FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+           if name in Image.registered_extensions().values()]
+PICTURES = {"png", "jpg", "jpeg", "webp", "avif", "gif", "bmp", "tif", "tiff"}   # endings of files
 
 
 def read_image(source):
-    """A file -> PIL RGB: upright as its EXIF says, 16 bits as 8, what is transparent on white."""
-    image = ImageOps.exif_transpose(Image.open(source))
+    """A file, or bytes in a BytesIO -> PIL RGB: upright as its EXIF says, 16 bits as 8, what is
+    transparent on white."""
+    name = "" if isinstance(source, io.BytesIO) else f"{source}: "
+    if name:
+        regular(source)
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than can be kept")
+            return to_rgb(image)
+    except OSError as e:                              # which mostly names the file already
+        raise ValueError(f"{name}{e}" if name and str(source) not in str(e) else str(e)) from e
+    except Exception as e:                            # whatever one of Pillow's readers may do
+        raise ValueError(f"{name}{str(e) or type(e).__name__}") from e
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, see read_image"""
+    image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":                    # of 16 bits convert would keep what is below 256
         a = np.asarray(image)
         if image.mode == "F" or a.min() < 0 or a.max() > 65535:
             raise ValueError(f"its pixels, {a.min():g} to {a.max():g}, are neither 8 nor 16 bits")
-        image = Image.fromarray((a / 257).round().astype(np.uint8))
+        if image.mode != "I" or a.max() > 255:           # 32 bits say nothing: their range does
+            a = (a / 257).round()
+        image = Image.fromarray(a.astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # read_image's
-
-
 def bucket(width, height, cfg):
     """Sides in pixels that keep an image's shape, at the preset's area; the DiT's multiples."""
     step = cfg.vae_factor * cfg.dit_config["patch_size"]       # pixels a side must divide into
     most = step * cfg.dit_config.get("pos_embed_max_size", 999)       # pixels that have a place
-    ratio = (width / height) ** 0.5
+    ratio = min(100, max(0.01, width / height)) ** 0.5         # of others Qwen's eyes want nothing
     return tuple(min(most, max(step, round(cfg.size * r / step) * step))
                  for r in (ratio, 1 / ratio))
 
@@ -49,145 +235,6 @@ def to_bucket(images, cfg):
     return [torch.from_numpy(np.array(
         image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     )).permute(2, 0, 1) for image, size in zip(images, sizes)]
-
-
-# Of training rows: files, the last of them drawn; texts. In metadata.jsonl these are its keys, and
-# `source` may be several files; in shards they are endings: source*.png, target.png, json.
-FORMS = {
-    "t2i": (("file_name",), ("prompt",)), "edit": (("source", "target"), ("instruction",)),
-    "cot": (("file_name",), ("prompt", "reasoning")),
-    "reflect": (("image", "refined"), ("prompt", "critique")),
-}
-
-
-def listed(folder, form):
-    """The rows of metadata.jsonl -> (name, files, what is drawn last, texts) of each."""
-    (*first, drawn), texts = FORMS[form]
-    wants, rows = [*first, drawn, *texts], []
-    for i, line in enumerate((folder / "metadata.jsonl").open(), 1):
-        try:
-            row = json.loads(line)
-            sources = row[first[0]] if first else []             # a file, or several
-            sources = [sources] if isinstance(sources, str) else sources
-            rows.append((row[drawn], [folder / f for f in (*sources, row[drawn])],
-                         [row[k] for k in texts]))
-        except (ValueError, TypeError, KeyError) as e:
-            fail(f"{folder}/metadata.jsonl line {i}: no {', '.join(wants[:-1])} or {wants[-1]} "
-                 f"({e!r})")
-    return rows
-
-
-def unpacked(record, form):
-    """A record of a WebDataset shard -> as listed, files in memory; or KeyError, ValueError."""
-    (*first, drawn), texts = FORMS[form]
-    names = [k for k in sorted(record) if k.split(".")[-1] in ("png", "jpg", "jpeg", "webp")]
-    about = json.loads(record["json"]) if "json" in record else {texts[0]: record["txt"].decode()}
-    own = [k for k in names if "." not in k][:1]
-    if first:
-        source, target = ([k for k in names if k.startswith(w)] for w in (first[0], drawn))
-        if not (source and target):
-            raise KeyError(f"{first[0]} or {drawn}")
-        own = source + target[:1]
-    return (record["__key__"], [io.BytesIO(record[k]) for k in own] or [io.BytesIO()],
-            [about[k] for k in texts])
-
-
-def collated(batch, form):
-    """Samples (image, prompt, references, words ...) -> a batch, see pairs."""
-    images, prompts, refs, *words = zip(*batch)
-    has_refs = len(FORMS[form][0]) > 1
-    return (torch.stack(images), list(prompts), *([list(refs)] if has_refs else []),
-            *map(list, words))
-
-
-def pairs(folder, cfg, n, seed, rank=0, world=1, skip=0, bad_share=0.1, form="t2i"):
-    """Endless batches of (uint8 (n,3,H,W), n prompts) from what people have: a folder with
-    metadata.jsonl (file_name, prompt), or WebDataset shards *.tar (png/jpg + json/txt).
-    form: see FORMS; what an edit or a reflection starts from comes as n lists of references behind
-    the prompts, and further texts behind those.
-
-    Aspect ratio is kept at the preset's area: each batch is of one bucket of sizes. A record that
-    cannot be read is named and counted; a share of more than bad_share of them ends the run. A
-    resumed run skips the batches it has seen."""
-    folder, rng, good, bad, buckets = beside(folder), random.Random(seed), 0, set(), {}
-    shards, texts = sorted(map(str, folder.glob("*.tar"))), FORMS[form][1]
-    if not shards and not (folder / "metadata.jsonl").exists():
-        fail(f"{folder} holds neither metadata.jsonl nor *.tar shards; the classroom's: python -m "
-             "data.shapes.prepare data")
-    rows = [] if shards else listed(folder, form)
-
-    def unreadable(name, error):
-        if name not in bad:                                      # once, not in every pass
-            bad.add(name)
-            print(f"unreadable: {name} ({len(bad)} of {len(bad) + good}): {error}", file=sys.stderr)
-        if len(bad) > bad_share * (len(bad) + good + 20):
-            fail(f"{len(bad)} of {len(bad) + good} records in {folder} are unreadable")
-        return True                                              # webdataset: go on
-    def records():                                               # one pass over the data
-        if not shards:
-            yield from rng.sample(rows, len(rows))
-            return
-        rng.shuffle(shards)
-        # Every rank reads all and takes its share below: no node splitter.
-        for r in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None,
-                                handler=lambda e: unreadable(e.args[-1], e.args[0])
-                                ).shuffle(2000, rng=rng):
-            try:
-                yield unpacked(r, form)
-            except (ValueError, TypeError, KeyError) as e:
-                unreadable(r["__key__"], f"no {' or '.join(texts)} ({e!r})")
-    def batches():
-        nonlocal good, skip
-        while True:
-            for i, (name, sources, said) in enumerate(records()):
-                if i % world != rank:
-                    continue
-                try:
-                    images = [read_image(source) for source in sources]
-                except UNREADABLE as e:
-                    unreadable(name, e)
-                    continue
-                good += 1
-                *refs, image = to_bucket(images, cfg)
-                batch = buckets.setdefault(image.shape, [])
-                batch.append((image, said[0], refs, *said[1:]))
-                if len(batch) == n:
-                    buckets[image.shape] = []
-                    if skip:
-                        skip -= 1
-                    else:
-                        yield collated(batch, form)
-            if not good:
-                fail(f"{folder} holds no image that rank {rank} of {world} could read")
-    return batches()
-
-
-def mixture(args, cfg, n, rank=0, world=1, start=0):
-    """Endless batches of one task each, from step `start`: images, prompts, references and words,
-    the last two None where the task has none. Of --data, or in a share --edit-share of the steps of
-    --edits, in a share --share of --tuples for the task cot or reflect. (seed, step) alone decides
-    which: ranks agree, and so does a run that resumes."""
-    task = getattr(args, "task", "")
-    more = dict(edit=(args.edits, args.edit_share)) if args.edits else {}
-    more |= {task: (args.tuples, args.share)} if task in ("cot", "reflect") else {}
-
-    def form(step):
-        chance = random.Random(key(args.seed, step, 0)).random()
-        for form, (_, share) in more.items():
-            if chance < share:
-                return form
-            chance -= share
-        return "t2i"
-    done = Counter(map(form, range(start)))
-    folders = {"t2i": args.data} | {k: folder for k, (folder, _) in more.items()}
-    data = {k: pairs(folder, cfg, n, args.seed, rank, world, done[k], form=k)
-            for k, folder in folders.items()}
-
-    def batch(step):
-        images, prompts, *rest = next(data[form(step)])
-        refs = rest.pop(0) if form(step) in ("edit", "reflect") else None
-        return images, prompts, refs, rest[0] if rest else None
-    return map(batch, count(start))
 
 
 def arrays(images):

@@ -17,7 +17,7 @@ from common.flags import HUB, inside, must_exist, number, read_flag, shown, ther
 from common.flow import flow_loss
 from common.presets import preset
 from common.record import check_out, read_log
-from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, beside, fail, key, keyed,
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, fail, key, keyed,
                         odds, slices, span, sum_grads, table)
 from common.weights import adapter, start_model, swapped
 
@@ -312,10 +312,6 @@ def ldam_layers(args, weights):
     return found
 
 
-def jsonl_of(path):
-    """A file, or a folder with metadata.jsonl -> the jsonl"""
-    path = beside(path)
-    return path / "metadata.jsonl" if path.is_dir() else path
 
 
 def wants_final_bench(args, recorder):

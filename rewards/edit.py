@@ -4,7 +4,6 @@ token a linear layer makes a score. sft.py --task reward trains it.
 """
 
 import copy
-import json
 import math
 import os
 from functools import cache
@@ -17,7 +16,8 @@ from safetensors.torch import save_file
 from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common.read import arrays
+from common.layouts import all_records, lookup, pictures_in
+from common.read import UNREADABLE, arrays, as_text, regular
 from common.run import fail, has_bf16, writing
 from common.weights import pretrained, read_safetensors
 from data.shapes.edits import check_edit
@@ -97,19 +97,21 @@ def edit_model(images, rows):
 
 def read_scored(path):
     """jsonl of source, edited (images beside it), instruction, score -> list of examples, as
-    scored_edit's but with files for images; a bad line raises ValueError with its number."""
+    scored_edit's but with what read_image takes for images; a bad line raises ValueError with its
+    number."""
     rows = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for where, row, folder in all_records(path):
         try:
-            row = json.loads(line)
-            files = [Path(path).parent / row[k] for k in ("source", "edited")]
-            rows.append((*files, str(row["instruction"]), float(row["score"])))
-            good = all(f.is_file() for f in files) and math.isfinite(rows[-1][3])
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}, line {i}: not a JSON object with `source` and `edited`, "
-                             "files in its folder, `instruction` and a number `score`")
+            files = [*pictures_in(lookup(row, "source"), folder),
+                     *pictures_in(lookup(row, "edited"), folder)]
+            [regular(f) for f in files if isinstance(f, Path)]
+            score = row.get("score")
+            if len(files) != 2 or type(score) not in (int, float) or not abs(score) < 1e9:
+                raise ValueError("`score` is a number, `source` and `edited` are a picture each")
+            rows.append((*files, as_text(lookup(row, "instruction"), "instruction"), score))
+        except (*UNREADABLE, LookupError) as e:
+            raise ValueError(f"{where}: not a JSON object with `source` and `edited`, files in its "
+                             f"folder, `instruction` and a number `score` ({e})") from None
     return rows
 
 

@@ -79,9 +79,15 @@ def read_text(images):
     return texts
 
 
+# An apostrophe is no quotation mark: single ones stand at the ends of words.
+QUOTES = '"(.+?)"', "\u201c(.+?)\u201d", r"(?<!\w)\u2018(.+?)\u2019(?!\w)", r"(?<!\w)'(.+?)'(?!\w)"
+
+
 def wanted_text(meta):
-    """What should stand in the picture: the row's `text`, or what its prompt has in "quotes"."""
-    return meta.get("text") or (re.findall('"(.+?)"', meta["prompt"]) or [None])[0]
+    """What should stand in the picture: the row's `text`, or what its prompt has in "quotes",
+    double before single ones. None without"""
+    quoted = [text for marks in QUOTES for text in re.findall(marks, meta["prompt"])]
+    return meta.get("text") or next((text for text in quoted if text.strip()), None)
 
 
 def ocr(images, rows):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run import beside, fail, write
+from common.layouts import all_records, columns_of, lookup
+from common.read import as_text, named
+from common.run import fail, write
 from data.shapes.captions import article, make_meta, plural
 from data.shapes.world import COLORS, RELATIONS, SHAPES, TAGS
 
@@ -80,26 +82,73 @@ def geneval_train_prompts(n=50_000):
     return [json.dumps(rows[i]) + "\n" for i in rng.permutation(n)]
 
 
-def read_prompts(path):
-    """jsonl in GenEval's schema -> list of rows; a bad line raises ValueError with its number."""
-    rows = []
-    for i, line in enumerate(beside(path).read_text().splitlines(), 1):
+MOST_COUNT = 100                   # objects that the detector of photos can find in a picture
+
+
+def check_part(part, before):
+    """ValueError where one part of `include` or `exclude` is none; before: how many precede it."""
+    if not isinstance(part, dict) or not isinstance(part.get("class"), str):
+        raise ValueError("`include` and `exclude` are lists of objects with `class` and `count`")
+    if type(part.get("count")) is not int or not 1 <= part["count"] <= MOST_COUNT:
+        raise ValueError(f"`count` of {part['class']!r} is no whole number from 1 to {MOST_COUNT}")
+    if part.get("color") is not None and part["color"] not in COLORS:
+        raise ValueError(f"`color` of {part['class']!r} is none of {', '.join(COLORS)}")
+    where = part.get("position")
+    if where is not None and not (
+            isinstance(where, list) and len(where) == 2 and where[0] in RELATIONS
+            and type(where[1]) is int and 0 <= where[1] < before):
+        raise ValueError(f"`position` of {part['class']!r} is not one of {', '.join(RELATIONS)} "
+                         "and the number, from 0, of a part of `include` before it")
+
+
+def check_meta(row):
+    """GenEval's metadata of a row, if it has any; ValueError where it is not of the schema, or asks
+    for what no picture can show."""
+    for k in ("tag", "category", "text"):
+        if row.get(k) is not None and (isinstance(row[k], list) or not as_text(row[k], k)):
+            raise ValueError(f"`{k}` is {named(row[k])}, no text")
+    parts = {k: row.get(k) or [] for k in ("include", "exclude")}
+    for k, of in parts.items():
+        if not isinstance(of, list):
+            raise ValueError(f"`{k}` is {named(of)}, no list")
+        for i, part in enumerate(of):
+            check_part(part, i if k == "include" else 0)
+    if row.get("include") == [] and not row.get("text"):
+        raise ValueError("`include` asks for nothing")
+    its = {part["class"] for of in parts.values() for part in of}
+    if not (its <= {*SHAPES} or its <= {*COCO}):           # no detector sees both worlds
+        raise ValueError(f"{', '.join(sorted(its))}: not all shapes of the classroom, nor all "
+                         "among GenEval's 80 names: SHAPES in data/shapes/world.py, COCO in "
+                         "rewards/prompts.py")
+    asked = {}
+    for part in parts["include"]:
+        what = part["count"], part.get("color")
+        if asked.setdefault(part["class"], what) != what:
+            raise ValueError(f"{part['class']!r} is asked for twice, and otherwise")
+    for part in parts["exclude"]:
+        if part["class"] in asked and part["count"] <= asked[part["class"]][0]:
+            raise ValueError(f"{part['class']!r} is asked for and excluded")
+
+
+def read_prompts(path, columns=""):
+    """Prompts, and what rewards read of them, such as GenEval's metadata: jsonl, a JSON list, .csv,
+    .txt with a prompt a line, or another layout of docs/data.md -> list of rows with `prompt`. What
+    is broken raises ValueError with its line. columns: --columns"""
+    return [row for row, _, _ in prompts_of(path, columns)]
+
+
+def prompts_of(path, columns=""):
+    """As read_prompts -> (row, its file and line, its folder) of each"""
+    columns = columns_of(columns)
+    for where, row, folder in all_records(path):
         try:
-            row = json.loads(line)
-            good = isinstance(row["prompt"], str) and all(
-                want["count"] > 0 and want["class"] for want in row.get("include", []))
-            named = {want["class"] for k in ("include", "exclude") for want in row.get(k, [])}
-        except (ValueError, TypeError, KeyError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}, line {i}: not a JSON object with `prompt` and, if it has "
-                             "`include`, `class` and `count` in each part of that")
-        if not (named <= set(SHAPES) or named <= set(COCO)):     # no detector sees both worlds
-            raise ValueError(f"{path}, line {i}: {', '.join(sorted(named))}: not all shapes of the "
-                             "classroom, nor all among GenEval's 80 names: SHAPES in "
-                             "data/shapes/world.py, COCO in rewards/prompts.py")
-        rows.append(row)
-    return rows
+            prompt = as_text(lookup(row, "prompt", columns), "prompt", where)
+            if "prompt" not in row:
+                row.pop("text", None)                    # which with a prompt is a sign's letters
+            check_meta(row)
+        except (ValueError, LookupError) as e:
+            raise ValueError(f"{where}: {e}") from None
+        yield row | dict(prompt=prompt), where, folder
 
 
 def write_prompts(name="", path="", *more):

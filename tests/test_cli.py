@@ -25,7 +25,7 @@ import sample
 import sft
 from common.flags import parse
 from common.presets import KERNELS, Config
-from common.read import pairs
+from common.data import pairs
 
 FLAGGED = [pretrain, sft, grpo, cycle_edit, reflect, judges, sample]         # scripts with Args
 
@@ -97,8 +97,9 @@ def test_a_run_is_not_written_over(parts, tmp_path):
     run = tmp_path / "run"
     tiny.play(parts, run, "--steps", 1)
     before = files(run)
+    photo(tmp_path / "a.png", 64, 64)
     for main in (grpo.main, sft.main, pretrain.main):
-        argv = [] if main is grpo.main else ["--data", folder_of(tmp_path, [])]
+        argv = [] if main is grpo.main else ["--data", folder_of(tmp_path, ["a.png"])]
         assert "holds another run: choose another --out" in complaint(
             lambda: tiny.play(parts, run, *argv, main=main))
         assert files(run) == before
@@ -239,7 +240,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
     (tmp_path / "3.png").write_bytes(whole[:2000])
     collect(folder_of(tmp_path, names), 20)              # one in twelve: the run goes on
     said = capsys.readouterr().err
-    assert said.count("3.png") == 1 and "unreadable: 3.png (1 of " in said
+    assert said.count("3.png") == 1 and "metadata.jsonl, line 4 (1 of " in said
     (tmp_path / "4.png").write_text("not an image")
     (tmp_path / "5.png").unlink()
     (tmp_path / "6.png").write_bytes(whole[:60] + bytes(100) + whole[160:])
@@ -247,21 +248,21 @@ def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
     n = int(words.split()[1])
     assert n >= 3 and words.endswith(f" records in {tmp_path} are unreadable")
     said = capsys.readouterr().err
-    named = sum(f"unreadable: {i}.png (" in said for i in (3, 4, 5, 6))
+    named = sum(f"metadata.jsonl, line {i + 1} (" in said for i in (3, 4, 5, 6))
     assert named == n == said.count("\n")
 
 
 def test_data_that_cannot_be_used(tmp_path):
     assert "neither metadata.jsonl nor *.tar" in complaint(collect, tmp_path, 1)
     folder_of(tmp_path, [])
-    assert "no image that rank 0 of 1 could read" in complaint(collect, tmp_path, 1)
+    assert "holds no records" in complaint(collect, tmp_path, 1)
     photo(tmp_path / "a.png", 64, 64)
     folder_of(tmp_path, ["a.png"])                       # one photo for two ranks: no endless wait
     assert "no image that rank 1 of 2" in complaint(lambda: collect(tmp_path, 1, rank=1, world=2))
-    for bad in ("{", "[1]", '{"file_name": "a.png"}'):
-        (tmp_path / "metadata.jsonl").write_text(
-            '{"file_name": "a.png", "prompt": "x"}\n' + bad + "\n")
-        assert "metadata.jsonl line 2: no file_name or prompt" in complaint(collect, tmp_path, 1)
+    for bad, words in (("{", "Expecting"), ("[1]", "record 1: a number, not a JSON object"),
+                       ('{"file_name": "a.png"}', "line 1: no prompt or text or caption")):
+        (tmp_path / "metadata.jsonl").write_text(bad + "\n")
+        assert words in complaint(collect, tmp_path, 1)
 
 
 def test_training_on_missing_data_leaves_nothing(parts, tmp_path):
@@ -294,7 +295,7 @@ def test_tar_shards(tmp_path, capsys):
     assert [p for _, p in rest] == [p for _, p in a[5:8]]
     shares = [{t for _, ps in collect(tmp_path, 9, rank=r, world=2) for t in ps} for r in (0, 1)]
     assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 36
-    assert "unreadable: 17 (1 of" in capsys.readouterr().err
+    assert "00001.tar, 17 (1 of" in capsys.readouterr().err
     whole = (tmp_path / "00002.tar").read_bytes()
     (tmp_path / "00002.tar").write_bytes(whole[: len(whole) // 2 + 100])
     collect(tmp_path, 14)                                # a broken shard is named as well

@@ -25,7 +25,8 @@ import sft
 from common.checkpoint import save_checkpoint
 from common.draw import draw_edits
 from common.presets import PRESETS, Config, reference_ways
-from common.read import bucket, mixture, read_image, to_bucket
+from common.data import mixture
+from common.read import bucket, read_image, to_bucket
 from common.run import key
 from common.sana import SanaDiT
 from common.weights import learn
@@ -317,20 +318,21 @@ def test_shards_of_edits(tmp_path, capsys):
     assert {t for _, ts, _ in seen for t in ts} == {f"edit {i}" for i in range(8) if i != 3}
     assert all((image[2] == row[0][0]).all() and len(row) == 2
                for images, _, refs in seen for image, row in zip(images, refs))
-    assert "unreadable: 3 (1 of" in capsys.readouterr().err
+    assert "0.tar, 3 (1 of" in capsys.readouterr().err
 
 
 def test_edits_that_cannot_be_used(tmp_path, capsys):
     folder = folder_of_edits(tmp_path / "a", 12)
     (folder / "source3.png").write_bytes(b"not an image")
     assert not any("edit 3" in ts for _, ts, _ in collect(folder, 12, form="edit"))
-    assert "unreadable: target3.png (1 of" in capsys.readouterr().err
-    for row in ('{"file_name": "a.png", "prompt": "x"}', '{"source": 3, "target": "a.png"}',
-                '{"source": "a.png", "target": "b.png"}'):
+    assert "metadata.jsonl, line 4 (1 of" in capsys.readouterr().err
+    for row, words in (('{"file_name": "a.png", "prompt": "x"}', "no source or src_img"),
+                       ('{"source": 3, "target": "a.png"}', "a number is not the name of a file"),
+                       ('{"source": "source1.png", "target": "target1.png"}', "no instruction")):
         (folder / "metadata.jsonl").write_text(row + "\n")
-        assert "line 1: no source, target or instruction" in complaint(
-            lambda: collect(folder, 1, form="edit"))
-    assert "neither metadata.jsonl nor" in complaint(lambda: collect(tmp_path, 1, form="edit"))
+        assert f"line 1: {words}" in complaint(lambda: collect(folder, 1, form="edit"))
+    (tmp_path / "b").mkdir()
+    assert "neither metadata.jsonl" in complaint(lambda: collect(tmp_path / "b", 1, form="edit"))
 
 
 # --- the mixture ---

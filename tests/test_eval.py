@@ -357,7 +357,7 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
 
 
 def test_bad_prompt_line(tmp_path):
-    for bad in ['{"prompt": ', "", "[]", "3", '{"tag": "x"}', '{"prompt": "a", "include": [{}]}']:
+    for bad in ['{"prompt": ', "[]", "3", '{"tag": "x"}', '{"prompt": "a", "include": [{}]}']:
         (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + bad + "\n")
         with pytest.raises(ValueError, match="line 2"):
             read_prompts(tmp_path / "p.jsonl")

@@ -20,7 +20,7 @@ from test_grpo import PROMPTS, G, case, close, config, learned, saved
 from common.flow import flow_loss
 import common.checkpoint as checkpoint_py
 import common.layers as layers_py
-import common.read as read_py
+import common.data as data_py
 import common.run as run_py
 import cycle_edit
 import grpo
@@ -456,7 +456,7 @@ def test_sft_has_exactly_its_share(parts, photos, tmp_path):
     close(grads["a"] + 2 * (grads["b"] - grads["a"]), grads["c"], 1e-4)
     # What is left of it is the gradient of flow matching on these very pairs.
     model = learn(tiny.build(config(parts), init=parts / "sft"), dict(dit=None, bridge=None))
-    images, prompts = next(read_py.pairs(photos, model.cfg, 5, 0))
+    images, prompts = next(data_py.pairs(photos, model.cfg, 5, 0))
     keys = [run_py.key(0, 0, 500_000 + 2 * i) for i in range(5)]
     loss = flow_loss(model, images, prompts, keys).mean()
     assert rows[1]["sft"] == pytest.approx(loss.item(), rel=1e-4)

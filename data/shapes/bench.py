@@ -1,12 +1,12 @@
 """The classroom's benchmark of drawing: GenEval's tags, at classroom scale, on held-out prompts."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.layouts import all_records
 from common.read import arrays, jpeg_kb
 from common.show import by_tag, grid, mean_and_error, spread
 from data.shapes.judge import check
@@ -74,7 +74,7 @@ def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
     gives the smallest error.  png: a grid of four prompts per tag, right framed green."""
     results = {}
     for split in ["eval"] if limit else ["eval", "unseen"]:
-        rows = [json.loads(x) for x in (PROMPTS / f"{split}.jsonl").read_text().splitlines()]
+        rows = [row for _, row, _ in all_records(PROMPTS / f"{split}.jsonl")]
         k = limit // n_per_prompt // len(by_tag(rows)) if limit else len(rows)
         assert k, f"limit={limit} images do not reach every tag with {n_per_prompt} per prompt"
         chosen = spread(rows, k)

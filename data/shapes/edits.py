@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common.layouts import all_records, pictures_in
 from common.read import UNREADABLE, arrays, read_image
 from common.run import fail
 from common.show import by_tag, grid, mean_and_error, spread
@@ -205,15 +206,24 @@ def scored_edit(rng):
 # ---------------------------------------------------------------------------------------------
 # The benchmark.
 
+def picture_of(source, folder):
+    """A scene, a file of a folder or (of parquet) its bytes -> (H,W,3) uint8; ValueError"""
+    try:
+        if isinstance(source, list) and source and all(isinstance(x, dict) for x in source):
+            return render(source)
+        picture, = pictures_in(source, folder)
+        return np.array(read_image(picture))
+    except (*UNREADABLE, LookupError, TypeError, AttributeError) as e:   # the last: of a scene
+        raise ValueError(f"{type(e).__name__}: {e}") from None
+
+
 def source_picture(row, size):
     """A row's source, a file or a scene -> uint8 (3,size,size). As in grpo.py all pictures are
     square: others lose what stands out."""
-    source = row["source"]
     try:
-        image = (Image.fromarray(render(source)) if isinstance(source, list) else
-                 read_image(row["folder"] / source))
-    except (*UNREADABLE, LookupError, TypeError) as e:   # the last two: no scene of the classroom
-        fail(f"{row['where']}: its source cannot be read ({e!r})")
+        image = Image.fromarray(picture_of(row["source"], row["folder"]))
+    except ValueError as e:
+        fail(f"{row['where']}: its source cannot be read ({e})")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -245,8 +255,7 @@ def bench_edit(edit, n_per_row=1, limit=None, png=None, draw=None):
     equally many per kind.  png: four rows per kind, source and edited, right ones framed green.
     draw(prompts, seeds), if given, adds what two that do not edit score: `identity`, the source
     itself, and `redrawn`, the target's caption drawn from scratch."""
-    rows = [json.loads(line) for line in (PROMPTS / "edit_eval.jsonl").read_text().splitlines()]
-    rows = [dict(row, tag=row["kind"]) for row in rows]
+    rows = [dict(row, tag=row["kind"]) for _, row, _ in all_records(PROMPTS / "edit_eval.jsonl")]
     k = limit // n_per_row // len(by_tag(rows)) if limit else len(rows)
     assert k, f"limit={limit} images do not reach every kind with {n_per_row} per row"
     chosen, results = spread(rows, k), {}

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from common.draw import draw_edits, draw_reflecting, draw_thinking
-from common.read import pairs
+from common.data import pairs
 from common.show import grid
 from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit
@@ -22,8 +22,9 @@ def what_to_show(args, cfg, n):
     folders = dict(t2i=args.data, edit=args.edits)
     if getattr(args, "tuples", ""):
         folders[args.task] = args.tuples
-    return {form: [column[:16] for column in next(pairs(folder, cfg, n, args.seed, form=form))[1:]]
-            for form, folder in folders.items() if folder}
+    firsts = {form: next(pairs(folder, cfg, n, args.seed, form=form, columns=args.columns))[1:]
+              for form, folder in folders.items() if folder}
+    return {form: [column[:16] for column in columns] for form, columns in firsts.items()}
 
 
 def two_by_two(left, right):

@@ -2,12 +2,12 @@
 well a policy does at that, by benchmark.
 """
 
-import json
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.layouts import all_records
 from common.read import arrays
 from common.show import by_tag, grid, show_answers, spread, word_table
 from common.words import answer_of, spans, verdict
@@ -144,7 +144,7 @@ def in_batches(f, *columns):
 def choose(name, n, limit):
     """Rows of a prompt file, at most `limit` // n of them, equally many per tag, and the seeds of n
     samples of each, which depend on a row's line and a sample's number only."""
-    rows = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+    rows = [row for _, row, _ in all_records(PROMPTS / f"{name}.jsonl")]
     k = limit // n // len(by_tag(rows)) if limit else len(rows)
     assert k, f"limit={limit} does not reach every tag with {n} samples of a row"
     chosen = spread(rows, k)
