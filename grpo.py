@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from common.data import pairs
-from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
+from common.flags import DATA, FILE, HUB, RunFlags, flag, parse, read_flag
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS
 from common.record import Recorder
 from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
@@ -53,7 +53,7 @@ class Args(RunFlags):
                      "LoRA; empty: the preset's own weights", HUB)
     reward: str = flag("geneval", "a reward, a mix such as geneval:0.8,my_file.py:f:0.2, or a "
                        ".json of such by category")
-    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl of prompts (GenEval's), or .txt", FILE)
+    prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl (GenEval's), or .txt", FILE)
     out: str = flag("out/grpo", "folder of the run")
     steps: int = flag(300, "updates", "[1, 1e7]")
     B: int = flag(16, "prompts per update, over all ranks", "[1, 10000]")
@@ -88,7 +88,7 @@ class Args(RunFlags):
     kl: str = flag("mean", "which KL: {}, see Anchor", KLS, setting=True)
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
     sft: float = flag(0.0, "weight of a fine-tuning loss (DeepGen) beside the rewards", "[0, 1)")
-    sft_data: str = flag("data/shapes/train", "images and prompts, as pretrain.py's --data", FILE)
+    sft_data: str = flag("data/shapes/train", "images and prompts, as pretrain.py's --data", DATA)
     sft_batch: int = flag(32, "its images per update", "[1, 1e5]", setting=True)
     columns: str = flag("", "own names of columns in --prompts, --sft-data: caption=my_text")
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")

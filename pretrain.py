@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from common.checkpoint import Trained, save_weights
-from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
+from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, train_times
 from common.presets import PRESETS, REFS, reference_ways
 from common.data import mixture
@@ -33,8 +33,8 @@ class Args(RunFlags):
                      "empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train",
                      "pictures with captions, in a layout of docs/data.md: a folder with "
-                     "metadata.jsonl, of WebDataset shards (.tar) ...", FILE)
-    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none", FILE)
+                     "metadata.jsonl, of WebDataset shards (.tar) ...", DATA)
+    edits: str = flag("", "edits (source, target, instruction): docs/data.md; empty: none", DATA)
     columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/pretrain", "folder of the run")
     steps: int = flag(900, "optimiser steps", "[1, 1e7]")

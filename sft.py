@@ -24,7 +24,7 @@ from data.shapes.edits import scored_edit
 from data.shapes.looks import CURVES, preview, what_to_show
 from rewards.edit import EditReward, read_scored, spearman
 from common.checkpoint import Trained, save_weights
-from common.flags import FILE, HUB, RunFlags, flag, must_exist, parse
+from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, lm_loss, train_times
 from common.presets import PRESETS, REFS, preset, reference_ways
 from common.data import Broken, mixture
@@ -45,8 +45,8 @@ class Args(RunFlags):
                      "LoRA; empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train", "pictures with captions, in a layout of docs/data.md: a "
                      "folder with metadata.jsonl, of shards (.tar) ...; of task reward: jsonl of "
-                     "scored edits", FILE)
-    edits: str = flag("", "edits (source, target, instruction), see docs/data.md; empty: none", FILE)
+                     "scored edits", DATA)
+    edits: str = flag("", "edits (source, target, instruction): docs/data.md; empty: none", DATA)
     columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
     out: str = flag("out/sft", "folder of the run")
     steps: int = flag(3000, "optimiser steps", "[1, 1e7]")
@@ -75,7 +75,7 @@ class Args(RunFlags):
     refs: str = flag("", "what is shown references: {}; empty: the preset's", REFS)
 
     tuples: str = flag("", "folder of cot (file_name, prompt, reasoning) or reflect (image, "
-                       "prompt, critique, refined); empty: the classroom's", FILE,
+                       "prompt, critique, refined); empty: the classroom's", DATA,
                        group="Words (--task cot, reflect)")
     share: float = flag(0.5, "share of the steps whose batch is of those", "[0, 1]")
     lm_loss: float = flag(0.0, "weight of the words' own loss, by which the language model "

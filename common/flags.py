@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -25,6 +26,7 @@ OLD = {                                   # flags that were renamed, and what to
 # What a flag's text may name. Of the second kind "" is none, and the Hub is asked when it is read.
 FILE = "a file or folder that exists"
 HUB = "a folder that exists, or owner/repo on the Hub"
+DATA = "a file or folder that exists, or after `pip install datasets` owner/name on the Hub"
 
 
 def flag(default, help, allowed=None, group="", setting=False, positional=False):
@@ -83,10 +85,13 @@ def shown(value):
 
 
 def there(name, allowed=FILE):
-    """Is there such a file or folder, here or, of the classroom's, beside the scripts? HUB: or
-    might it be on the Hub, or is it none, ""?"""
-    on_hub = re.fullmatch(r"([\w.-]{1,96}(/[\w.-]{1,96})+)?", name, re.ASCII)
-    return bool(name) and os.path.exists(beside(name)) or allowed == HUB and bool(on_hub)
+    """Is there such a file or folder, here or, of the classroom's, beside the scripts? DATA, HUB:
+    or might it be on the Hub; HUB: or is it none, ""?"""
+    if name and os.path.exists(beside(name)):
+        return True
+    may_be = allowed == HUB or allowed == DATA and find_spec("datasets")
+    on_hub = re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})+", name, re.ASCII)
+    return bool(may_be and (on_hub or allowed == HUB and not name))
 
 
 def check(f, value, who=""):

@@ -22,7 +22,7 @@ import reflect
 import sample
 import sft
 from common import flags as flags_py
-from common.flags import FILE, HUB, flag, flag_of, fork, inside, number, parse
+from common.flags import DATA, FILE, HUB, flag, flag_of, fork, inside, number, parse
 from common.presets import PRESETS, RECIPES
 from data import convert
 from data.shapes import prepare
@@ -83,7 +83,8 @@ WRONG = dict(
                "http://host\n", "http://hö.st", LONG, "\udce9"],
     guidances=["nan", "1,nan", "1,inf", "-1", "1,", ",", "1;3", "101", "x", "１", LONG, "\udce9"],
     export=["HERE", "HERE/x", "/dev/null/x", "/proc/x/y", LONG, "\udce9"],
-    mask=NO_FILES, final_bench=[], change=["nonsense", "lr,nonsense", ",", "preset", LONG, "\udce9"])
+    mask=NO_FILES, final_bench=[],
+    change=["nonsense", "lr,nonsense", ",", "preset", LONG, "\udce9"])
 
 
 def wrong(script, f):
@@ -100,7 +101,7 @@ def wrong(script, f):
         return [*where, "/dev/null/x.png", "/proc/x.png", "\udce9.png"]
     if f.name in WRONG:
         return WRONG[f.name]
-    if allowed == FILE:
+    if allowed in (FILE, DATA):
         return NO_FILES + empty
     return NO_FILES if allowed == HUB else NO_NAMES + empty
 
@@ -214,7 +215,7 @@ def test_every_number_has_a_range(monkeypatch, tmp_path, script, f):
             assert "" not in allowed and (f.default in allowed or f.default == "")
             for value in given:
                 got(monkeypatch, tmp_path, script, f, value)
-        assert isinstance(allowed, str) <= (allowed in (FILE, HUB))
+        assert isinstance(allowed, str) <= (allowed in (DATA, FILE, HUB))
         return
     assert isinstance(allowed, str) and inside(f.default, allowed)
     values = [f.default]

@@ -381,9 +381,9 @@ def test_folders_that_are_not_a_run_s(photos, tmp_path):
     (theirs / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
     (tmp_path / "file").write_text("x")
     before = files(tmp_path)
-    for out, words in ((theirs, "neither empty nor a run's"), (tmp_path / "file", "Not a directory"),
-                       (tmp_path / "file/run", "Not a directory"), ("/proc/run", "error: --out"),
-                       ("", "--out is empty")):
+    for out, words in ((theirs, "neither empty nor a run's"), ("", "--out is empty"),
+                       (tmp_path / "file", "Not a directory"), ("/proc/run", "error: --out"),
+                       (tmp_path / "file/run", "Not a directory")):
         for flags in ([], ["--resume", "auto"]):
             said = complaint(tiny.play, photos, tmp_path / "x", *FOUR, *flags, "--out", out)
             assert words in said
