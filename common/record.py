@@ -16,6 +16,7 @@ from common.flags import can_hold, read_flag, script, settings_of
 from common.page import look
 from common.run import all_mean, check_ranks, fail, write
 from common.stop import as_a_wish, at_once, end, heed, stopping
+from common.track import Tracker, check_track
 
 # ---------------------------------------------------------------------------------------------
 # Who may write there
@@ -27,6 +28,7 @@ def check_out(args):
     if not args.out.strip():
         fail("--out is empty: name a folder for the run")
     read_flag(args, "out", can_hold)
+    check_track(args.track)
     a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or settings_of(out)
     if not args.resume and a_run:
         fail(f"{out} holds another run: choose another --out, or continue it with --resume")
@@ -109,6 +111,7 @@ class Recorder:
         self.args, self.rank, self.trained, self.start = args, rank, trained, trained.start
         self.preview, self.score, self.shown, self.names = preview, score, {}, set()
         self.stopped, self.out, self.begin = False, Path(args.out), time.time()
+        self.tracker = None
         all_mean([0])                                    # every rank has looked at the folder
         if rank == 0:
             self.open()
@@ -138,6 +141,8 @@ class Recorder:
         elif had != settings:
             write(self.out / f"config_{self.start:05d}.json", json.dumps(settings, indent=1))
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
+        if self.args.track:
+            self.tracker = Tracker(self.args.track, self.out, settings, self.start)
         if self.start:                                   # perhaps killed while it saved
             self.save(self.start, (last or {}).get(self.score))
 
@@ -164,8 +169,13 @@ class Recorder:
                 self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
 
     def write(self, row):
+        """The one place where a row is logged."""
         if self.rank == 0:
             self.log.write(row)
+        if self.tracker:
+            self.tracker.row(row)
+            for file in sorted((self.out / "samples").glob(f"*_{row['step']:05d}.png")):
+                self.tracker.picture(file.stem[:-6], file, row["step"])
 
     def record(self, step, stats, columns, curves):
         """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged

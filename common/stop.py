@@ -48,7 +48,7 @@ def fail(message):
     """A user's error: one line, non-zero exit, nothing written. torchrun ends the other ranks, and
     repeats the line."""
     try:
-        sys.exit(f"error: {message}")
+        sys.exit("error: " + str(message).replace("\n", " "))
     except SystemExit as e:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             ErrorHandler().record_exception(e)

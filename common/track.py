@@ -3,10 +3,17 @@
 import atexit
 import os
 import re
+from importlib.util import find_spec
 
 from common.run import fail
 
 TRACKERS = ("wandb", "tensorboard")
+
+
+def check_track(name):
+    """The user's error where a tracker is not installed: before anything is loaded."""
+    if name and not find_spec(name):
+        fail(f"--track {name} needs {name}: pip install {name}")
 
 
 class Tracker:

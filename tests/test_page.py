@@ -12,7 +12,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
+from test_cli import complaint
 
 import common.page as page_py
 from common.page import health, look, plot, read_log, write_page
@@ -340,6 +342,26 @@ def test_wandb_gets_rows_and_pictures(tmp_path, monkeypatch):
     Tracker("wandb", other, {})
     assert sys.modules["wandb"].calls[-1][1]["id"] != first["id"]
     monkeypatch.delitem(sys.modules, "wandb")
+
+
+def test_a_run_is_tracked(parts, tmp_path, monkeypatch):
+    """Each row of the log, and the pictures of its look, as they are written."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    rows = tiny.play(parts, tmp_path / "run", "--steps", 2, "--eval-every", 2, "--track", "wandb",
+                     "--no-final-bench")
+    (_, about), *said = sys.modules["wandb"].calls
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert about["config"]["G"] == 4 and [r for _, r, _ in said if "at" in r] == rows
+    pictures = [(step, *r) for _, r, step in said if "at" not in r]
+    assert pictures == [(0, "step"), (2, "step")]
+
+
+def test_a_run_asks_first_for_its_tracker(parts, tmp_path):
+    assert "--track tensorboard needs tensorboard: pip install" in complaint(
+        tiny.play, parts, tmp_path / "run", "--track", "tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name, module, words", [
