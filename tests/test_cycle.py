@@ -252,7 +252,7 @@ def test_resume_continues_as_if_never_stopped(noisy, tmp_path):
         return [{k: v for k, v in r.items() if k != "at" and not k.startswith("s_")} for r in rows]
     assert timeless(again) == timeless(whole)
     assert {p.name for p in (tmp_path / "b").iterdir()} == {
-        "config.json", "log.jsonl", "curves.png", "results.json", "samples", "ckpt"}
+        "config.json", "log.jsonl", "curves.png", "index.html", "results.json", "samples", "ckpt"}
     assert {p.stem for p in (tmp_path / "b" / "samples").iterdir()} == {
         "step_00000", "step_00002", "step_00004", "before", "after"}
     before = files(tmp_path)

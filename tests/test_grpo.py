@@ -408,7 +408,7 @@ def test_resume_continues_as_if_never_stopped(parts, tmp_path, monkeypatch):
     assert timeless(again) == timeless(whole)
     assert [r["at"] for r in again] == sorted(r["at"] for r in again)
     assert {p.name for p in (tmp_path / "b").iterdir()} == {
-        "config.json", "log.jsonl", "curves.png", "results.json", "samples", "ckpt"}
+        "config.json", "log.jsonl", "curves.png", "index.html", "results.json", "samples", "ckpt"}
     assert {p.stem for p in (tmp_path / "b" / "samples").iterdir()} == {
         "step_00000", "step_00002", "step_00004", "before", "after"}
 
