@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common.draw import draw_edits, draw_reflecting, draw_thinking
 from common.flags import HUB, can_hold, flag, given_parts, inside, number, parse, read_flag
+from common.page import write_page
 from common.presets import PRESETS, SOLVERS
 from common.read import UNREADABLE, arrays, named, parse_json, read_image, read_json
 from common.rl import must_be_drawn
@@ -320,6 +321,7 @@ def before_and_after(model, args, ema, out, device, bench):
                    for name, policy in (("before", base), ("after", model))}
     show_table(results)
     write(out / "results.json", json.dumps(results, indent=1))
+    write_page(out)
 
 
 # ---------------------------------------------------------------------------------------------
