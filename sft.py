@@ -175,8 +175,7 @@ def train_reward(args, rank, world, device):
     their score by regression. --data: jsonl of `source`, `edited`, `instruction`, `score`, a tenth
     of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
     --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
-    rows, held = scored_edits(args)
-    cfg, broken = preset(args.preset), Broken(args.data, 0.1)
+    (rows, held), cfg, broken = scored_edits(args), preset(args.preset), Broken(args.data, 0.1)
     held, model = opened(held, cfg, broken), reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)

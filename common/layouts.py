@@ -5,10 +5,11 @@ import io
 import os
 import re
 import sys
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_json, raw_records,
@@ -129,19 +130,28 @@ class Data:
 
 @lru_cache(4)
 def rows_of(file, stamp):
-    """-> (file, place, raw record) of each; stamp: when it was written, and how long it is"""
-    return [(file, *row) for row in raw_records(file)]
+    """-> places and raw records, two lists: of a million tuples Python would look after each.
+    stamp: when the file was written, and how long it is"""
+    places, raws = [], []
+    for place, raw in raw_records(file):
+        places.append(place)
+        raws.append(raw)
+    return places, raws
 
 
 def table(files):
     """metadata.jsonl or .csv, a list: kept in memory as text, and read once it is drawn"""
     parts = [rows_of(file, (os.stat(file).st_mtime_ns, os.stat(file).st_size)) for file in files]
-    found = parts[0] if len(parts) == 1 else sum(parts, [])
+    starts = [0, *accumulate(len(raws) for _, raws in parts)]            # of each file's records
 
     def one_pass(rng, unreadable):
-        for file, place, raw in rng.sample(found, len(found)) if rng else found:
-            yield f"{file}, {place}", raw, file.parent
-    return Data(f"{len(found):,} records of {', '.join(f.name for f in files[:3])}", one_pass)
+        order = range(starts[-1])
+        for i in rng.sample(order, len(order)) if rng else order:
+            k = bisect(starts, i) - 1
+            places, raws = parts[k]
+            where = f"{files[k]}, {places[i - starts[k]]}"
+            yield where, raws[i - starts[k]], files[k].parent
+    return Data(f"{starts[-1]:,} records of {', '.join(f.name for f in files[:3])}", one_pass)
 
 
 def captioned(folder, walk=os.walk):
