@@ -293,7 +293,7 @@ def main():
     D = latent_numbers(model)
     mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
     samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
-    for step in recorder.steps("cycle_edit"):
+    for step in recorder.steps():
         clock, rng = Clock(), keyed(key(args.seed, step, 0))     # every rank draws alike
 
         # 1  draw B sources with their instructions; a group is the G edits of one source

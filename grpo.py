@@ -247,7 +247,7 @@ def main():
     D = latent_numbers(model)
     first = rank * B                                     # whole groups stay on one rank
     samples = list(range(first * G, (first + B) * G))    # numbers among all ranks'
-    for step in recorder.steps("grpo"):
+    for step in recorder.steps():
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
 

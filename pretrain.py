@@ -78,7 +78,7 @@ def main():
     data = mixture(args, cfg, n, rank, world, trained.start)
     look = partial(preview, model, what_to_show(args, cfg, n))
     recorder = Recorder(args, rank, trained, look, first=False)  # after all that can fail
-    for step in recorder.steps("pretrain"):
+    for step in recorder.steps():
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
         images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
         rng = keyed(key(args.seed, step, 0))                     # every rank draws alike

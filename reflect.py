@@ -517,7 +517,7 @@ def main():
     mine = range(rank * B, rank * B + B)                 # whole groups stay on one rank
     samples = list(range(mine.start * G, mine.stop * G))         # numbers among all ranks'
     able = [allowed for allowed in may_draw(args, mine) for _ in range(G)]
-    for step in recorder.steps("reflect"):
+    for step in recorder.steps():
         clock, rng = Clock(), keyed(key(args.seed, step, 0))     # every rank draws alike
 
         # 1  draw B rows; a group is the G samples of one row

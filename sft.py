@@ -182,7 +182,7 @@ def train_reward(args, rank, world, device):
     trained = Trained(args, params, opt, partial(save_reward, model))
     finite = Finite()
     recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
-    for update in recorder.steps("reward"):
+    for update in recorder.steps():
         # 1  scored edits, and how far the model is from their scores
         rng = random.Random(key(args.seed, update, 0))           # every rank draws alike
         examples = draw_scored(rows, args.batch, rng, cfg, broken)[rank::world]
@@ -250,7 +250,7 @@ def main():
     data = mixture(args, cfg, n, rank, world, trained.start)
     look = partial(preview, model, what_to_show(args, cfg, n))
     recorder = Recorder(args, rank, trained, look, first=False)  # after all that can fail
-    for step in recorder.steps("sft"):
+    for step in recorder.steps():
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
         images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
         rng = keyed(key(args.seed, step, 0))                     # every rank draws alike

@@ -188,12 +188,16 @@ def about(f):
     return f.metadata["help"] + (f" [{default}]" if default not in ("", None, ()) else "")
 
 
+def in_order(Args):
+    """-> its fields, RunFlags behind a script's own"""
+    return sorted(fields(Args), key=lambda f: f.name in RunFlags.__dataclass_fields__)
+
+
 def add_flags(p, Args):
     """Every field of Args as a flag, in its group; a boolean gets its --no-x, a tuple may be given
     again."""
     group = p
-    own = [f for f in fields(Args) if f.name not in RunFlags.__dataclass_fields__]
-    for f in own + [f for f in fields(Args) if f not in own]:
+    for f in in_order(Args):
         if title := f.metadata["group"]:                 # the fields that follow belong to it, too
             group = p.add_argument_group(title)
         if f.metadata["setting"]:
@@ -237,7 +241,7 @@ def parse(Args, description, stage=None, tasks=None, not_here=None):
     --recipe's < a flag. What papers alone set is no flag: a recipe sets it, or a .json of settings
     that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
     says}; others that the script lacks are an error."""
-    known = {f.name: f for f in fields(Args)}
+    known = {f.name: f for f in in_order(Args)}
     settings = [f for f in known.values() if f.metadata["setting"]]
     said = [f"  {f'{f.name} {kind_of(f)}':30}  {about(f)}" for f in settings]
     p = command_line(

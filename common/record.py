@@ -151,10 +151,10 @@ class Recorder:
             self.trained.save(self.out, step, score)
         keep_beside(self.out, step, self.args.keep)
 
-    def steps(self, name):
+    def steps(self):
         """The updates to do. A run that is asked to stop ends here, with the signal's exit code."""
-        self.bar = tqdm(range(self.start, self.args.steps), name, disable=self.rank > 0,
-                        initial=self.start, total=self.args.steps)
+        self.bar = tqdm(range(self.start, self.args.steps), Path(script()).stem, initial=self.start,
+                        total=self.args.steps, disable=self.rank > 0)
         heed(as_a_wish)
         for step in self.bar:
             yield step

@@ -54,7 +54,7 @@ def main():
     lab = Lab(Args, __doc__, anchored=True)
     args, model, optimiser, device = lab.args, lab.model, lab.optimiser, lab.device
     G = args.G
-    for step in lab.recorder.steps("dgpo"):
+    for step in lab.recorder.steps():
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
 

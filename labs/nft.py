@@ -56,7 +56,7 @@ def main():
     args, model, optimiser, device = lab.args, lab.model, lab.optimiser, lab.device
     G = args.G
     old = Follower(optimiser, args.old, args.old_growth)
-    for step in lab.recorder.steps("nft"):
+    for step in lab.recorder.steps():
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
 

@@ -437,7 +437,7 @@ def test_reward_of_a_file(parts, eye, tmp_path):
         assert not (tmp_path / f"bad{i}").exists()
     file.write_text(json.dumps(rows[0]) + "\n")
     for flags, words in [(["--data", file], "too few"), (["--task", "rewards"], "reflect, reward"),
-                         (["--data", tmp_path / "none"], "No such file")]:
+                         (["--data", tmp_path / "none"], "must be a file")]:
         assert words in complaint(judge_of, parts, tmp_path / "bad", *flags)
 
 
