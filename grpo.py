@@ -24,6 +24,7 @@ import torch
 
 from common.data import pairs
 from common.flags import DATA, FILE, HUB, RunFlags, flag, parse, read_flag
+from common.layouts import columns_of
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS
 from common.record import Recorder
 from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
@@ -90,7 +91,8 @@ class Args(RunFlags):
     sft: float = flag(0.0, "weight of a fine-tuning loss (DeepGen) beside the rewards", "[0, 1)")
     sft_data: str = flag("data/shapes/train", "images and prompts, as pretrain.py's --data", DATA)
     sft_batch: int = flag(32, "its images per update", "[1, 1e5]", setting=True)
-    columns: str = flag("", "own names of columns in --prompts, --sft-data: caption=my_text")
+    columns: str = flag("", "own names of columns in --prompts, --sft-data: caption=my_text",
+                        columns_of)
     ldam: str = flag("", "layers of a bridge lim that see a reward's noise (ParaUni): geneval:4-6")
     ldam_gamma: float = flag(0.1, "size of --ldam's noise", "[0, 100]", setting=True)
     ldam_leap: float = flag(100.0, "growth of grad_norm for --ldam", "[0, 1e9]", setting=True)

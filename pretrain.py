@@ -16,6 +16,7 @@ import torch
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, train_times
+from common.layouts import columns_of
 from common.presets import PRESETS, REFS, reference_ways
 from common.data import mixture
 from common.record import Recorder, check_out
@@ -35,7 +36,8 @@ class Args(RunFlags):
                      "pictures with captions, in a layout of docs/data.md: a folder with "
                      "metadata.jsonl, of WebDataset shards (.tar) ...", DATA)
     edits: str = flag("", "edits (source, target, instruction): docs/data.md; empty: none", DATA)
-    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file",
+                        columns_of)
     out: str = flag("out/pretrain", "folder of the run")
     steps: int = flag(900, "optimiser steps", "[1, 1e7]")
     batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")

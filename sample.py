@@ -69,6 +69,14 @@ def read(file):
         fail(f"{file} cannot be read as an image: {one_line(e)}")
 
 
+def sides_of(text):
+    """ "1024x768" or "512" -> [width, height]; ValueError"""
+    given = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if not given:
+        raise ValueError("must be WIDTHxHEIGHT or a number of pixels, such as 512")
+    return [int(side or given[1]) for side in given.groups()]
+
+
 @dataclass
 class Args:
     prompts: tuple = flag((), "what to draw, each prompt in quotes", group="What matters most",
@@ -86,7 +94,7 @@ class Args:
     out: str = flag("sample.png", "file to write, .png, or with --trajectory .gif")
     n: int = flag(4, "images per prompt", "[1, 1000]")
     size: str = flag("", "pixels, WIDTHxHEIGHT or a number, of what is drawn from prompts; empty: "
-                     "the preset's")
+                     "the preset's", sides_of)
     steps: int = flag(20, "ODE steps, one DiT forward each", "[1, 1000]")
     solver: str = flag("", "of the ODE: {}, the last of second order, which wants fewer steps; "
                        "empty: the preset's", SOLVERS)
@@ -118,10 +126,7 @@ class Args:
 def size_of(text, cfg, dit):
     """--size: pixels, "width x height" or one side of a square -> (height, width) that the DiT can
     draw; rounded, which it says, to the multiples that patches and VAE want."""
-    given = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
-    if not given:
-        fail(f"--size {text!r} is neither WIDTHxHEIGHT nor a number of pixels, such as {cfg.size}")
-    sides = [int(side or given[1]) for side in given.groups()]
+    sides = sides_of(text)
     step = cfg.vae_factor * dit.patch_size
     # SANA has no table of places; what is far from what it was trained on fills the memory in vain.
     table = cfg.dit_config.get("pos_embed_max_size")

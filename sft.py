@@ -26,6 +26,7 @@ from rewards.edit import EditReward, read_scored, spearman
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, lm_loss, train_times
+from common.layouts import columns_of
 from common.presets import PRESETS, REFS, preset, reference_ways
 from common.data import Broken, mixture
 from common.read import UNREADABLE, read_image, to_bucket
@@ -47,7 +48,8 @@ class Args(RunFlags):
                      "folder with metadata.jsonl, of shards (.tar) ...; of task reward: jsonl of "
                      "scored edits", DATA)
     edits: str = flag("", "edits (source, target, instruction): docs/data.md; empty: none", DATA)
-    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file")
+    columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file",
+                        columns_of)
     out: str = flag("out/sft", "folder of the run")
     steps: int = flag(3000, "optimiser steps", "[1, 1e7]")
     batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")

@@ -31,11 +31,11 @@ DATA = "a file or folder that exists, or after `pip install datasets` owner/name
 
 def flag(default, help, allowed=None, group="", setting=False, positional=False):
     """A field of a script's Args. help: what --help says of it, {} standing for its choices.
-    allowed: a number's range, such as "[0, 1)" or "0 or [0.01, 100]"; of a text its choices, FILE
-    or HUB; None: any text. The default is allowed, too. group: the title of the flags that begin
-    with this one; setting: no flag, but one that recipes have: see parse; positional: all that
-    stands on the command line without a flag."""
-    if allowed and not isinstance(allowed, str):
+    allowed: a number's range, such as "[0, 1)" or "0 or [0.01, 100]"; of a text its choices, FILE,
+    DATA or HUB, or a function that reads it, or raises ValueError; None: any text. The default is
+    allowed, too. group: the title of the flags that begin with this one; setting: no flag, but one
+    that recipes have: see parse; positional: all that stands on the command line without a flag."""
+    if allowed and not isinstance(allowed, str) and not callable(allowed):
         help = help.replace("{}", ", ".join(allowed))
     return field(default=default, metadata=dict(help=help, allowed=allowed, group=group,
                                                 setting=setting, positional=positional))
@@ -110,7 +110,9 @@ def check(f, value, who=""):
         fail(f"{said}: must be text in UTF-8")
     if allowed is None or value == f.default:            # must_exist sees to that
         return value
-    if not isinstance(allowed, str):
+    if callable(allowed):
+        read_text(said, value, allowed)
+    elif not isinstance(allowed, str):
         among(f.name, value, allowed, who)
     elif not who and not there(value, allowed):
         fail(f"{said}: must be {allowed}")
@@ -125,14 +127,18 @@ def among(name, value, choices, who=""):
         fail(f"{who}unknown {flag_of(name)} {shown(value)}; there are: {', '.join(choices)}")
 
 
-def read_flag(args, name, read):
-    """read(a flag's value), whose OSError and ValueError are the user's error."""
-    value = getattr(args, name)
+def read_text(said, text, read):
+    """read(text), whose OSError and ValueError are the user's error; said: what the text is of."""
     try:
-        return read(value)
+        return read(text)
     except (OSError, ValueError, RecursionError) as e:
         why = getattr(e, "strerror", None) or e
-        fail(f"{flag_of(name)} {shown(value)}: {' '.join(str(why).split())[:300]}")
+        fail(f"{said}: {' '.join(str(why).split())[:300]}")
+
+
+def read_flag(args, name, read):
+    """read(a flag's value), or the user's error"""
+    return read_text(f"{flag_of(name)} {shown(getattr(args, name))}", getattr(args, name), read)
 
 
 def must_exist(args, *names):

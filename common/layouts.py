@@ -44,12 +44,12 @@ NOT_TRAINED = {"test", "val", "valid", "validation", "eval"}         # folders
 
 
 def columns_of(text):
-    """--columns: "caption=my_text,image=my_file" -> {our name: the data's}"""
+    """--columns: "caption=my_text,image=my_file" -> {our name: the data's}; ValueError"""
     pairs = [item.partition("=") for item in text.split(",")] if text else []
     for role, _, name in pairs:
         if role.strip() not in ROLES or not name.strip():
-            fail(f"--columns {text!r}: it is like caption=my_text,image=my_file; what can be named "
-                 f"is: {', '.join(ROLES)}")
+            raise ValueError("it is like caption=my_text,image=my_file; what can be named is: "
+                             + ", ".join(ROLES))
     return {ROLES[role.strip()]: name.strip() for role, _, name in pairs}
 
 

@@ -533,7 +533,9 @@ def test_a_broken_tokenizer(parts, tmp_path, refuses, file, text):
 def test_a_malformed_id(refuses, flag, name):
     said = refuses(sample, "--preset", "shapes", *(["--init", ""] if flag != "--init" else []),
                    f"{flag}={name}")
-    assert "is neither a folder nor owner/repo[/subfolder] on the Hub" in said
+    assert "must be a folder that exists, or owner/repo on the Hub" in said or (
+        "is neither a folder nor owner/repo[/subfolder] on the Hub" in said) or (
+        "must be text in UTF-8" in said and "\0" in name)
 
 
 CONVERTED = {
