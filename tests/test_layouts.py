@@ -14,6 +14,7 @@ from PIL import Image
 
 import cycle_edit
 import grpo
+import data.shapes.looks as looks_py
 import pretrain
 from common.data import pairs
 from common.presets import Config
@@ -206,7 +207,7 @@ EDITS = dict(
 
 @pytest.mark.parametrize("who", [*EDITS, "shards", "parquet"])
 def test_edits(parts, tmp_path, monkeypatch, who):
-    monkeypatch.setattr(pretrain, "bench_edit", lambda edit, *_: bench_edit(edit, 1, 5))
+    monkeypatch.setattr(looks_py, "bench_edit", lambda edit, *_: bench_edit(edit, 1, 5))
     folder = tmp_path / "edits"
     if who == "shards":
         about = json.loads(line('{"instruction": "make it blue"}'))
