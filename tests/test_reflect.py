@@ -398,7 +398,7 @@ def test_pictures_that_people_have(talker, tmp_path, monkeypatch, capsys):
     ("--lora-rank 4 --train lm", "--lora-rank adapts the DiT, --vlm-lora-rank the language model; "
      "of --task reflect, --train lm learns: vlm"),
     ("--vlm-lora-rank 4 --train dit", "of --task reflect, --train dit learns: dit"),
-    ("--data BAD", "bad.jsonl, line 2: not a JSON object with `prompt`"),
+    ("--data BAD", "bad.jsonl, line 2: no prompt or text"),
     ("--data NONE", "No such file"), ("--data EMPTY", "no row has a first image that is wrong"),
     ("--data ONE", "no row has a first image that is right, `right`"),
     ("--data GONE", "gone.jsonl, line 1: its source cannot be read (FileNotFoundError"),

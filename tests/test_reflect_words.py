@@ -293,7 +293,7 @@ def test_resume_continues_as_if_never_stopped(talker, tmp_path):
     ("--task cot --temperature 0", "--temperature is above 0"),
     ("--task text --images-per-thought 2", "--images-per-thought is for --task cot"),
     ("--task vqa --data TEXT", "--task vqa is about pictures"),
-    ("--task text --data BAD", "bad.jsonl, line 1: not a JSON object with `question`"),
+    ("--task text --data BAD", "bad.jsonl, line 1: no `question`, `answer`"),
     ("--task text --data NONE", "No such file"),
     ("--task cot --preset flow-grpo", "has no language model that could answer")])
 def test_reflect_refuses(talker, tmp_path, flags, words):
