@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 UNREADABLE = (OSError, ValueError)         # what the functions of this file raise, and nothing else
-MOST_TEXT = 8192          # bytes of a text in UTF-8, some 1,400 words: more is no prompt of a model
+MOST_TEXT = 4096          # bytes of a text in UTF-8, some 700 words: more is no prompt of a model
 MOST_LINE = 2**24         # bytes of a line, 16 MiB
 MOST_PIXELS = 2**26       # of a picture: 8192 x 8192, 200 MB once unpacked
 

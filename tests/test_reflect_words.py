@@ -293,7 +293,7 @@ def test_resume_continues_as_if_never_stopped(talker, tmp_path):
     ("--task cot --temperature 0", "--temperature 0.0: must be"),
     ("--task text --images-per-thought 2", "--images-per-thought is for --task cot"),
     ("--task vqa --data TEXT", "--task vqa is about pictures"),
-    ("--task text --data BAD", "bad.jsonl, line 1: not a JSON object with `question`"),
+    ("--task text --data BAD", "bad.jsonl, line 1: no `question`, `answer`"),
     ("--task text --data NONE", "must be a file or folder that exists"),
     ("--task cot --preset flow-grpo", "has no language model that could answer")])
 def test_reflect_refuses(talker, tmp_path, flags, words):
