@@ -52,6 +52,7 @@ def child(run, said):
         for stream in (1, 2):
             os.dup2(handle, stream)
         sys.stdout = sys.stderr = open(handle, "w", buffering=1)
+        torch.set_num_threads(1)                             # its pool anew, before threads race
         code = 1
         try:
             run()
@@ -364,7 +365,9 @@ def test_resume_knows_its_flags(photos, stopped):
         name, value = flags.split()
         said = complaint(resume, name, value)
         assert name in said and f"--change {name[2:]}" in said
-    assert "--preset was 'shapes'" in complaint(resume, "--preset", "deepgen", "--change", "preset")
+    for flags, words in (([], "--preset was 'shapes'"), (["--change", "preset"], "no flag that"),
+                         (["--change", "lr,nonsense"], "no flag that")):
+        assert words in complaint(resume, "--preset", "deepgen", *flags)
     assert not list(stopped.glob("config_*"))
     resume("--lr", 3e-4, "--change", "lr")
     assert (stopped / "config.json").read_bytes() == config

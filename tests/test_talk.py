@@ -23,6 +23,7 @@ import data.shapes.bench as bench_py
 import data.shapes.prepare as prepare_py
 import eval as eval_py
 import sample
+import data.shapes.looks as looks_py
 import sft
 from common.presets import PRESETS, Config
 from common.data import mixture
@@ -159,7 +160,7 @@ def play(parts, tmp_path, out, task, *flags):
             bench = getattr(talk_py, name)
             some = (lambda a, b, n=1, f=bench: f(a, b, 1, 2)) if name == "bench_think" else (
                 lambda a, f=bench: f(a, 1, 12))
-            m.setattr(sft, name, some)
+            m.setattr(looks_py, name, some)
         return tiny.play(parts, tmp_path / out, "--data", folder_of(tmp_path / "t2i", "t2i"),
                          "--tuples", folder_of(tmp_path / task, task), "--task", task, "--batch", 4,
                          *flags, main=sft.main)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))          # where torchrun does not look
 
 import common.presets as presets_py  # noqa: E402
 import data.shapes.edits as edits_py  # noqa: E402
+import data.shapes.looks as looks_py  # noqa: E402
 import data.shapes.talk as talk_py  # noqa: E402
 import data.shapes.bench as bench_py  # noqa: E402
 import cycle_edit  # noqa: E402
@@ -199,7 +200,7 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         m.setitem(presets_py.PRESETS, "shapes", cfg)
         m.setattr(model, "has_bf16", lambda: bf16)
         m.setitem(rewards.REWARDS, "blue", blue)
-        for file in (eval_py, script):                       # one image per tag is enough
+        for file in (eval_py, looks_py, script):                       # one image per tag is enough
             m.setattr(file, "bench_shapes", lambda draw, n=4, limit=None, png=None: (
                 bench_py.bench_shapes(draw, 1, 6, png)), raising=False)
         m.setattr(cycle_edit, "bench_edit",
