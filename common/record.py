@@ -70,18 +70,18 @@ class Log:
     def keep_up_to(self, step):
         """Drops what is later than a step, whose rows will come again, and a row that is torn.
         -> the last row that stays, or None"""
-        self.file.seek(0)
-        lines = self.file.read().splitlines(keepends=True)
-        last = None
-        while lines and last is None:
-            try:
-                row = json.loads(lines[-1])
-                last = row if row["step"] <= step and lines[-1].endswith(b"\n") else None
-            except (ValueError, TypeError, KeyError):
-                pass
-            if last is None:
-                lines.pop()
-        self.file.truncate(sum(map(len, lines)))
+        size, block, last = self.file.seek(0, os.SEEK_END), 2**20, None
+        while last is None and size:
+            begin, dropped = max(0, size - block), 0     # of a long log only its end is read
+            self.file.seek(begin)
+            lines = self.file.read().splitlines(keepends=True)[begin > 0 :]   # the first is cut
+            while lines and last is None:
+                last = whole_row(lines[-1], step)
+                dropped += 0 if last else len(lines.pop())
+            block *= 8
+            if not begin:
+                break
+        self.file.truncate(size - dropped if size else 0)
         return last
 
     def write(self, row):
@@ -94,6 +94,15 @@ class Log:
             self.file.truncate(whole)
             fail(f"{self.path} cannot be written ({e.strerror}): the last checkpoint is whole; "
                  "make space, then --resume")
+
+
+def whole_row(line, step):
+    """A line of a log, if it is a row and of that step or one before -> the row, else None"""
+    try:
+        row = json.loads(line)
+        return row if row["step"] <= step and line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def read_log(out):
