@@ -277,8 +277,8 @@ def test_any_log_is_gone_on_with(photos, whole, stopped, log, capfd):
 
 
 @pytest.mark.parametrize("rows, keep, tail", [
-    (100_001, 99_990, b""), (30_001, 50, b'{"step'), (5, 2, b""), (5, -1, b"x"), (5, 4, b"x\n[1]\n"),
-    (0, 3, b""), (0, 3, b"torn")])
+    (100_001, 99_990, b""), (30_001, 50, b'{"step'), (5, 2, b""), (5, -1, b"x"),
+    (5, 4, b"x\n[1]\n"), (0, 3, b""), (0, 3, b"torn")])
 def test_a_long_log_is_cut_at_its_end(tmp_path, rows, keep, tail):
     """Also where more than the last megabyte goes; 100,000 rows take below 0.1 s."""
     text = "".join(json.dumps(dict(step=i, at=2.0 * i, **{f"c{k}": 1 / 3 for k in range(9)})) + "\n"
