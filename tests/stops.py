@@ -84,8 +84,6 @@ class Job:
 def scenario(name, do, *flags, **more):
     """do(job) to a run; then --resume auto gives what an uninterrupted one gives."""
     out = FOLDER / "torchrun" / name
-    shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(exist_ok=True)
     job = Job(out, *flags, **more)
     after_row(out, 2, job)
     do(job)
@@ -115,6 +113,8 @@ def send(which, to, times=1):
 
 def under_torchrun():
     parts()
+    shutil.rmtree(FOLDER / "torchrun", ignore_errors=True)
+    (FOLDER / "torchrun").mkdir()
     Job(FOLDER / "torchrun/whole", "--resume", "auto").end()
     for to in ("agent", "group", "rank0", "rank1", "all"):
         for which in (signal.SIGTERM, signal.SIGINT):
