@@ -15,7 +15,7 @@ from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_abo
 from common.flags import can_hold, read_flag, script, settings_of
 from common.page import look
 from common.run import all_mean, check_ranks, fail, write
-from common.stop import as_a_wish, at_once, end, heed, stopping
+from common.stop import SIGNALS, as_a_wish, at_once, end, heed, received
 from common.track import Tracker, check_track
 
 # ---------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Recorder:
         all that can fail."""
         self.args, self.rank, self.trained, self.start = args, rank, trained, trained.start
         self.preview, self.score, self.shown, self.names = preview, score, {}, set()
-        self.stopped, self.out, self.begin = False, Path(args.out), time.time()
+        self.stopped, self.out, self.begin = [], Path(args.out), time.time()
         self.tracker = None
         all_mean([0])                                    # every rank has looked at the folder
         if rank == 0:
@@ -169,7 +169,8 @@ class Recorder:
             yield step
             if self.stopped:
                 self.bar.close()
-                end(f"after update {step + 1}: saved in {self.out}/ckpt, --resume goes on")
+                end(self.stopped[0], f"after update {step + 1}: saved in {self.out}/ckpt, "
+                    "--resume goes on")
         heed(at_once)
 
     def look(self, step):
@@ -190,8 +191,8 @@ class Recorder:
         """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged
         over all; columns: alike on all; curves: panels of curves.png beside the rewards.
         -> row. Every rank calls it."""
-        stats = mean_row(stats | dict(stop=stopping.is_set()))
-        self.stopped = stats.pop("stop") > 0
+        stats = mean_row(stats | {which: which in received for which in SIGNALS})
+        self.stopped = [which for which in SIGNALS if stats.pop(which)]          # on any rank
         row = dict(step=step + 1, at=round(time.time() - self.begin, 1), **stats, **columns)
         due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
         if due:

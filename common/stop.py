@@ -30,15 +30,13 @@ def as_a_wish(which, frame):
 
 def at_once(which, frame):
     """While nothing can be lost: before the first update, and in a benchmark at the end."""
-    received.append(which)
-    end("at once; what was saved is whole")
+    end(which, "at once; what was saved is whole")
 
 
-def end(what):
-    """Ends the process with the code of the signal that asked for it, and one line."""
+def end(which, what):
+    """Ends the process with a signal's exit code and one line."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)              # of more: Python is on its way out
-    which = received[0] if received else signal.SIGTERM  # another rank has received it
     if os.environ.get("RANK", "0") == "0":
         print(f"\nstopped by {signal.Signals(which).name} {what}", file=sys.stderr)
     sys.exit(128 + which)

@@ -521,6 +521,7 @@ def test_a_broken_part(parts, tmp_path, refuses, part, case):
 @pytest.mark.parametrize("text", ["", "[]", '{"a": '])
 def test_a_broken_tokenizer(parts, tmp_path, refuses, file, text):
     shutil.copytree(parts / "vlm", tmp_path / "vlm")
+    (tmp_path / "vlm/processor_config.json").unlink(missing_ok=True)  # it may hold the third again
     assert (tmp_path / "vlm" / file).exists()
     (tmp_path / "vlm" / file).write_text(text)
     assert "that could be read" in refuses(sample, "--init", parts / "sft", "--vlm",
@@ -630,9 +631,9 @@ def test_sizes(drawn, flags, size, pixels, note):
 
 
 @pytest.mark.parametrize("size, words", [
-    ("x", "is neither WIDTHxHEIGHT nor a number"), ("64x", "is neither"), ("-8", "is neither"),
     ("0", "draws sides of 8 to 128 pixels; nearest is 8x8"), ("4x64", "nearest is 8x64"),
-    ("999999x64", "nearest is 128x64"), ("64.5", "is neither"), ("６４", "is neither")])
+    ("999999x64", "nearest is 128x64"),
+    *((text, "must be WIDTHxHEIGHT or a number") for text in ("x", "64x", "-8", "64.5", "６４"))])
 def test_sizes_that_cannot_be(parts, tmp_path, refuses, size, words):
     assert words in refuses(sample, "--init", parts / "sft", f"--size={size}")
 
