@@ -285,7 +285,8 @@ def test_columns_of_other_names(parts, tmp_path):
     trained_on(parts, tmp_path, "--data", folder, "--columns", columns)
     assert read_prompts(folder, "caption=my_text")[0]["prompt"] == RED
     for wrong in ("caption", "title=x", "caption=", "=x", "a=b=c"):
-        assert "--columns" in complaint(lambda: pairs(folder, CFG, 2, 0, columns=wrong))
+        assert "--columns" in complaint(tiny.play, parts, tmp_path / "none", "--columns", wrong)
+        assert not (tmp_path / "none").exists()
     assert "no file_name or image or image_path" in complaint(lambda: pairs(folder, CFG, 2, 0))
     assert "no none among its fields my_file, my_text" in complaint(
         lambda: pairs(folder, CFG, 2, 0, columns="image=my_file,caption=none"))
