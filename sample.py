@@ -30,8 +30,7 @@ from common.flags import FILE, HUB, can_hold, flag, given_parts, parse, read_fla
 from common.lora import write_lora
 from common.presets import PRESETS, SOLVERS, reference_ways
 from common.read import UNREADABLE, as_text, read_image, to_bucket
-from common.shards import one_line
-from common.run import fail, setup
+from common.run import fail, one_line, setup
 from common.weights import fetch, slim
 from model import Unified
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
-from pickle import UnpicklingError
 from shutil import copyfile, rmtree
 from zipfile import BadZipFile, ZipFile
 
@@ -16,8 +15,8 @@ from safetensors.torch import save_file
 
 from common.lora import DIFFUSERS, PEFT, lora_config, lora_files, read_lora
 from common.presets import Config
-from common.run import beside, fail, first_line, replacing
-from common.weights import crc, dit_tensors, download, on_the_hub, read_safetensors, sound
+from common.run import beside, fail, replacing
+from common.weights import attempt, crc, dit_tensors, download, on_the_hub, read_safetensors, sound
 
 
 CHECKPOINT = "ckpt/optim.pt"              # all that --resume needs; beside it the weights to use
@@ -237,25 +236,22 @@ def resume_run(ema, args, opt):
     file = Path(args.out) / CHECKPOINT
     if not args.resume or not file.exists():             # see check_out
         return 0
-    try:
+
+    def read():
         with ZipFile(file) as records:                   # torch writes checksums, and reads none
             if damaged := records.testzip():
                 raise BadZipFile(f"{damaged} is not what was written")
         saved = torch.load(file, weights_only=True, map_location="cpu")
-        raw, mean, step = saved["raw"], saved["mean"], saved["step"]
         # Once a part that does not learn had a group, an empty one.
         groups = [g for g in saved["opt"]["param_groups"] if g["params"]]
-    except (OSError, EOFError, RuntimeError, UnpicklingError, BadZipFile, ValueError, TypeError,
-            LookupError, AttributeError) as e:
-        fail(f"{file} cannot be read, it may be truncated ({first_line(e)}): start anew in another "
-             "--out")
+        return (saved["raw"], saved["mean"], saved["opt"] | dict(param_groups=groups),
+                saved.get("extra", {}), saved["step"])           # older ones have no extra
+    raw, mean, state, extra, step = attempt(
+        f"{file} cannot be read, it may be truncated, so start anew in another --out", read)
     if {k: v.shape for k, v in raw.items()} != {k: v.shape for k, v in ema.params.items()}:
         fail(f"{file} belongs to a run that trained other weights: give the flags it had")
-    try:
-        opt.load_state_dict(saved["opt"] | dict(param_groups=groups))
-    except ValueError as e:
-        fail(f"{file} belongs to a run that trained otherwise ({first_line(e)})")
-    ema.extra = saved.get("extra", {})                      # older ones have none
+    attempt(f"{file} belongs to a run that trained otherwise", lambda: opt.load_state_dict(state))
+    ema.extra = extra
     with torch.no_grad():
         for k, p in ema.params.items():
             p.copy_(raw[k])

@@ -9,8 +9,7 @@ import torch
 
 from common.layouts import FORMS, columns_of, layout, sample, understood
 from common.read import UNREADABLE, read_image, to_bucket
-from common.run import beside, fail, key
-from common.shards import one_line
+from common.run import beside, fail, key, one_line
 
 
 def collated(batch, form):

@@ -314,7 +314,7 @@ def settings_of(out):
         settings = json.loads(files[-1].read_text()) if files else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return settings if isinstance(settings, dict) and "out" in settings else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def script():

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_json, raw_records,
                          read_image, read_json, record, regular, utf8)
-from common.run import beside, fail
-from common.shards import members, one_line, shuffled
+from common.run import beside, fail, one_line
+from common.shards import members, shuffled
 
 # Of training rows: files, the last of them drawn; texts. These are our names of a record's fields;
 # the first file may be several.

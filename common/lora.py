@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from common.run import fail
-from common.weights import attempt, read_json, read_safetensors, sound
+from common.weights import attempt, json_object, read_safetensors, sound
 
 PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 # The fields of peft's LoraConfig that say what is to be merged, and which values they may have.
@@ -80,7 +80,7 @@ def read_lora(path):
     if lora_files(path) == "diffusers":
         return from_diffusers(path / DIFFUSERS)
     file, about = path / PEFT, path / "adapter_config.json"
-    config = lora_config(read_json(about), about)
+    config = lora_config(json_object(about), about)
     if not file.exists():
         fail(f"{path} is no LoRA: it needs peft_type LORA, and {PEFT}")
     tensors = read_safetensors(file)[0]

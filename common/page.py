@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.run import write
+from common.flags import settings_of
+from common.run import replacing, write
 
 PAGE = Path(__file__).with_name("page.html")         # script and style; its text comes from here
 MOST = 450                # points of a curve in curves.png, whose panels have so many pixels
@@ -44,7 +45,7 @@ PANELS = (
 # The log
 
 
-class Log:
+class Columns:
     """log.jsonl as columns of n numbers, NaN where a row has none. What was read once is kept."""
 
     def __init__(self, inode):
@@ -84,22 +85,22 @@ class Log:
         return step[there], at[there] / 60, values[there]
 
 
-LOGS = {}                 # path: Log, of this process's own run
+KNOWN = {}                 # path: Columns, of this process's own run
 
 
-def read_log(out):
-    """-> Log of a run's folder, as far as it is written"""
+def read_columns(out):
+    """-> Columns of a run's folder, as far as it is written"""
     path = os.path.abspath(out / "log.jsonl")
     try:
         file = open(path, "rb")
     except FileNotFoundError:                                    # nothing is logged yet
-        return Log(0)
+        return Columns(0)
     with file:
         about = os.fstat(file.fileno())
-        log = LOGS.get(path)
+        log = KNOWN.get(path)
         if log is None or log.inode != about.st_ino or log.read > about.st_size:
-            LOGS.clear()
-            log = LOGS[path] = Log(about.st_ino)                 # another file: from its beginning
+            KNOWN.clear()
+            log = KNOWN[path] = Columns(about.st_ino)            # another file: from its beginning
         return log.more(file)
 
 
@@ -135,7 +136,7 @@ def thin(x, most=MOST):
 
 def plot(out, *curves):
     """curves.png from log.jsonl: one panel per tuple of row names, against minutes."""
-    log = read_log(out)
+    log = read_columns(out)
     there = tuple(tuple(name for name in names if len(log.curve(name)[2])) for names in curves)
     figure, axes, lines = drawing(there)
     for (_, name), (faint, strong) in lines.items():
@@ -152,8 +153,8 @@ def plot(out, *curves):
     for ax in axes:
         ax.relim()
         ax.autoscale_view()
-    figure.savefig(out / "curves.tmp", format="png", pil_kwargs=dict(compress_level=1))
-    os.replace(out / "curves.tmp", out / "curves.png")
+    with replacing(out / "curves.png") as fresh:
+        figure.savefig(fresh, format="png", pil_kwargs=dict(compress_level=1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,14 +321,10 @@ def pictures_of(folder):
 
 
 def write_page(out):
-    """index.html of a run's folder, from its log, its config.json and its samples."""
+    """index.html of a run's folder, from its log, its flags and its samples."""
     out = Path(out)
-    log = read_log(out)
-    try:
-        config = json.loads((out / "config.json").read_bytes())
-    except (OSError, ValueError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
+    log = read_columns(out)
+    config = settings_of(out)
     steps = config.get("steps") if isinstance(config.get("steps"), int) else None
     at = [np.array(log.columns[name]) for name in ("step", "at") if log.n]
     pace = np.diff(at[1][-21:]) / np.maximum(1, np.diff(at[0][-21:])) if at else []

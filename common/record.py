@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -29,7 +30,8 @@ def check_out(args):
         fail("--out is empty: name a folder for the run")
     read_flag(args, "out", can_hold)
     check_track(args.track)
-    a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or settings_of(out)
+    a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or (
+        "out" in settings_of(out))
     if not args.resume and a_run:
         fail(f"{out} holds another run: choose another --out, or continue it with --resume")
     if not a_run and out.exists() and any(out.iterdir()):
@@ -96,7 +98,7 @@ class Log:
                  "make space, then --resume")
 
 
-def whole_row(line, step):
+def whole_row(line, step=math.inf):
     """A line of a log, if it is a row and of that step or one before -> the row, else None"""
     try:
         row = json.loads(line)
@@ -106,8 +108,10 @@ def whole_row(line, step):
 
 
 def read_log(out):
-    """-> the rows of a run's log"""
-    return [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+    """-> the rows of a run's log, of which one that is torn is none"""
+    file = Path(out) / "log.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [row for line in lines if (row := whole_row(line))]
 
 
 class Recorder:
@@ -152,13 +156,10 @@ class Recorder:
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         if self.args.track:
             self.tracker = Tracker(self.args.track, self.out, settings, self.start)
-        if self.start:                                   # perhaps killed while it saved
-            self.save(self.start, (last or {}).get(self.score))
-
-    def save(self, step, score):
-        if self.start != step or saved_about(self.out / "ckpt").get("step") != step:
-            self.trained.save(self.out, step, score)
-        keep_beside(self.out, step, self.args.keep)
+        if self.start and saved_about(self.out / "ckpt").get("step") != self.start:
+            self.trained.save(self.out, self.start, (last or {}).get(self.score))
+        if self.start:                                   # it was perhaps killed while it saved
+            keep_beside(self.out, self.start, self.args.keep)
 
     def steps(self):
         """The updates to do. A run that is asked to stop ends here, with the signal's exit code."""
@@ -177,6 +178,9 @@ class Recorder:
         if self.rank == 0:
             with self.trained.ema.applied():
                 self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
+        if self.tracker:
+            for file in sorted((self.out / "samples").glob(f"*_{step:05d}.png")):
+                self.tracker.picture(file.stem[:-6], file, step)
 
     def write(self, row):
         """The one place where a row is logged."""
@@ -184,8 +188,6 @@ class Recorder:
             self.log.write(row)
         if self.tracker:
             self.tracker.row(row)
-            for file in sorted((self.out / "samples").glob(f"*_{row['step']:05d}.png")):
-                self.tracker.picture(file.stem[:-6], file, row["step"])
 
     def record(self, step, stats, columns, curves):
         """One row of the log and, where due, a look and a checkpoint. stats: this rank's, averaged
@@ -201,7 +203,8 @@ class Recorder:
             row |= self.shown
         self.write(row)                                  # before the checkpoint of the same step
         if due and self.rank == 0:
-            self.save(step + 1, self.shown.get(self.score))
+            self.trained.save(self.out, step + 1, self.shown.get(self.score))
+            keep_beside(self.out, step + 1, self.args.keep)
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]
             panels = [[name for name in panel if name in self.names] for panel in curves]
@@ -211,10 +214,11 @@ class Recorder:
 
     def progress(self, row):
         """The bar's end: the first reward or loss, the last held-out score, gradient norms' sum."""
-        first = next((name for name in row if name.startswith("reward_") or name.endswith("loss")),
-                     None)
-        told = {} if first is None else {first.split("_")[0] if first.startswith("reward_")
-                                         else first: f"{row[first]:.3g}"}
+        told = {}
+        for name in row:
+            if name.startswith("reward_") or name.endswith("loss"):
+                told["reward" if name.startswith("reward_") else name] = f"{row[name]:.3g}"
+                break
         if self.score in self.shown:
             told["held out"] = f"{self.shown[self.score]:.3f}"
         norm = sum(x for name, x in row.items() if name.endswith("grad_norm"))

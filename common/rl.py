@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import urlsplit
 
 import torch
 
@@ -30,9 +29,7 @@ def check_flags(args, world, what):
     check_out(args)
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
-    if args.judge_url:
-        read_flag(args, "judge_url", must_be_url)
-    elif not there(args.judge, HUB):
+    if not args.judge_url and not there(args.judge, HUB):        # of an address see Judge
         fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
     if hasattr(args, "window"):
         check_window(args, world)
@@ -52,14 +49,6 @@ def check_window(args, world):
         must_exist(args, "sft_data")
         if args.sft_batch % world:
             fail(f"--sft-batch {args.sft_batch} images cannot be shared by {world} ranks")
-
-
-def must_be_url(text):
-    """ValueError unless it is one of an endpoint."""
-    url = urlsplit(text)                                 # ValueError, as .port, where it is broken
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or not (
-            text.isascii() and text.isprintable() and " " not in text):
-        raise ValueError("must be http:// or https:// and a host, such as http://localhost:8000/v1")
 
 
 def read_mix(text):

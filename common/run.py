@@ -1,4 +1,4 @@
-"""A run: ranks, seeds, gradients, files and curves. Nothing here learns."""
+"""A run: ranks, seeds, gradients, files. Nothing here learns."""
 
 import atexit
 import math
@@ -51,8 +51,14 @@ def from_file(name):
 
 
 def first_line(error):
-    """-> what an exception says, or its kind where it says nothing"""
+    """-> what an exception of a library says, of which the rest is advice, or its kind where it
+    says nothing"""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error):
+    """-> all that an exception of ours says, up to 400 letters, or its kind"""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def has_bf16():

@@ -10,10 +10,6 @@ MOST_RECORD = 2**28       # bytes of a record
 MOST_WAITING = 2**30      # bytes of the records that wait to be drawn from
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:400] or type(error).__name__
-
-
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")        # a record's key, and the member's ending
 
 

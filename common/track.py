@@ -5,7 +5,7 @@ import os
 import re
 from importlib.util import find_spec
 
-from common.run import fail
+from common.run import fail, first_line
 
 TRACKERS = ("wandb", "tensorboard")
 
@@ -33,7 +33,7 @@ class Tracker:
             else:
                 fail(f"unknown --track {name!r}; there are: {', '.join(TRACKERS)}")
         except ImportError as e:
-            fail(f"--track {name} needs {name}: pip install {name} ({str(e).splitlines()[0]})")
+            fail(f"--track {name} needs {name}: pip install {name} ({first_line(e)})")
         if name == "wandb":
             # The same folder is the same run there.
             own = re.sub(r"[^\w-]", "-", os.path.basename(out.resolve()))

@@ -1,6 +1,5 @@
 """Weights that people already have: parts in their ecosystems' folders, adapters, memory."""
 
-import json
 import os
 import zlib
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
                           AutoTokenizer)
 
 from common.flags import given_parts
-from common.run import beside, fail, same_start, seeded
+from common.read import LOOSE, UNREADABLE, parse_json, utf8
+from common.run import beside, fail, first_line, same_start, seeded
 
 
 def attempt(claim, make):
@@ -28,7 +28,7 @@ def attempt(claim, make):
     try:
         return make()
     except Exception as e:
-        fail(f"{claim}: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
+        fail(f"{claim}: {first_line(e)}")
 
 
 def on_the_hub(name):
@@ -59,7 +59,7 @@ def download(name, files):
              f"`hf download {repo}` where it is not, and unset HF_HUB_OFFLINE")
     except (OSError, ValueError) as e:
         fail(f"{name} is neither a folder nor owner/repo[/subfolder] on the Hub: "
-             + str(e).strip().splitlines()[0])
+             + first_line(e))
 
 
 def fetch(name, weights=True):
@@ -73,18 +73,18 @@ def fetch(name, weights=True):
         inside = [f.name for f in sorted(path.glob("*/")) if (f / "config.json").exists()]
         fail(f"{name} is no model's folder: it has no config.json"
              + (f"; did you mean {name}/{inside[0]}?" if inside else ""))
-    read_json(path / "config.json")
+    json_object(path / "config.json")
     if weights:
         shards(path)
     return path
 
 
-def read_json(file):
-    """A file that holds a JSON object -> dict"""
+def json_object(file):
+    """A part's file that holds a JSON object -> dict, or the user's error"""
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as e:
-        fail(f"{file} is no JSON ({str(e).splitlines()[0]}): copy it again")
+        value = parse_json(utf8(Path(file).read_bytes()), LOOSE)
+    except UNREADABLE as e:
+        fail(f"{file} is no JSON ({first_line(e)}): copy it again")
     if not isinstance(value, dict):
         fail(f"{file} is no JSON object but a {type(value).__name__}: copy it again")
     return value
@@ -92,7 +92,7 @@ def read_json(file):
 
 def indexed(index):
     """An index of shards -> {tensor's name: name of a file beside it}"""
-    named = read_json(index).get("weight_map")
+    named = json_object(index).get("weight_map")
     # A name with a folder could point anywhere on this disk.
     if not isinstance(named, dict) or not named or not all(
             isinstance(f, str) and f == Path(f).name for f in named.values()):
@@ -206,7 +206,7 @@ def dit_tensors(name, cfg, dit):
     """Weights of a diffusers transformer's folder, whose config.json must be the preset's. What a
     reference is added by, which diffusers does not have, starts as UniRL-Zero's."""
     path = fetch(name)
-    theirs = read_json(path / "config.json")
+    theirs = json_object(path / "config.json")
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.dit_config.items()}
     odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
     if odd:
@@ -218,7 +218,7 @@ def dit_tensors(name, cfg, dit):
 
 def load_vae(cfg, dit, meta=False):
     """The preset's VAE, whose latents must be the DiT's."""
-    config = read_json(fetch(cfg.vae, weights=False) / "config.json")
+    config = json_object(fetch(cfg.vae, weights=False) / "config.json")
     kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderDC)}
     if config.get("_class_name") not in kinds:
         fail(f"{cfg.vae} is a {config.get('_class_name')}, not a VAE: {' or '.join(kinds)}")

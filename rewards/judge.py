@@ -186,7 +186,7 @@ def check_endpoint(url):
         parts = httpx.URL(url)
         parts.host.encode("idna")
         good = (parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", parts.host)
-                and parts.port in (None, *range(1, 65536)) and not re.search(r"\s", url))
+                and parts.port in (None, *range(1, 65536)) and re.fullmatch("[!-~]+", url))
     except (httpx.InvalidURL, ValueError):
         good = False
     if not good:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
-from common.run import fail
+from common.run import fail, first_line
 from common.weights import differ, fetch
 from data.shapes.judge import evaluate, extra_objects
 from data.shapes.world import COLORS
@@ -89,7 +89,7 @@ def color_clip(name, tag):
         model, _, prepare = open_clip.create_model_and_transforms(name, tag)
     except (OSError, RuntimeError) as e:
         fail(f"GenEval's colour classifier, open_clip {name} {tag}, cannot be loaded: "
-             + str(e).strip().splitlines()[0])
+             + first_line(e))
     return to_device(model), prepare, open_clip.get_tokenizer(name)
 
 

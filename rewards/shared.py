@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from common.read import arrays
-from common.run import fail
+from common.run import fail, first_line
 from data.shapes.world import SIDE
 CLASSROOM = Path(__file__).parent.parent / "data/shapes"
 MODELS = {  # a folder, or owner/repo on the Hub; edit to judge by another version
@@ -42,7 +42,7 @@ def hub_file(name):
     try:
         return hf_hub_download(f"{owner}/{repo}", file)
     except (OSError, ValueError) as e:
-        fail(f"{name} is neither a file nor on the Hub: {str(e).strip().splitlines()[0]}")
+        fail(f"{name} is neither a file nor on the Hub: {first_line(e)}")
 
 
 def processor(kind, name):
@@ -50,7 +50,7 @@ def processor(kind, name):
     try:
         return kind.from_pretrained(name)
     except (OSError, ValueError) as e:
-        fail(f"{name} has no {kind.__name__}: {str(e).strip().splitlines()[0]}")
+        fail(f"{name} has no {kind.__name__}: {first_line(e)}")
 
 
 # What a reward of edits reads of a row, beside its "source_image", a uint8 (3,H,W) tensor;

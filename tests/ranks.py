@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from test_cli import folder_of, photo
 
 import common.run as run_py
 import common.weights as weights_py
@@ -30,6 +31,18 @@ MAINS = {          # --init "": the bridge is drawn, not loaded
     "cycle_edit": (cycle_edit.main, lambda f: [*THREE, "--init", "", "--train", "both"]),
     "reflect": (reflect.main, lambda f: [*THREE, "--init", "", "--lr", 1e-3]),
 }
+
+
+def photos_of(parts):
+    """The tiny model's folder, with pictures to learn from in photos/ -> it"""
+    folder = parts / "photos"
+    if not folder.exists():
+        folder.mkdir()
+        names = [f"{i}.png" for i in range(6)]
+        for i, name in enumerate(names):
+            photo(folder / name, 64, 64, i)
+        folder_of(folder, names)
+    return parts
 
 
 def play(folder, out, name, *flags):

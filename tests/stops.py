@@ -17,7 +17,7 @@ from pathlib import Path
 import ranks
 import tiny
 import torch
-from test_stop import after_row, child, photos_of, play, same, state
+from test_stop import after_row, child, play, same, state
 
 import common.record as record_py
 
@@ -29,7 +29,7 @@ def parts():
     if not (FOLDER / "tiny").exists():
         (FOLDER / "tiny").mkdir(parents=True)
         tiny.make(FOLDER / "tiny")
-    return photos_of(FOLDER / "tiny")
+    return ranks.photos_of(FOLDER / "tiny")
 
 
 def kills(n):

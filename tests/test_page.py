@@ -17,7 +17,7 @@ from PIL import Image
 from test_cli import complaint
 
 import common.page as page_py
-from common.page import health, look, plot, read_log, write_page
+from common.page import health, look, plot, read_columns, write_page
 from common.track import Tracker
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
@@ -180,9 +180,9 @@ def test_broken_runs_have_a_page(tmp_path):
         text = (out / "index.html").read_text()
         json.loads(Reader(text).texts["application/json"], parse_constant=pytest.fail)
         assert Image.open(out / "curves.png").size == (990, 352)
-    torn = dict(read_log(tmp_path / "5").columns)
+    torn = dict(read_columns(tmp_path / "5").columns)
     assert [*torn["step"]] == [1.0]
-    assert any("cannot be read: 2" in s for _, s in health(read_log(tmp_path / "6"), {}))
+    assert any("cannot be read: 2" in s for _, s in health(read_columns(tmp_path / "6"), {}))
 
 
 def test_the_log_is_read_on(tmp_path, monkeypatch):
@@ -190,27 +190,28 @@ def test_the_log_is_read_on(tmp_path, monkeypatch):
     that was cut or replaced, and another run's, are read from their beginning."""
     out, rows = tmp_path / "a", [row(i, a=i, **dict(b=-i) if i > 3 else {}) for i in range(6)]
     write_log(out, rows)
-    assert [*read_log(out).curve("a")[2]] == [0, 1, 2, 3, 4, 5]
+    assert [*read_columns(out).curve("a")[2]] == [0, 1, 2, 3, 4, 5]
     parsed, real = [], json.loads
     monkeypatch.setattr(page_py.json, "loads",
                         lambda line, **how: parsed.append(line) or real(line, **how))
     with open(out / "log.jsonl", "a") as f:
         f.write(json.dumps(row(6, a=6, c=1)) + '\n{"step": 7, "at"')
-    log = read_log(out)
+    log = read_columns(out)
     assert len(parsed) == 1 and log.n == 7 and log.torn == 0
     with open(out / "log.jsonl", "a") as f:
         f.write(': 42, "a": 7}\n')
-    steps, minutes, values = read_log(out).curve("a")
+    steps, minutes, values = read_columns(out).curve("a")
     assert len(parsed) == 2 and [*values] == [*steps] == [*range(8)] and minutes[7] == 0.7
-    assert [*read_log(out).curve("b")[0]] == [4, 5] and [*read_log(out).curve("c")[0]] == [6]
+    assert [*read_columns(out).curve("b")[0]] == [4, 5]
+    assert [*read_columns(out).curve("c")[0]] == [6]
     write_log(out, rows[:3])                                     # shorter
-    assert [*read_log(out).curve("a")[2]] == [0, 1, 2]
+    assert [*read_columns(out).curve("a")[2]] == [0, 1, 2]
     write_log(tmp_path / "b", [row(9, a=9)] * 9)
     (tmp_path / "b" / "log.jsonl").replace(out / "log.jsonl")    # another file, and longer
-    assert [*read_log(out).curve("a")[2]] == [9] * 9
+    assert [*read_columns(out).curve("a")[2]] == [9] * 9
     write_log(tmp_path / "b", [row(8, a=8)])
-    assert [*read_log(tmp_path / "b").curve("a")[2]] == [8]
-    assert not len(read_log(tmp_path / "none").curve("a")[2])
+    assert [*read_columns(tmp_path / "b").curve("a")[2]] == [8]
+    assert not len(read_columns(tmp_path / "none").curve("a")[2])
 
 
 def test_curves_are_true(tmp_path, monkeypatch):
@@ -293,7 +294,7 @@ SICK = {
 
 def said(tmp_path, rows):
     write_log(tmp_path, rows)
-    return health(read_log(tmp_path), dict(clip=0.002, lm_clip=0.2))
+    return health(read_columns(tmp_path), dict(clip=0.002, lm_clip=0.2))
 
 
 def test_a_healthy_run(tmp_path):

@@ -12,7 +12,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_cli import complaint, folder_of, photo
+from test_cli import complaint
 from torch import multiprocessing
 
 import common.presets as presets_py
@@ -29,14 +29,7 @@ NAMES = list(ranks.MAINS)
 
 @pytest.fixture(scope="module")
 def photos(parts):
-    """The tiny model's folder, with pictures to learn from in photos/"""
-    folder = parts / "photos"
-    folder.mkdir()
-    names = [f"{i}.png" for i in range(6)]
-    for i, name in enumerate(names):
-        photo(folder / name, 64, 64, i)
-    folder_of(folder, names)
-    return parts
+    return ranks.photos_of(parts)
 
 
 # --- one model on all ranks ---

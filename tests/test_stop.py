@@ -16,32 +16,21 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_cli import complaint, files, folder_of, photo
+from test_cli import complaint, files
 
 import common.checkpoint as checkpoint_py
 import common.record as record_py
 import grpo
 from common.checkpoint import saved_about
+from common.rl import Ldam
 
 SPAWN = multiprocessing.get_context("fork")
 FOUR = ["--steps", 4, "--eval-every", 2]
 
 
-def photos_of(parts):
-    """The tiny model's folder, with pictures to learn from in photos/ -> it"""
-    folder = parts / "photos"
-    if not folder.exists():
-        folder.mkdir()
-        names = [f"{i}.png" for i in range(6)]
-        for i, name in enumerate(names):
-            photo(folder / name, 64, 64, i)
-        folder_of(folder, names)
-    return parts
-
-
 @pytest.fixture(scope="module")
 def photos(parts):
-    return photos_of(parts)
+    return ranks.photos_of(parts)
 
 
 def child(run, said):
@@ -292,6 +281,25 @@ def test_a_long_log_is_cut_at_its_end(tmp_path, rows, keep, tail):
     assert [row["step"] for row in record_py.read_log(tmp_path)] == list(range(kept))
     assert (last["step"] if last else -1) == kept - 1
     assert rows < 100_000 or spent < 0.1
+
+
+def test_ldam_goes_by_whole_rows(tmp_path):
+    """Its state is that of the rows: one that is torn is none, and one that is lost is missed."""
+    rows = [dict(step=i, grad_norm=2.0**i, reward_clip=1 / i) for i in range(1, 5)]
+    args = grpo.Args(ldam_leap=1.5, ldam_falls=2, ldam_gamma=0.3)
+
+    def resumed(text, start):
+        (tmp_path / "log.jsonl").write_text(text)
+        return Ldam(args, {"clip": range(3, 5)}, (3, 4)).resumed(tmp_path, start)
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    noise = resumed(whole, 3)
+    assert noise.shape == (2,) and (noise != 1).all()
+    for tail in (whole[:-9], whole + '{"step": 5', whole + "[1, 2]\n"):
+        assert torch.equal(resumed(tail, 3), noise)
+    for lost in (whole[:-9], whole.partition("\n")[2], ""):
+        assert "lacks rows up to update 4" in complaint(resumed, lost, 4)
+    (tmp_path / "log.jsonl").unlink()
+    assert Ldam(args, {"clip": range(3, 5)}, (3, 4)).resumed(tmp_path, 0) is None
 
 
 def test_states_that_are_damaged(photos, stopped):
