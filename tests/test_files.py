@@ -19,6 +19,7 @@ from PIL import Image
 
 import common.layouts as layouts
 import common.shards as shards
+from common.run import one_line
 import cycle_edit
 import eval as eval_py
 import reflect
@@ -506,7 +507,7 @@ def test_mutated_pictures(kind):
             assert image.mode == "RGB" and np.array(image).shape == (image.height, image.width, 3)
             read += 1
         except UNREADABLE as e:
-            assert shards.one_line(e)
+            assert one_line(e)
             broken += 1
     assert broken > 30 and read + broken == 900
 
