@@ -18,7 +18,7 @@ from common.checkpoint import read_about, read_init
 from common.layers import (MLP, ConnectorLayer, RMSNorm, attend, by_size, modulate, norm,
                            per_sample, places, ragged, run_block, time_wave, unpatchify)
 from common.presets import PARTS, SOLVERS, preset, reference_ways
-from common.run import beside, fail, from_file, has_bf16, keyed, seeded
+from common.run import beside, fail, from_file, has_bf16, keyed, seeded, slices
 from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
 from common.weights import (attempt, dit_tensors, load_trained, load_vae, load_vlm,
@@ -831,9 +831,15 @@ class Unified(nn.Module):
     # ---- condition -> image
 
     def velocity(self, x, t, branches):
-        """sum_k w_k v(x, t, cond_k), branches: see Branches. fp32."""
+        """sum_k w_k v(x, t, cond_k), branches: see Branches. fp32. Without a gradient, whose memory
+        --micro bounds, rows of more than 2^27 numbers a layer, some 5 GB, go part after part."""
+        t = per_sample(t, x)                             # a compiled DiT would bake a number in
+        tokens = x[0, 0].numel() // self.dit.patch_size**2 + branches[0][1].ctx.shape[1]
+        few = max(1, 2**27 // (tokens * self.dit.width))
+        if len(x) > few and not torch.is_grad_enabled():
+            return torch.cat([self.velocity(x[i], t[i], Branches(branches).rows(i))
+                              for i in slices(len(x), few)])
         with self.autocast():
-            t = per_sample(t, x)                         # a compiled DiT would bake a number in
             return sum(w * self.dit(x, t, c.ctx, c.mask, c.pooled, c.refs) for w, c in branches)
 
     def noise(self, keys, size=None):

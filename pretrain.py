@@ -20,7 +20,7 @@ from common.layouts import columns_of
 from common.presets import PRESETS, REFS, reference_ways
 from common.data import mixture
 from common.record import Recorder, check_out
-from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, setup, sum_grads
+from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, setup, slices, sum_grads
 from common.weights import start_model
 from data.shapes.looks import CURVES, preview, what_to_show
 from model import Unified
@@ -61,6 +61,11 @@ class Args(RunFlags):
     dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
+    micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
+                      group="Memory")
+    checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
+                            "pass")
+
 
 def main():
     args = parse(Args, __doc__, "stage1")
@@ -70,7 +75,8 @@ def main():
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
     must_exist(args, "data")
     n = args.batch // world
-    model = start_model(Unified, args, dict(bridge=None), n, n, rank, device)
+    rows = args.micro or n                               # images per backward
+    model = start_model(Unified, args, dict(bridge=None), rows, rows, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     trained = Trained(args, params, opt, partial(save_weights, model))
@@ -100,11 +106,14 @@ def main():
         t = train_times(args.batch, cfg, rng)[rank::world].to(device)            # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
-        # 3  the velocity that leads from one to the other
-        cond = condition(model, prompts, refs, words, keys)
-        v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
-        loss = (v - (eps - x0)).square().mean() / world
-        loss.backward()
+        # 3  the velocity that leads from one to the other; gradients of micro-batches add up
+        loss = 0.0
+        for i in slices(n, args.micro):
+            cond = condition(model, prompts[i], refs and refs[i], words and words[i], keys[i])
+            v = model.velocity(x_t[i], t[i], [(1.0, cond)])                      # (micro,C,h,w)
+            part = (v - (eps - x0)[i]).square().mean((1, 2, 3)).sum() / args.batch
+            part.backward()
+            loss += part.detach()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0

@@ -25,14 +25,15 @@ from data.shapes.looks import CURVES, preview, what_to_show
 from rewards.edit import EditReward, read_scored, spearman
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
-from common.flow import condition, lm_loss, train_times
+from common.flow import condition, count_tokens, lm_loss, train_times
 from common.layouts import columns_of
 from common.presets import PRESETS, REFS, preset, reference_ways
 from common.data import Broken, mixture
 from common.read import UNREADABLE, read_image, to_bucket
 from common.record import Recorder, check_out
-from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, sum_grads
-from common.weights import adapter, start_model
+from common.run import (PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, slices,
+                        sum_grads)
+from common.weights import adapter, computed_again, start_model
 from model import Unified
 
 
@@ -87,6 +88,11 @@ class Args(RunFlags):
                     group="Weights in place of the preset's")
     dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
+
+    micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
+                      group="Memory")
+    checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
+                            "pass")
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
@@ -155,6 +161,8 @@ def reward_model(args, device):
                                         args.vlm_lora_dropout), model.vlm)
     else:
         model.vlm.model.requires_grad_(True)
+    if args.checkpoint:
+        computed_again(model.vlm.model.language_model.layers)
     return same_start(model.to(device))
 
 
@@ -191,8 +199,11 @@ def train_reward(args, rank, world, device):
         torch.manual_seed(key(args.seed, update, rank))
         model.train()
         score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)
-        loss = (predict(model, examples) - score).square().mean() / world
-        loss.backward()
+        loss = 0.0
+        for i in slices(len(examples), args.micro):
+            part = (predict(model, examples[i]) - score[i]).square().sum() / args.batch
+            part.backward()
+            loss += part.detach()
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
         sum_grads(list(params.values()), [loss])
@@ -242,7 +253,8 @@ def main():
     elif args.lm_loss:
         learns["vlm"] = None
     must_exist(args, "data", "tuples")
-    model = start_model(Unified, args, learns, n, n, rank, device)
+    rows = args.micro or n                               # images per backward
+    model = start_model(Unified, args, learns, rows, rows, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
     trained = Trained(args, params, opt, partial(save_weights, model))
@@ -272,13 +284,18 @@ def main():
         t = train_times(args.batch, cfg, rng)[rank::world].to(device)            # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
-        # 3  the velocity that leads from one to the other
-        cond = condition(model, prompts, refs, words, keys)
-        v = model.velocity(x_t, t, [(1.0, cond)])                                # (n,C,h,w)
-        loss = (v - (eps - x0)).square().mean() / world
-        loss.backward()
-        if args.lm_loss and words is not None:
-            (lm_loss(model, prompts, refs, words) * (args.lm_loss / world)).backward()
+        # 3  the velocity that leads from one to the other; gradients of micro-batches add up
+        loss = 0.0
+        for i in slices(n, args.micro):
+            cond = condition(model, prompts[i], refs and refs[i], words and words[i], keys[i])
+            v = model.velocity(x_t[i], t[i], [(1.0, cond)])                      # (micro,C,h,w)
+            part = (v - (eps - x0)[i]).square().mean((1, 2, 3)).sum() / args.batch
+            part.backward()
+            loss += part.detach()
+            if args.lm_loss and words is not None:
+                said = lm_loss(model, prompts[i], refs and refs[i], words[i])
+                tokens = count_tokens(model, prompts, words, world)
+                (args.lm_loss * said / tokens).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0

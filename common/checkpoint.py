@@ -145,16 +145,21 @@ class Ema:
     def __init__(self, params, decay):
         self.params, self.decay = params, decay                  # name -> parameter
         self.extra = {}              # a fork's own state, of tensors and numbers: saved and resumed
-        self.mean = {k: p.detach().clone() for k, p in params.items()}
+        # Without a decay the average is the weights themselves, and no copy of them
+        self.mean = {k: p.detach().clone() if decay else p.detach() for k, p in params.items()}
 
     @torch.no_grad()
     def update(self, step):
         d = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - d)
+        if d:
+            torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - d)
 
     @contextmanager
     def applied(self):
         """The model computes with the average; afterwards with its own weights again."""
+        if not self.decay:
+            yield
+            return
         raw = {k: p.detach().clone() for k, p in self.params.items()}
 
         def put(weights):

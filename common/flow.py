@@ -5,7 +5,7 @@ x_t = (1-t) x_0 + t eps, v = eps - x_0; n pairs, C h w latent
 
 import torch
 
-from common.run import keyed
+from common.run import all_mean, keyed
 from common.words import spell
 
 
@@ -37,10 +37,15 @@ def taught(model, prompts, refs, words):
 
 
 def lm_loss(model, prompts, refs, words):
-    """The autoregressive loss of a batch's words, mean over its tokens."""
+    """The autoregressive loss of a batch's words, summed over their tokens."""
     task, words = taught(model, prompts, refs, words)
-    logp = model.text_logp(prompts, refs, words, task)                        # (B,L)
-    return -logp.sum() / words.mask.sum().clamp(min=1)
+    return -model.text_logp(prompts, refs, words, task).sum()
+
+
+def count_tokens(model, prompts, words, world):
+    """-> how many tokens the words of all ranks' batches have, at least 1. Every rank calls it."""
+    mine = taught(model, prompts, None, words)[1].mask.sum().item() if words else 0
+    return max(1, world * all_mean([mine])[0])
 
 
 def noised(model, x0, keys):

@@ -17,8 +17,8 @@ from common.flow import flow_loss
 from common.presets import preset
 from common.record import check_out, read_log
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, fail, key, keyed,
-                        odds, slices, span, sum_grads, table)
-from common.weights import adapter, start_model, swapped
+                        odds, on_gpu, slices, span, sum_grads, table)
+from common.weights import adapter, in_bf16, start_model, swapped
 
 
 def check_flags(args, world, what):
@@ -72,10 +72,11 @@ def adapters(args, parts):
     return {part: adapter(part, *ranks[part]) if part in ranks else None for part in parts}
 
 
-def initial_policy(model, copies):
+def initial_policy(model, copies, device):
     """(DiT, bridge, VLM) as they are now, frozen copies of those named: for model.swapped."""
-    return [copy.deepcopy(part).requires_grad_(False) if name in copies else part for name, part in
-            (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
+    parts = dict(dit=model.dit, bridge=model.bridge, vlm=model.vlm)
+    return [in_bf16(copy.deepcopy(part).requires_grad_(False), model, device) if name in copies
+            else part for name, part in parts.items()]
 
 
 def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
@@ -86,8 +87,7 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     learns = adapters(args, parts)
     copies = [part for part, lora in learns.items() if anchored and not lora]
     model = start_model(Unified, args, learns, rows, reads, rank, device, copies)
-    initial = initial_policy(model, copies) if anchored else None
-    model.dit.checkpoint = args.checkpoint
+    initial = initial_policy(model, copies, device) if anchored else None
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
     if rank == 0 and hasattr(args, "clip"):
@@ -114,7 +114,8 @@ class Optimiser(Trained):
         self.experts = {rate: some for rate, some in own.items() if some}
         self.peaks = [getattr(args, rate) for rate in self.experts]
         self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
-                                       lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd)
+                                       lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd,
+                                       fused=on_gpu(params))
         super().__init__(args, params, self.adamw, partial(save_weights, model))
 
     def update(self, step, watched, prompts):

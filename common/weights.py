@@ -3,6 +3,7 @@
 import os
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from peft import (LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapt
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText,
                           AutoTokenizer)
 
@@ -316,12 +318,18 @@ def learn(model, what, seed=0):
     return model.eval()
 
 
-def slim(model, device):
-    """On a GPU hold what nobody trains in bf16, as it was published. Not the VAE. -> model"""
+def in_bf16(part, model, device):
+    """On a GPU a part holds in bf16, as it was published, what of it nobody trains. -> part"""
     if model.bf16 and device.type == "cuda":
-        for part in filter(None, (model.vlm, model.text_encoder, model.dit)):
-            for p in part.parameters():
-                p.data = p.data if p.requires_grad else p.data.bfloat16()
+        for p in part.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
+    return part
+
+
+def slim(model, device):
+    """The parts that are large, by in_bf16. Not the VAE. -> model"""
+    for part in filter(None, (model.vlm, model.text_encoder, model.dit)):
+        in_bf16(part, model, device)
     return model
 
 
@@ -386,7 +394,8 @@ def memory_plan(model, args, rows, reads, copies, device):
     acts = acts + cast if model.bf16 else int(1.4 * acts)
     size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
                 gradient=4 * n["trained"], AdamW=8 * n["trained"],
-                average=8 * n["trained"],                      # and what it displaces while applied
+                # The average, and what it displaces while it is applied
+                average=8 * n["trained"] * bool(getattr(args, "ema", 1)),
                 reference=4 * sum(n[part] for part in copies), activations=acts)
     size["sum"] = sum(size.values())
     has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
@@ -412,4 +421,19 @@ def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
         plan = slim(learn(plan, what), device)
         print(memory_plan(plan, args, rows, reads, copies, device)[0])
     model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
-    return same_start(slim(learn(model, what, args.seed), device).to(device))
+    model = same_start(slim(learn(model, what, args.seed), device).to(device))
+    if args.checkpoint:
+        model.dit.checkpoint = True
+        computed_again(model.vlm.model.language_model.layers if model.vlm else ())
+    return model
+
+
+def computed_again(blocks):
+    """Of these blocks of the VLM only the inputs are kept for a backward, which computes the rest
+    again. (A DiT does so itself, see run_block: transformers' own way wants training mode.)"""
+    def forward(real, *inputs, **named):
+        if torch.is_grad_enabled():
+            return checkpoint(real, *inputs, use_reentrant=False, **named)
+        return real(*inputs, **named)
+    for block in blocks:
+        block.forward = partial(forward, block.forward)

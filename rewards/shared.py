@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from huggingface_hub import hf_hub_download
 
 from common.read import arrays
-from common.run import fail, first_line
+from common.run import fail, first_line, local_device
 from data.shapes.world import SIDE
+
 CLASSROOM = Path(__file__).parent.parent / "data/shapes"
 MODELS = {  # a folder, or owner/repo on the Hub; edit to judge by another version
     "clip": "openai/clip-vit-large-patch14",
@@ -31,7 +31,7 @@ def classroom(images):
 
 
 def to_device(model):
-    return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().requires_grad_(False).to(local_device())
 
 
 def hub_file(name):

@@ -4,6 +4,7 @@ import os
 # On several threads sums have no fixed order: what is said here to be equal, to the last bit, is so
 # on one; and nothing here is large enough for two. The scripts keep to it, too: see model.setup.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # also where there are GPUs: see gpu.py
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_cli import collect, complaint
 from tiny import apart, same
 
-from common.flow import condition, lm_loss
+from common.flow import condition, count_tokens, lm_loss
 import common.layouts as read_py
 import data.shapes.talk as talk_py
 import data.shapes.world as world_py
@@ -191,7 +191,8 @@ def test_loss_of_words(parts, tmp_path, model):
     loss = lm_loss(model, TEXTS, None, SAID)
     words = spell(model, SAID)
     logp = model.text_logp(TEXTS, None, words, "think")
-    same(loss, -(logp.sum(1).sum() / words.mask.sum()))
+    same(loss, -logp.sum())
+    assert count_tokens(model, TEXTS, SAID, 1) == words.mask.sum()
     alone = lm_loss(model, TEXTS[:1], None, SAID[:1])
     same(lm_loss(model, [TEXTS[0], None, None], None, SAID), alone)       # withheld: no word of it
     rows = play(parts, tmp_path, "a", "reflect", "--steps", 2, "--lm-loss", 0.5, "--share", 1.0)
