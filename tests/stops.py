@@ -2,6 +2,7 @@
 since it takes an hour:
 
     python tests/stops.py 60          # so many kills of one process, over all scripts
+    python tests/stops.py 24 2        # the same with two ranks: one of them is killed, or both
     python tests/stops.py torchrun    # signals, a rank that fails, restarts, a full disk: two ranks
 """
 
@@ -9,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,23 +34,45 @@ def parts():
     return ranks.photos_of(FOLDER / "tiny")
 
 
-def kills(n):
-    folder, rng, wrong = parts(), random.Random(time.time()), 0
+def begin(folder, out, name, world, *flags):
+    """A script's main in `world` processes, which are ranks if there are two. -> processes"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank):
+        if world > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        play(folder, out, name, *flags)
+    return [child(lambda rank=rank: run(rank), FOLDER / f"said{rank}") for rank in range(world)]
+
+
+def kills(n, world=1):
+    folder, rng, wrong, took = parts(), random.Random(time.time()), 0, {}
     for i in range(n):
         name = [*ranks.MAINS][i % len(ranks.MAINS)]
-        whole, out, began = FOLDER / "whole" / name, FOLDER / f"run{i}", time.time()
-        if not whole.exists():
-            child(lambda: play(folder, whole, name), FOLDER / "said").join()
+        whole, out = FOLDER / f"whole{world}" / name, FOLDER / f"run{world}-{i}"
+        if name not in took:
+            shutil.rmtree(whole, ignore_errors=True)
+            began = time.time()
+            [process.join() for process in begin(folder, whole, name, world)]
+            took[name] = time.time() - began
         shutil.rmtree(out, ignore_errors=True)
-        process = child(lambda: play(folder, out, name, "--resume", "auto"), FOLDER / "said")
-        time.sleep(rng.uniform(0.1, 6))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        processes, began = begin(folder, out, name, world, "--resume", "auto"), time.time()
+        time.sleep(rng.uniform(0.1, took[name]))
+        victims = rng.choice([processes[:1], processes[-1:], processes])
+        for process in victims:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(1)
+        for process in processes:                            # as torchrun does
+            process.terminate()
+        codes = [process.join() or process.exitcode for process in processes]
         rows = record_py.read_log(out) if (out / "log.jsonl").exists() else []
-        child(lambda: play(folder, out, name, "--resume", "auto"), FOLDER / "said").join()
+        [process.join() for process in begin(folder, out, name, world, "--resume", "auto")]
         equal = all(map(same, state(out), state(whole)))
         wrong += not equal
-        print(f"{i + 1:3} {name:10} killed with {len(rows)} rows, "
+        print(f"{i + 1:3} {name:10} killed with {len(rows)} rows, exit codes {codes}, "
               f"{'equal' if equal else 'DIFFERENT'}, {time.time() - began:.0f} s", flush=True)
     print(f"{n} kills, {wrong} runs that differ from the uninterrupted one")
 
@@ -130,4 +154,4 @@ def under_torchrun():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    under_torchrun() if sys.argv[1] == "torchrun" else kills(int(sys.argv[1]))
+    under_torchrun() if sys.argv[1] == "torchrun" else kills(*map(int, sys.argv[1:]))
