@@ -237,7 +237,8 @@ def main():
         Unified, args, learns, micro, reads, args.beta, rank, device)
     if args.sft:
         data = pairs(args.sft_data, model.cfg, args.sft_batch // world, args.seed, rank, world,
-                     skip=optimiser.start * args.updates, columns=args.columns)
+                     optimiser.position.get("sft"), columns=args.columns)
+        optimiser.data["sft"] = data
     ldam = Ldam(args, layers, model.cfg.layers)
     noise = ldam.resumed(args.out, optimiser.start) if args.ldam else None
     preview = preview_of(model, args, prompts, held, weights, judge, rank)

@@ -90,9 +90,10 @@ class Args(RunFlags):
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
     micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
-                      group="Memory")
+                      group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
                             "pass")
+    workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
@@ -261,7 +262,7 @@ def main():
     cfg, finite = model.cfg, Finite()
     if args.edits or args.task == "reflect":
         reference_ways(cfg, model.dit)
-    data = mixture(args, cfg, n, rank, world, trained.start)
+    data = mixture(args, cfg, n, rank, world, trained)
     look = partial(preview, model, what_to_show(args, cfg, n))
     recorder = Recorder(args, rank, trained, look, first=False)  # after all that can fail
     for step in recorder.steps():

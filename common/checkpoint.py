@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from math import isfinite
@@ -180,7 +181,8 @@ class Trained:
         """params: {name: parameter}; save(ema, folder, step, score) writes the weights."""
         self.params, self.opt, self.save_weights = params, opt, save
         self.ema = Ema(params, args.ema)
-        self.start = resume_run(self.ema, args, opt)     # updates that are done
+        self.data = {}               # what is learned from, {name: Batches}
+        self.start, self.position = resume_run(self.ema, args, opt)  # updates done, place in data
 
     def save(self, out, step, score=None):
         """A checkpoint, first all that --resume needs, in one file: a run goes on from that,
@@ -190,7 +192,7 @@ class Trained:
         raw = {k: p.detach() for k, p in self.params.items()}
         with replacing(Path(out) / CHECKPOINT) as fresh:
             torch.save(dict(raw=raw, mean=self.ema.mean, opt=self.opt.state_dict(),
-                            extra=self.ema.extra, step=step), fresh)
+                            extra=self.ema.extra, step=step, data=self.position), fresh)
         self.save_weights(self.ema, folder, step, score)
 
 
@@ -237,10 +239,11 @@ def keep_beside(out, step, keep):
 
 
 def resume_run(ema, args, opt):
-    """Put back raw weights, average and optimiser, where --resume finds them. -> the next step"""
+    """Put back raw weights, average and optimiser, where --resume finds them. -> the next step, and
+    the place in the data, see all_positions"""
     file = Path(args.out) / CHECKPOINT
     if not args.resume or not file.exists():             # see check_out
-        return 0
+        return 0, {}
 
     def read():
         with ZipFile(file) as records:                   # torch writes checksums, and reads none
@@ -250,15 +253,18 @@ def resume_run(ema, args, opt):
         # Once a part that does not learn had a group, an empty one.
         groups = [g for g in saved["opt"]["param_groups"] if g["params"]]
         return (saved["raw"], saved["mean"], saved["opt"] | dict(param_groups=groups),
-                saved.get("extra", {}), saved["step"])           # older ones have no extra
-    raw, mean, state, extra, step = attempt(
+                saved.get("extra", {}), saved["step"], saved.get("data"))    # older ones lack it
+    raw, mean, state, extra, step, position = attempt(
         f"{file} cannot be read, it may be truncated, so start anew in another --out", read)
     if {k: v.shape for k, v in raw.items()} != {k: v.shape for k, v in ema.params.items()}:
         fail(f"{file} belongs to a run that trained other weights: give the flags it had")
     attempt(f"{file} belongs to a run that trained otherwise", lambda: opt.load_state_dict(state))
+    if position is None:
+        print(f"{file} is an older version's and says nothing of its place in the data, which so "
+              "begins anew", file=sys.stderr)
     ema.extra = extra
     with torch.no_grad():
         for k, p in ema.params.items():
             p.copy_(raw[k])
             ema.mean[k].copy_(mean[k])
-    return step
+    return step, position or {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_json, raw_records,
                          read_image, read_json, record, regular, utf8)
 from common.run import beside, fail, one_line
-from common.shards import members, shuffled
+from common.shards import Member, members, shuffled
 
 # Of training rows: files, the last of them drawn; texts. These are our names of a record's fields;
 # the first file may be several.
@@ -69,6 +69,8 @@ def pictures_in(value, folder):
         return [one for v in value for one in pictures_in(v, folder)]
     if isinstance(value, dict):                                  # {bytes, path} of `datasets`
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, Member):
+        value = value.read()
     return [io.BytesIO(value) if isinstance(value, bytes) else inside(folder, value)]
 
 
@@ -173,13 +175,13 @@ def captioned(folder, walk=os.walk):
 
 
 def unpacked(raw, form):
-    """A record of a shard -> {field: value}: those of its .json, its .txt, and its pictures, in
-    memory, which have their field's name before their ending, as source.png and source2.png"""
-    about = record(parse_json(utf8(raw["json"]), LOOSE)) if "json" in raw else {}
+    """A record of a shard -> {field: value}: those of its .json, its .txt, and its pictures, which
+    have their field's name before their ending, as source.png and source2.png"""
+    about = record(parse_json(utf8(raw["json"].read()), LOOSE)) if "json" in raw else {}
     ours = [k for name in FORMS[form][0] for k in (name, *NAMES.get(name, ()))]
     row = {k: v for k, v in about.items() if k not in ours}      # which name files elsewhere
     if "txt" in raw:
-        row.setdefault("txt", utf8(raw["txt"]))
+        row.setdefault("txt", utf8(raw["txt"].read()))
     for member in sorted(raw):
         stem, _, ending = member.rpartition(".")
         name = next((k for k in ours if stem.startswith(k)), None) if stem else "image"
@@ -189,12 +191,11 @@ def unpacked(raw, form):
 
 
 def shards(files, form):
-    files = [*files]
-
     def one_pass(rng, unreadable):
+        order = [*files]
         if rng:
-            rng.shuffle(files)
-        found = (item for file in files for item in members(file, unreadable))
+            rng.shuffle(order)
+        found = (item for file in order for item in members(file, unreadable))
         return shuffled(found, rng) if rng else found
     return Data(f"{len(files)} shards (.tar)", one_pass, partial(unpacked, form=form))
 

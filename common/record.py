@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_about
+from common.data import all_positions
 from common.flags import can_hold, read_flag, script, settings_of
 from common.page import look
 from common.run import all_mean, check_ranks, fail, write
@@ -199,6 +200,7 @@ class Recorder:
         due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
         if due:
             check_ranks(self.trained.ema.params, f"after update {step + 1}")
+            self.trained.position |= all_positions(self.trained.data)
             self.look(step + 1)
             row |= self.shown
         self.write(row)                                  # before the checkpoint of the same step

@@ -105,6 +105,15 @@ def all_mean(values):
     return v.tolist()
 
 
+def all_gather(value):
+    """A value of each rank, of anything -> a list of them; every rank calls it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def same_start(model):
     """Every rank goes on from rank 0's weights, bit for bit; then see check_ranks."""
     if dist.is_initialized():

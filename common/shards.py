@@ -2,7 +2,9 @@
 
 import re
 import tarfile
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from common.read import PICTURES, regular
 
@@ -10,13 +12,31 @@ MOST_RECORD = 2**28       # bytes of a record
 MOST_WAITING = 2**30      # bytes of the records that wait to be drawn from
 
 
+@dataclass
+class Member:
+    """A file of a shard, which is read when it is wanted: what waits to be drawn takes no memory,
+    and a rank reads its own share alone."""
+
+    shard: Path
+    start: int
+    size: int
+
+    def read(self):
+        with open(self.shard, "rb") as f:
+            f.seek(self.start)
+            raw = f.read(self.size)
+        if len(raw) < self.size:
+            raise ValueError(f"{self.shard} is cut or broken behind byte {self.start:,}")
+        return raw
+
+
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")        # a record's key, and the member's ending
 
 
 def members(file, unreadable):
-    """A shard -> its records (where, {ending: bytes}, folder): neighbours whose names differ behind
-    the first dot. The file is opened as a file, whatever its name, and read member by member;
-    compressed it could unpack to any size."""
+    """A shard -> its records (where, {ending: Member}, folder): neighbours whose names differ
+    behind the first dot. The file is opened as a file, whatever its name, and only the headers of
+    its members are read; compressed it could unpack to any size."""
     key, raw, size, any_yet = None, {}, 0, False
     try:
         with open(regular(file), "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
@@ -24,7 +44,9 @@ def members(file, unreadable):
                 if member.size < 0:                              # would lead back, for ever
                     raise ValueError(f"{member.name!r} has {member.size} bytes")
                 found = MEMBER.fullmatch(member.name)
-                if not found or not member.isreg() or re.match("__[^/]*__($|/)", member.name):
+                if not found or re.match("__[^/]*__($|/)", member.name):
+                    continue
+                if not member.isreg() or member.issparse():
                     continue
                 if found[1] != key:
                     if raw:
@@ -38,7 +60,7 @@ def members(file, unreadable):
                     unreadable(f"{file}, {member.name}", "more bytes than a record may have" if
                                size > MOST_RECORD else "there is another of this name")
                 else:
-                    raw[ending] = tar.extractfile(member).read()
+                    raw[ending] = Member(file, member.offset_data, member.size)
             if raw:
                 yield f"{file}, {key}", raw, file.parent
             f.seek(tar.offset)                       # where tarfile saw an end: is it one?

@@ -25,7 +25,7 @@ import sample
 import sft
 from common.flags import parse
 from common.presets import KERNELS, Config
-from common.data import pairs
+from common.data import all_positions, pairs
 
 FLAGGED = [pretrain, sft, grpo, cycle_edit, reflect, judges, sample]         # scripts with Args
 
@@ -291,7 +291,9 @@ def test_tar_shards(tmp_path, capsys):
             file = Image.open(tmp_path / f"{text.removeprefix('photo ')}.png")
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(file))
     # A restart skips what was seen; two ranks share one pass without overlap.
-    rest = collect(tmp_path, 3, skip=5)
+    data = pairs(tmp_path, Config(mmdit=tiny.MMDIT), 2, seed=0)
+    [next(data) for _ in range(5)]
+    rest = collect(tmp_path, 3, position=all_positions(dict(t2i=data))["t2i"])
     assert [p for _, p in rest] == [p for _, p in a[5:8]]
     shares = [{t for _, ps in collect(tmp_path, 9, rank=r, world=2) for t in ps} for r in (0, 1)]
     assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 36

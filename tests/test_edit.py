@@ -26,7 +26,7 @@ import sft
 from common.checkpoint import save_checkpoint
 from common.draw import draw_edits
 from common.presets import PRESETS, Config, reference_ways
-from common.data import mixture
+from common.data import all_positions, mixture
 from common.read import bucket, read_image, to_bucket
 from common.run import key
 from common.sana import SanaDiT
@@ -344,16 +344,21 @@ def test_share_of_edits(tmp_path, cfg):
     plain = folder_of_edits(tmp_path / "plain")
     (plain / "metadata.jsonl").write_text("".join(
         json.dumps(dict(file_name=f"target{i}.png", prompt=f"{i}")) + "\n" for i in range(6)))
-    args = Namespace(data=plain, edits=edits, edit_share=0.3, seed=3)
+    args = Namespace(data=plain, edits=edits, edit_share=0.3, seed=3, columns="", workers=1)
 
-    def run(n, **more):
-        data = mixture(args, cfg, 2, **more)
-        return [next(data) for _ in range(n)]
+    def run(n, rank=0, world=1, trained=None):
+        trained = trained or Namespace(start=0, position={})
+        data = mixture(args, cfg, 2, rank, world, trained)
+        rows = [next(data) for _ in range(n)]
+        trained.start, trained.position = n, all_positions(trained.data)
+        return rows
     rows = run(400)
     kinds = [refs is not None for _, _, refs, _ in rows]
     assert abs(sum(kinds) / 400 - 0.3) < 3 * (0.3 * 0.7 / 400) ** 0.5
     assert all(t.startswith("edit ") == k for row, k in zip(rows, kinds) for t in row[1])
-    for (x, p, r, _), (y, q, s, _) in zip(run(9, start=37), rows[37:]):      # a run that resumes
+    half = Namespace(start=0, position={})
+    run(37, trained=half)
+    for (x, p, r, _), (y, q, s, _) in zip(run(9, trained=half), rows[37:]):   # a run that resumes
         assert torch.equal(x, y) and p == q and (r is None) == (s is None)
     for rank in (0, 1):                                                # ranks do the same task
         assert [r is not None for _, _, r, _ in run(60, rank=rank, world=2)] == kinds[:60]

@@ -26,7 +26,7 @@ import sample
 import data.shapes.looks as looks_py
 import sft
 from common.presets import PRESETS, Config
-from common.data import mixture
+from common.data import all_positions, mixture
 from common.words import spell
 from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from data.shapes.world import render
@@ -110,12 +110,16 @@ def test_words_that_cannot_be_used(tmp_path, capsys):
 
 def test_shares_of_three_tasks(tmp_path, cfg):
     args = Namespace(data=folder_of(tmp_path / "t2i", "t2i"), seed=3, task="reflect", share=0.3,
+                     columns="", workers=0,
                      edits=folder_of(tmp_path / "edit", "edit"), edit_share=0.2,
                      tuples=folder_of(tmp_path / "reflect", "reflect"))
 
-    def run(n, **more):
-        data = mixture(args, cfg, 2, **more)
-        return [next(data) for _ in range(n)]
+    def run(n, rank=0, world=1, trained=None):
+        trained = trained or Namespace(start=0, position={})
+        data = mixture(args, cfg, 2, rank, world, trained)
+        rows = [next(data) for _ in range(n)]
+        trained.start, trained.position = n, all_positions(trained.data)
+        return rows
 
     def kind(row):
         return (row[2] is not None, row[3] is not None)
@@ -123,7 +127,9 @@ def test_shares_of_three_tasks(tmp_path, cfg):
     for at, share in (((False, False), 0.5), ((True, False), 0.2), ((True, True), 0.3)):
         n = sum(kind(row) == at for row in rows)
         assert abs(n / 300 - share) < 3 * (share * (1 - share) / 300) ** 0.5
-    for a, b in zip(run(9, start=41), rows[41:]):                          # a run that resumes
+    half = Namespace(start=0, position={})
+    run(41, trained=half)
+    for a, b in zip(run(9, trained=half), rows[41:]):      # a run that resumes
         assert torch.equal(a[0], b[0]) and a[1] == b[1] and a[3] == b[3]
     args.task, args.tuples = "cot", folder_of(tmp_path / "cot", "cot")
     assert {kind(row) for row in run(60)} == {(False, False), (True, False), (False, True)}
