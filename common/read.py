@@ -204,7 +204,7 @@ def read_image(source):
 
 def to_rgb(image):
     """A PIL image of any mode -> RGB, see read_image"""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                    # of 16 bits convert would keep what is below 256
         a = np.asarray(image)
         if image.mode == "F" or a.min() < 0 or a.max() > 65535:

@@ -302,8 +302,6 @@ def ldam_layers(args, weights):
     return found
 
 
-
-
 def wants_final_bench(args, recorder):
     """Is there a benchmark before and after, at the end? By default not after a mere trial."""
     wanted = args.steps >= args.eval_every if args.final_bench is None else args.final_bench

@@ -110,7 +110,7 @@ class Follower(Ema):
     it is `most`. Checkpoints keep it as the run's own state."""
 
     def __init__(self, optimiser, most, growth):
-        super().__init__(optimiser.params, 0.0)
+        super().__init__(optimiser.params, most)
         self.most, self.growth = most, growth
         for name, mean in optimiser.ema.extra.get("old", {}).items():
             self.mean[name].copy_(mean)                  # it goes on

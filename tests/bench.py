@@ -2,6 +2,7 @@
 
     python tests/bench.py                      # --minutes bounds our run; theirs may take 4 x ours
     python tests/bench.py --recipes --minutes 5    # the same, recipe by recipe
+    python tests/bench.py --loader             # pictures a second: folder, shards, plain Pillow
 
 Ours is grpo.py itself, called with its default recipe. Theirs is a plain Flow-GRPO loop (Liu et al.
 2025, as its public code does it) on the same checkpoint, prompts, reward, batch and learning rate:
@@ -14,7 +15,9 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bridges import told
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -32,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as eval_py  # noqa: E402
 import grpo  # noqa: E402
 from common.checkpoint import Ema  # noqa: E402
-from common.presets import RECIPES  # noqa: E402
+from common.data import pairs  # noqa: E402
+from common.presets import PRESETS, RECIPES  # noqa: E402
 from common.run import key, keyed, setup  # noqa: E402
 from data.shapes.bench import bench_shapes  # noqa: E402
 from eval import parse_weights, score  # noqa: E402
@@ -237,6 +241,62 @@ def recipes(a, folder):
                      f"{curve[0][i]:.3f}", *(said(gain, curve, i) for gain in GAINS))
 
 
+def photos(folder, side, n):
+    """n JPEGs, smooth with some grain as photos are, with metadata.jsonl in folder/folder and as
+    a shard in folder/shards -> the files"""
+    rng = np.random.default_rng(0)
+    for kind in ("folder", "shards"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(n):
+        small = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8))
+        image = np.array(small.resize((side, side), Image.Resampling.BICUBIC), np.int16)
+        image = (image + rng.integers(-8, 8, image.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"folder/{i}.jpg", quality=90)
+        (folder / f"folder/{i}.txt").write_text(f"photo {i}")
+    (folder / "folder/metadata.jsonl").write_text("".join(json.dumps(
+        dict(file_name=f"{i}.jpg", prompt=f"photo {i}")) + "\n" for i in range(n)))
+    with tarfile.open(folder / "shards/0.tar", "w") as tar:
+        for i in range(n):
+            for ending in ("jpg", "txt"):
+                tar.add(folder / f"folder/{i}.{ending}", f"{i}.{ending}")
+    return [folder / f"folder/{i}.jpg" for i in range(n)]
+
+
+def loader(folder):
+    """Pictures a second by plain Pillow in one thread, and by pairs; how long a resume takes"""
+    cfg, n = PRESETS["flow-grpo"], 8                     # 512 x 512
+
+    def plainly(files):
+        for file in files:
+            with Image.open(file) as image:
+                np.array(ImageOps.fit(image.convert("RGB"), (512, 512), Image.Resampling.LANCZOS))
+
+    def rate(task, count):
+        begin = time.time()
+        task()
+        return count / (time.time() - begin)
+    for side, count in ((512, 400), (1024, 96)):
+        files = photos(folder / f"{side}", side, count)
+        plain = statistics.median(rate(lambda: plainly(files), count) for _ in range(3))
+        print(f"{side} px, plain Pillow: {plain:.0f} images/s")
+        for kind in ("folder", "shards"):
+            for workers in (0, 1, 2):
+                data = pairs(folder / f"{side}" / kind, cfg, n, 0, workers=workers)
+                next(data)
+                got = statistics.median(rate(lambda: [next(data) for _ in range(count // n)], count)
+                                        for _ in range(3))
+                print(f"{side} px, {kind}, {workers} workers: {got:.0f} images/s, "
+                      f"{got / plain / max(1, workers):.2f} of Pillow a worker", flush=True)
+    big, rows = folder / "512/folder/metadata.jsonl", 50_000
+    big.write_text("".join(json.dumps(dict(file_name=f"{i % 400}.jpg", prompt=f"{i}")) + "\n"
+                           for i in range(rows)))
+    turn, at = divmod(100_000 * n, rows)
+    place = dict(done=[(turn, turn * rows, at + rows // 2)], waiting=[])
+    begin = time.time()
+    next(pairs(big, cfg, n, 0, position=place))
+    print(f"resume at step 100,000: {time.time() - begin:.1f} s")
+
+
 def said(gain, curve, column=1):
     """When the curve showed a gain, or how near it came."""
     at = reached([(c[0], c[column]) for c in curve], gain)
@@ -260,7 +320,10 @@ def main():
     p.add_argument("--eval-every", type=int, default=10, help="our updates between evaluations")
     p.add_argument("--recipes", action="store_true", help="what each recipe costs and gains")
     p.add_argument("--its", type=int, default=3, help="iterations of each recipe")
+    p.add_argument("--loader", action="store_true", help="how fast pictures are read")
     a = p.parse_args()
+    if a.loader:
+        return loader(Path(tempfile.mkdtemp(prefix="bench-")))
     if a.recipes:
         print(f"{os.cpu_count()} cores, torch {torch.__version__}; 4 prompts, {a.its} iterations")
         return recipes(a, Path(tempfile.mkdtemp(prefix="bench-")) / "run")

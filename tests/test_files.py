@@ -392,7 +392,7 @@ def test_the_name_of_a_shard_is_no_command(tmp_path, monkeypatch):
 
 
 def test_small_archives_that_unpack_to_much(tmp_path, capsys, monkeypatch):
-    """Of a record so many bytes are read, of waiting records as well, and of gzip none."""
+    """Of a record so many bytes are read, so many wait to be drawn from, and of gzip none."""
     monkeypatch.setattr(shards, "MOST_RECORD", 100_000)
     large = [("big.png", bytes(200_000)), ("big.json", b'{"prompt": "bad"}')]
     shard(tmp_path / "a.tar", good_records(20) + large)
@@ -406,7 +406,10 @@ def test_small_archives_that_unpack_to_much(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shards, "taken", spy)
     data = pairs(tmp_path, CFG, 2, 0)
     assert {p for _ in range(20) for p in next(data)[1]} == {"good"}
-    assert "big.png" in capsys.readouterr().err and 100_000 < max(waiting) < 180_000
+    assert "big.png" in capsys.readouterr().err and max(waiting) == 0    # of shards: read later
+    rows = [(f"row {i}", {"image": {"bytes": bytes(9_000)}}, tmp_path) for i in range(100)]
+    assert len([*shards.shuffled(rows, random.Random(0))]) == 100
+    assert 100_000 < max(waiting) < 180_000              # of parquet: so many bytes wait
 
 
 # --- pictures ---
