@@ -20,7 +20,8 @@ from common.layouts import columns_of
 from common.presets import PRESETS, REFS, reference_ways
 from common.data import mixture
 from common.record import Recorder, check_out
-from common.run import PER_SAMPLE, Finite, adamw, fail, key, keyed, setup, slices, sum_grads
+from common.run import (PER_SAMPLE, Finite, adamw, clip_grads, fail, key, keyed, setup, slices,
+                        sum_grads)
 from common.weights import start_model
 from data.shapes.looks import CURVES, preview, what_to_show
 from model import Unified
@@ -65,6 +66,7 @@ class Args(RunFlags):
                       group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
                             "pass")
+    shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
     workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
 
 
@@ -80,7 +82,7 @@ def main():
     model = start_model(Unified, args, dict(bridge=None), rows, rows, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
-    trained = Trained(args, params, opt, partial(save_weights, model))
+    trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
     if args.edits:
         reference_ways(cfg, model.dit)
@@ -119,7 +121,7 @@ def main():
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
         sum_grads(list(params.values()), [loss])
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
+        norm = clip_grads(params.values())
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))

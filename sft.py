@@ -31,8 +31,9 @@ from common.presets import PRESETS, REFS, preset, reference_ways
 from common.data import Broken, mixture
 from common.read import UNREADABLE, read_image, to_bucket
 from common.record import Recorder, check_out
-from common.run import (PER_SAMPLE, Finite, adamw, fail, key, keyed, same_start, setup, slices,
-                        sum_grads)
+from common.run import (PER_SAMPLE, Finite, adamw, clip_grads, fail, key, keyed, same_start, setup,
+                        slices, sum_grads)
+from common.stop import this_rank
 from common.weights import adapter, computed_again, start_model
 from model import Unified
 
@@ -93,6 +94,7 @@ class Args(RunFlags):
                       group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
                             "pass")
+    shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
     workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
 
 
@@ -169,8 +171,9 @@ def reward_model(args, device):
 
 def save_reward(model, ema, folder, step, score=None):
     """The reward model's own folder, of the averaged weights."""
-    with ema.applied():
-        model.save(folder)
+    if this_rank() == 0:
+        with ema.applied():
+            model.save(folder)
 
 
 def judged(model, held, file):
@@ -190,7 +193,7 @@ def train_reward(args, rank, world, device):
     held, model = opened(held, cfg, broken), reward_model(args, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
-    trained = Trained(args, params, opt, partial(save_reward, model))
+    trained = Trained(args, model, opt, partial(save_reward, model))
     finite = Finite()
     recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
     for update in recorder.steps():
@@ -208,7 +211,7 @@ def train_reward(args, rank, world, device):
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
         sum_grads(list(params.values()), [loss])
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
+        norm = clip_grads(params.values())
         ramp = min(1, (update + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * update / args.steps))
@@ -258,7 +261,7 @@ def main():
     model = start_model(Unified, args, learns, rows, rows, rank, device)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = adamw(params, args)
-    trained = Trained(args, params, opt, partial(save_weights, model))
+    trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
     if args.edits or args.task == "reflect":
         reference_ways(cfg, model.dit)
@@ -301,7 +304,7 @@ def main():
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
         sum_grads(list(params.values()), [loss])
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0).item()
+        norm = clip_grads(params.values())
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from common.lora import DIFFUSERS, PEFT, lora_config, lora_files, read_lora
 from common.presets import Config
 from common.run import beside, fail, replacing
+from common.shard import gathered, like, local, whole
+from common.stop import this_rank
 from common.weights import attempt, crc, dit_tensors, download, on_the_hub, read_safetensors, sound
 
 
@@ -153,7 +155,8 @@ class Ema:
     def update(self, step):
         d = min(self.decay, (1 + step) / (10 + step))
         if d:
-            torch._foreach_lerp_(list(self.mean.values()), list(self.params.values()), 1 - d)
+            mean, now = ([*map(local, x.values())] for x in (self.mean, self.params))
+            torch._foreach_lerp_(mean, now, 1 - d)
 
     @contextmanager
     def applied(self):
@@ -177,22 +180,32 @@ class Ema:
 class Trained:
     """What learns: its optimiser, its average, and how a run of it is saved and gone on with."""
 
-    def __init__(self, args, params, opt, save):
-        """params: {name: parameter}; save(ema, folder, step, score) writes the weights."""
-        self.params, self.opt, self.save_weights = params, opt, save
-        self.ema = Ema(params, args.ema)
+    def __init__(self, args, model, opt, save):
+        """save(ema, folder, step, score) writes the weights; on every rank, of which one writes."""
+        self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.model, self.opt, self.save_weights = model, opt, save
+        self.ema = Ema(self.params, args.ema)
         self.data = {}               # what is learned from, {name: Batches}
         self.start, self.position = resume_run(self.ema, args, opt)  # updates done, place in data
 
+    @contextmanager
+    def averaged(self):
+        """For rank 0, or others, alone: the model computes with the average, all of it."""
+        with self.ema.applied(), gathered(self.model):
+            yield
+
     def save(self, out, step, score=None):
         """A checkpoint, first all that --resume needs, in one file: a run goes on from that,
-        whatever else was written. score: on what is held out, if it was drawn."""
+        whatever else was written. score: on what is held out, if it was drawn. Every rank calls it,
+        since what is sharded is put together; rank 0 writes."""
         folder = Path(out) / "ckpt"
-        folder.mkdir(parents=True, exist_ok=True)
         raw = {k: p.detach() for k, p in self.params.items()}
-        with replacing(Path(out) / CHECKPOINT) as fresh:
-            torch.save(dict(raw=raw, mean=self.ema.mean, opt=self.opt.state_dict(),
-                            extra=self.ema.extra, step=step, data=self.position), fresh)
+        opt = {k: self.opt.state[p] for k, p in self.params.items() if p in self.opt.state}
+        state = whole(dict(raw=raw, mean=self.ema.mean, opt=opt, extra=self.ema.extra))
+        if this_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(Path(out) / CHECKPOINT) as fresh:
+                torch.save(state | dict(step=step, data=self.position), fresh)
         self.save_weights(self.ema, folder, step, score)
 
 
@@ -203,17 +216,19 @@ def save_weights(model, ema, folder, step, score=None):
         return {k.replace(".base_layer", "").replace(".default", ""): v
                 for k, v in tensors.items()}
     parts = model.trained | {k.split(".")[0] for k in ema.params if "lora_" not in k}
-    tied = {p.data_ptr(): k for k, p in ema.params.items()}   # a weight may have two names
-    tensors = {k: ema.mean[tied[v.data_ptr()]].clone() if v.data_ptr() in tied else v
-               for k, v in model.state_dict().items()
+    learned = {id(p): k for k, p in ema.params.items()}       # a weight may have two names
+    tensors = {k: ema.mean[learned[id(v)]].clone() if id(v) in learned else v
+               for k, v in model.state_dict(keep_vars=True).items()
                if k.split(".")[0] in parts and "lora_" not in k}
     # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
     loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
              if not mine or part not in model.trained}
     for part, (_, mine) in loras.items():
         tensors |= {f"{part}.{k}": v for k, v in mine.items()}
-    save_checkpoint(folder, on_disk(tensors | ema.mean), model.cfg, step, score=score,
-                    loras={part: config for part, (config, _) in loras.items()})
+    tensors = whole(tensors | ema.mean)
+    if this_rank() == 0:
+        save_checkpoint(folder, on_disk(tensors), model.cfg, step, score=score,
+                        loras={part: config for part, (config, _) in loras.items()})
 
 
 def keep_beside(out, step, keep):
@@ -249,22 +264,36 @@ def resume_run(ema, args, opt):
         with ZipFile(file) as records:                   # torch writes checksums, and reads none
             if damaged := records.testzip():
                 raise BadZipFile(f"{damaged} is not what was written")
-        saved = torch.load(file, weights_only=True, map_location="cpu")
-        # Once a part that does not learn had a group, an empty one.
-        groups = [g for g in saved["opt"]["param_groups"] if g["params"]]
-        return (saved["raw"], saved["mean"], saved["opt"] | dict(param_groups=groups),
-                saved.get("extra", {}), saved["step"], saved.get("data"))    # older ones lack it
+        saved = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        return (saved["raw"], saved["mean"], saved["opt"], saved.get("extra", {}), saved["step"],
+                saved.get("data"))                       # older ones lack the last but one and this
     raw, mean, state, extra, step, position = attempt(
         f"{file} cannot be read, it may be truncated, so start anew in another --out", read)
     if {k: v.shape for k, v in raw.items()} != {k: v.shape for k, v in ema.params.items()}:
         fail(f"{file} belongs to a run that trained other weights: give the flags it had")
-    attempt(f"{file} belongs to a run that trained otherwise", lambda: opt.load_state_dict(state))
+    attempt(f"{file} belongs to a run that trained otherwise",
+            lambda: opt.load_state_dict(as_optimiser(state, opt, ema.params)))
     if position is None:
         print(f"{file} is an older version's and says nothing of its place in the data, which so "
               "begins anew", file=sys.stderr)
     ema.extra = extra
     with torch.no_grad():
         for k, p in ema.params.items():
-            p.copy_(raw[k])
-            ema.mean[k].copy_(mean[k])
+            p.copy_(like(raw[k], p))
+            ema.mean[k].copy_(like(mean[k], p))
     return step, position or {}
+
+
+def as_optimiser(state, opt, params):
+    """An optimiser's state by weights' names -> as `opt` numbers them: sharded it has other groups
+    than whole. Older checkpoints have their numbers."""
+    if "param_groups" in state:          # once a part that does not learn had a group, an empty one
+        groups = [g for g in state["param_groups"] if g["params"]]
+        return state | dict(param_groups=groups)
+    names = {id(p): k for k, p in params.items()}
+    order = [p for group in opt.param_groups for p in group["params"]]
+    known = {i: {k: like(v, p) if v.shape == p.shape else v for k, v in state[names[id(p)]].items()}
+             for i, p in enumerate(order) if names[id(p)] in state}
+    if len(known) < len(state) or known and len(known) < len(order):
+        raise ValueError("its optimiser has other weights")
+    return dict(state=known, param_groups=opt.state_dict()["param_groups"])

@@ -16,6 +16,7 @@ from common.read import (LOOSE, PICTURES, UNREADABLE, as_text, inside, parse_jso
                          read_image, read_json, record, regular, utf8)
 from common.run import beside, fail, one_line
 from common.shards import Member, members, shuffled
+from common.stop import this_rank
 
 # Of training rows: files, the last of them drawn; texts. These are our names of a record's fields;
 # the first file may be several.
@@ -326,7 +327,7 @@ def all_records(path, form="prompts"):
 @cache
 def say(text):
     """Prints, once a run, on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    if this_rank() == 0:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
 

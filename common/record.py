@@ -17,7 +17,7 @@ from common.data import all_positions
 from common.flags import can_hold, read_flag, script, settings_of
 from common.page import look
 from common.run import all_mean, check_ranks, fail, write
-from common.stop import SIGNALS, as_a_wish, at_once, end, heed, received
+from common.stop import SIGNALS, as_a_wish, at_once, end, heed, received, this_rank
 from common.track import Tracker, check_track
 
 # ---------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def check_out(args):
         fail(f"--out {out} is neither empty nor a run's folder: choose another")
     if args.resume == "yes" and not has_checkpoint(out):
         fail(f"nothing to resume: {out / CHECKPOINT} is missing; --resume auto begins such a run")
-    if (out / "log.jsonl").exists() and os.environ.get("RANK", "0") == "0":
+    if (out / "log.jsonl").exists() and this_rank() == 0:
         Log.of(out)                                      # nobody else goes on with it meanwhile
 
 
@@ -124,11 +124,16 @@ class Recorder:
         all that can fail."""
         self.args, self.rank, self.trained, self.start = args, rank, trained, trained.start
         self.preview, self.score, self.shown, self.names = preview, score, {}, set()
-        self.stopped, self.out, self.begin = [], Path(args.out), time.time()
+        self.stopped, self.out, self.begin, self.last = [], Path(args.out), time.time(), {}
         self.tracker = None
+        stale = self.start and saved_about(self.out / "ckpt").get("step") != self.start
         all_mean([0])                                    # every rank has looked at the folder
         if rank == 0:
             self.open()
+        if stale:                                        # it was perhaps killed while it saved
+            self.trained.save(self.out, self.start, self.last.get(self.score))
+        if self.start and rank == 0:
+            keep_beside(self.out, self.start, self.args.keep)
         if first and not self.start:
             self.look(0)
             self.write(dict(step=0, at=0.0, **self.shown))
@@ -157,10 +162,7 @@ class Recorder:
         print(" ".join(f"{name}={value}" for name, value in settings.items()))
         if self.args.track:
             self.tracker = Tracker(self.args.track, self.out, settings, self.start)
-        if self.start and saved_about(self.out / "ckpt").get("step") != self.start:
-            self.trained.save(self.out, self.start, (last or {}).get(self.score))
-        if self.start:                                   # it was perhaps killed while it saved
-            keep_beside(self.out, self.start, self.args.keep)
+        self.last = last or {}
 
     def steps(self):
         """The updates to do. A run that is asked to stop ends here, with the signal's exit code."""
@@ -176,8 +178,8 @@ class Recorder:
         heed(at_once)
 
     def look(self, step):
-        if self.rank == 0:
-            with self.trained.ema.applied():
+        with self.trained.averaged():
+            if self.rank == 0:
                 self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
         if self.tracker:
             for file in sorted((self.out / "samples").glob(f"*_{step:05d}.png")):
@@ -204,8 +206,9 @@ class Recorder:
             self.look(step + 1)
             row |= self.shown
         self.write(row)                                  # before the checkpoint of the same step
-        if due and self.rank == 0:
+        if due:
             self.trained.save(self.out, step + 1, self.shown.get(self.score))
+        if due and self.rank == 0:
             keep_beside(self.out, step + 1, self.args.keep)
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]

@@ -16,8 +16,8 @@ from common.flags import HUB, inside, must_exist, number, read_flag, shown, ther
 from common.flow import flow_loss
 from common.presets import preset
 from common.record import check_out, read_log
-from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, fail, key, keyed,
-                        odds, on_gpu, slices, span, sum_grads, table)
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, clip_grads, fail, key,
+                        keyed, odds, on_gpu, slices, span, sum_grads, table)
 from common.weights import adapter, in_bf16, start_model, swapped
 
 
@@ -116,14 +116,13 @@ class Optimiser(Trained):
         self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
                                        lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd,
                                        fused=on_gpu(params))
-        super().__init__(args, params, self.adamw, partial(save_weights, model))
+        super().__init__(args, model, self.adamw, partial(save_weights, model))
 
     def update(self, step, watched, prompts):
         """One step by the gradients summed over ranks, unless they, or the ratios `watched`, are
         not finite. prompts: this rank's, for the message then. -> {"grad_norm": ...}"""
         sum_grads(list(self.params.values()), watched)
-        norms = {rate.replace("lr", "grad_norm"):
-                 torch.nn.utils.clip_grad_norm_(some, 1.0).item()
+        norms = {rate.replace("lr", "grad_norm"): clip_grads(some)
                  for rate, some in self.experts.items()}
         for group, peak in zip(self.adamw.param_groups, self.peaks):
             group["lr"] = peak * min(1, (step + 1) / 5) * (1 - 0.9 * step / self.steps)

@@ -14,8 +14,10 @@ from shutil import disk_usage
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
-from common.stop import at_once, fail, heed, quietly
+from common.shard import local
+from common.stop import at_once, fail, heed, quietly, this_rank
 
 ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
 
@@ -80,7 +82,7 @@ def local_device():
 def setup():
     """-> rank, world, device. Under torchrun: one process per GPU, or gloo on the CPU."""
     heed(at_once)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), this_rank()
     device = local_device()
     cuda = device.type == "cuda"
     if cuda:
@@ -126,11 +128,13 @@ def same_start(model):
 
 def check_ranks(weights, when):
     """Ends the run, on every rank and in one line, if weights {name: tensor} are not finite or
-    differ by a bit between ranks, which from then on would train different models."""
+    differ by a bit between ranks, which from then on would train different models. Of what is
+    sharded each rank has another part."""
     bits = {2: torch.int16, 4: torch.int32}                      # by the bytes of a number
-    sums = torch.stack([p.detach().flatten().view(bits[p.element_size()]).sum(dtype=torch.int64)
-                        for p in weights.values()])
-    broken = torch.stack([~p.isfinite().all() for p in weights.values()]).long()
+    mine = {name: local(p.detach()) for name, p in weights.items()}
+    sums = torch.stack([p.flatten().view(bits[p.element_size()]).sum(dtype=torch.int64) * (
+        not isinstance(weights[name], DTensor)) for name, p in mine.items()])
+    broken = torch.stack([~p.isfinite().all() for p in mine.values()]).long()
     most = torch.stack([sums, -sums, broken])
     if dist.is_initialized():
         dist.all_reduce(most, dist.ReduceOp.MAX)                 # largest, and minus the smallest
@@ -142,26 +146,57 @@ def check_ranks(weights, when):
 
 
 def sum_grads(params, watched=()):
-    """Add gradients over ranks, once per update. No wrapper around the model: RL samples it bare
-    and calls backward many times; the price is no overlap of computing and sending.
-    watched: losses or ratios. One that is not finite, on one rank, makes the gradient nan on all,
-    so that all leave this update out: see Finite."""
+    """Add gradients over ranks, once per update; those of --shard are added already. No wrapper
+    around the model: RL samples it bare and calls backward many times; the price is no overlap of
+    computing and sending. watched: losses or ratios. One that is not finite, on one rank, makes the
+    gradient nan on all, so that all leave this update out: see Finite."""
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    wrong = torch.zeros((), device=params[0].device)
     for x in watched:
-        params[0].grad += 0 * x.detach().sum()                   # 0 x inf is nan, as 0 x nan is
+        wrong += 0 * x.detach().sum()                            # 0 x inf is nan, as 0 x nan is
     if dist.is_initialized() and dist.get_world_size() > 1:
-        flat = torch.cat([p.grad.flatten() for p in params])
-        dist.all_reduce(flat)
-        for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(g.view_as(p))
+        dist.all_reduce(wrong)
+        for some in in_buckets([p.grad for p in params if not isinstance(p, DTensor)]):
+            flat = torch.cat([g.flatten() for g in some])
+            dist.all_reduce(flat)
+            for g, summed in zip(some, flat.split([g.numel() for g in some])):
+                g.copy_(summed.view_as(g))
+    local(params[0].grad).add_(wrong)
+
+
+def in_buckets(tensors, most=2**26):
+    """Tensors -> lists of them, of so many numbers or of one tensor: 256 MB are sent at once."""
+    size, some = 0, []
+    for t in tensors:
+        if some and size + t.numel() > most:
+            yield some
+            size, some = 0, []
+        size, some = size + t.numel(), [*some, t]
+    if some:
+        yield some
+
+
+def clip_grads(params, most=1.0):
+    """torch's clip_grad_norm_, of whole and of sharded gradients together. -> their norm"""
+    kinds = [[p for p in params if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    kinds = [some for some in kinds if some]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds]
+    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for some in kinds:
+        torch.nn.utils.clip_grads_with_norm_(some, most, norm)
+    return norm.item()
 
 
 def adamw(params, args):
     """AdamW of stages 1 and 2, which decays matrices alone. params: {name: parameter}"""
+    groups = {}                          # whole and sharded weights apart: one kernel has one kind
+    for p in params.values():
+        groups.setdefault((p.ndim > 1, isinstance(p, DTensor)), []).append(p)
     return torch.optim.AdamW(
-        [dict(params=[p for p in params.values() if p.ndim > 1], weight_decay=args.wd),
-         dict(params=[p for p in params.values() if p.ndim <= 1], weight_decay=0)],
+        [dict(params=some, weight_decay=args.wd if matrix else 0)
+         for (matrix, _), some in sorted(groups.items(), key=lambda item: item[0], reverse=True)],
         lr=args.lr, betas=(0.9, 0.95), fused=on_gpu(params))
 
 

@@ -12,6 +12,11 @@ stopping = threading.Event()          # a signal has asked the run to stop after
 received = []                         # such signals, in their order
 
 
+def this_rank():
+    """-> this process's number among those of torchrun, 0 without it"""
+    return int(os.environ.get("RANK", 0))
+
+
 def heed(how):
     """how: as_a_wish or at_once"""
     for which in SIGNALS:
@@ -22,7 +27,7 @@ def as_a_wish(which, frame):
     """While an update is in hand: it is finished and the run is saved, however many more follow.
     torchrun passes on what it gets, so that a rank may well get two."""
     received.append(which)
-    if not stopping.is_set() and os.environ.get("RANK", "0") == "0":
+    if not stopping.is_set() and this_rank() == 0:
         print(f"\n{signal.Signals(which).name}: this update is finished, then the run is saved",
               file=sys.stderr)
     stopping.set()
@@ -37,7 +42,7 @@ def end(which, what):
     """Ends the process with a signal's exit code and one line."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)              # of more: Python is on its way out
-    if os.environ.get("RANK", "0") == "0":
+    if this_rank() == 0:
         print(f"\nstopped by {signal.Signals(which).name} {what}", file=sys.stderr)
     sys.exit(128 + which)
 

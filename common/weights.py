@@ -22,6 +22,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
 from common.flags import given_parts
 from common.read import LOOSE, UNREADABLE, parse_json, utf8
 from common.run import beside, fail, first_line, same_start, seeded
+from common.shard import share_out
 
 
 def attempt(claim, make):
@@ -425,7 +426,7 @@ def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
     if args.checkpoint:
         model.dit.checkpoint = True
         computed_again(model.vlm.model.language_model.layers if model.vlm else ())
-    return model
+    return share_out(model, device) if getattr(args, "shard", False) else model
 
 
 def computed_again(blocks):

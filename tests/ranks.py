@@ -1,8 +1,9 @@
 """All five training scripts on the tiny model; not a test by itself:
 
-    torchrun --nproc-per-node 2 tests/ranks.py TINY OUT
+    torchrun --nproc-per-node 2 tests/ranks.py TINY OUT                # all of them
+    torchrun --nproc-per-node 2 tests/ranks.py TINY OUT sft --shard    # one, with flags
 
-OUT/<script>/rank<r>.safetensors is what a rank's model holds in the end."""
+OUT/<script>/rank<r>.safetensors is what a rank's model holds in the end, if all were run."""
 
 import sys
 from pathlib import Path
@@ -70,4 +71,8 @@ def main(folder, out):
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    folder, out, *one = sys.argv[1:]
+    if one:
+        play(Path(folder), Path(out), *one)
+    else:
+        main(Path(folder), Path(out))
