@@ -200,7 +200,7 @@ class Trained:
         since what is sharded is put together; rank 0 writes."""
         folder = Path(out) / "ckpt"
         raw = {k: p.detach() for k, p in self.params.items()}
-        opt = {k: self.opt.state[p] for k, p in self.params.items() if p in self.opt.state}
+        opt = {k: self.opt.state.get(p, {}) for k, p in self.params.items()}
         state = whole(dict(raw=raw, mean=self.ema.mean, opt=opt, extra=self.ema.extra))
         if this_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -292,8 +292,9 @@ def as_optimiser(state, opt, params):
         return state | dict(param_groups=groups)
     names = {id(p): k for k, p in params.items()}
     order = [p for group in opt.param_groups for p in group["params"]]
-    known = {i: {k: like(v, p) if v.shape == p.shape else v for k, v in state[names[id(p)]].items()}
-             for i, p in enumerate(order) if names[id(p)] in state}
-    if len(known) < len(state) or known and len(known) < len(order):
+    if state.keys() != params.keys():
         raise ValueError("its optimiser has other weights")
-    return dict(state=known, param_groups=opt.state_dict()["param_groups"])
+    known = {i: {k: like(v, p) if v.shape == p.shape else v for k, v in state[names[id(p)]].items()}
+             for i, p in enumerate(order)}
+    return dict(state={i: its for i, its in known.items() if its},
+                param_groups=opt.state_dict()["param_groups"])

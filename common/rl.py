@@ -73,10 +73,11 @@ def adapters(args, parts):
 
 
 def initial_policy(model, copies, device):
-    """(DiT, bridge, VLM) as they are now, frozen copies of those named: for model.swapped."""
-    parts = dict(dit=model.dit, bridge=model.bridge, vlm=model.vlm)
-    return [in_bf16(copy.deepcopy(part).requires_grad_(False), model, device) if name in copies
-            else part for name, part in parts.items()]
+    """(DiT, bridge, VLM) as they are now, frozen copies of those named: for model.swapped. As
+    frozen parts are, on a GPU they are held in bf16."""
+    hold = in_bf16 if model.bf16 and device.type == "cuda" else lambda part: part
+    return [hold(copy.deepcopy(part).requires_grad_(False)) if name in copies else part for
+            name, part in (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
 
 
 def set_up(Unified, args, parts, rows, reads, anchored, rank, device):

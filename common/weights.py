@@ -319,18 +319,17 @@ def learn(model, what, seed=0):
     return model.eval()
 
 
-def in_bf16(part, model, device):
-    """On a GPU a part holds in bf16, as it was published, what of it nobody trains. -> part"""
-    if model.bf16 and device.type == "cuda":
-        for p in part.parameters():
-            p.data = p.data if p.requires_grad else p.data.bfloat16()
+def in_bf16(part):
+    """Holds in bf16, as it was published, what of a part nobody trains. -> part"""
+    for p in part.parameters():
+        p.data = p.data if p.requires_grad else p.data.bfloat16()
     return part
 
 
 def slim(model, device):
-    """The parts that are large, by in_bf16. Not the VAE. -> model"""
-    for part in filter(None, (model.vlm, model.text_encoder, model.dit)):
-        in_bf16(part, model, device)
+    """On a GPU the parts that are large are held by in_bf16. Not the VAE. -> model"""
+    if model.bf16 and device.type == "cuda":
+        [*map(in_bf16, filter(None, (model.vlm, model.text_encoder, model.dit)))]
     return model
 
 

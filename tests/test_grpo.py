@@ -119,7 +119,7 @@ def test_micro_batches_add_up(model):
 
 def learned(out):
     """The gradient of a run's only update, out of Adam's first moment, and its norm."""
-    state = torch.load(out / "ckpt" / "optim.pt", weights_only=True)["opt"]["state"]
+    state = torch.load(out / "ckpt" / "optim.pt", weights_only=True)["opt"]
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
     return torch.cat([s["exp_avg"].flatten() for s in state.values()]), rows[-1].get("grad_norm")
 

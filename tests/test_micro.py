@@ -70,8 +70,8 @@ def test_gradients_are_equal(photos, tmp_path, again, task):
         assert len(parts) == len(whole)
         for a, b in zip(parts, whole):
             assert (a - b).abs().max() <= 1e-6 * max(1, most), more
-    assert again["vlm" if script == "reward" else "dit"]
-    assert again["vlm"] or script in ("grpo", "cycle_edit", "reflect")
+    assert again["vlm" if task in ("reward", "reflect") else "dit"]
+    assert again["vlm"] or script in ("grpo", "cycle_edit")
 
 
 def test_many_rows_go_in_parts(parts, photos, monkeypatch):
