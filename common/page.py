@@ -19,7 +19,7 @@ from common.flags import settings_of
 from common.run import replacing, write
 
 PAGE = Path(__file__).with_name("page.html")         # script and style; its text comes from here
-MOST = 450                # points of a curve in curves.png, whose panels have so many pixels
+MOST = 400                # points of a curve in curves.png, whose panels have so many pixels
 BINS = 300                # of a curve in index.html, from twice as many rows on
 KEPT = 30                 # tables of words, the latest, that index.html holds
 LOSS = r"(?:\w+_)?loss"
@@ -112,15 +112,15 @@ def read_columns(out):
 def drawing(curves):
     """A figure that is drawn again and again, since making one takes longer than drawing it: a
     panel per tuple of names -> figure, axes, {(panel, name): its faint and its strong line}"""
-    figure = Figure(figsize=(4.5 * len(curves), 3.2), dpi=110)
+    figure = Figure(figsize=(4.5 * len(curves), 3.2), dpi=90)
     axes, lines = figure.subplots(1, len(curves), squeeze=False)[0], {}
     figure.subplots_adjust(0.2 / len(curves), 0.15, 1 - 0.03 / len(curves), 0.85, 0.2)
     for i, (ax, names) in enumerate(zip(axes, curves)):
         for k, name in enumerate(names):
             lines[i, name] = (ax.plot([], [], f"C{k}", lw=1, alpha=0.3)[0],
                               ax.plot([], [], f"C{k}", ms=3, lw=1.5, label=name)[0])
-        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         ax.set_xlabel("minutes")
         ax.grid(alpha=0.3)
         if names:

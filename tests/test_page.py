@@ -179,7 +179,7 @@ def test_broken_runs_have_a_page(tmp_path):
         look(out, ["loss"], ["x", "y"])
         text = (out / "index.html").read_text()
         json.loads(Reader(text).texts["application/json"], parse_constant=pytest.fail)
-        assert Image.open(out / "curves.png").size == (990, 352)
+        assert Image.open(out / "curves.png").size == (810, 288)
     torn = dict(read_columns(tmp_path / "5").columns)
     assert [*torn["step"]] == [1.0]
     assert any("cannot be read: 2" in s for _, s in health(read_columns(tmp_path / "6"), {}))
