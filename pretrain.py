@@ -80,8 +80,7 @@ def main():
     n = args.batch // world
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, dict(bridge=None), rows, rows, rank, device)
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = adamw(params, args)
+    opt = adamw(model, args)
     trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
     if args.edits:
@@ -120,8 +119,8 @@ def main():
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
-        sum_grads(list(params.values()), [loss])
-        norm = clip_grads(params.values())
+        sum_grads(list(trained.params.values()), [loss])
+        norm = clip_grads(trained.params.values())
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))

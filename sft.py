@@ -191,8 +191,7 @@ def train_reward(args, rank, world, device):
     --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
     (rows, held), cfg, broken = scored_edits(args), preset(args.preset), Broken(args.data, 0.1)
     held, model = opened(held, cfg, broken), reward_model(args, device)
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = adamw(params, args)
+    opt = adamw(model, args)
     trained = Trained(args, model, opt, partial(save_reward, model))
     finite = Finite()
     recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
@@ -210,8 +209,8 @@ def train_reward(args, rank, world, device):
             loss += part.detach()
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(params.values()), [loss])
-        norm = clip_grads(params.values())
+        sum_grads(list(trained.params.values()), [loss])
+        norm = clip_grads(trained.params.values())
         ramp = min(1, (update + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * update / args.steps))
@@ -259,8 +258,7 @@ def main():
     must_exist(args, "data", "tuples")
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, learns, rows, rows, rank, device)
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = adamw(params, args)
+    opt = adamw(model, args)
     trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
     if args.edits or args.task == "reflect":
@@ -290,6 +288,8 @@ def main():
 
         # 3  the velocity that leads from one to the other; gradients of micro-batches add up
         loss = 0.0
+        if args.lm_loss and words is not None:
+            tokens = count_tokens(model, prompts, words, world)
         for i in slices(n, args.micro):
             cond = condition(model, prompts[i], refs and refs[i], words and words[i], keys[i])
             v = model.velocity(x_t[i], t[i], [(1.0, cond)])                      # (micro,C,h,w)
@@ -298,13 +298,12 @@ def main():
             loss += part.detach()
             if args.lm_loss and words is not None:
                 said = lm_loss(model, prompts[i], refs and refs[i], words[i])
-                tokens = count_tokens(model, prompts, words, world)
                 (args.lm_loss * said / tokens).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
-        sum_grads(list(params.values()), [loss])
-        norm = clip_grads(params.values())
+        sum_grads(list(trained.params.values()), [loss])
+        norm = clip_grads(trained.params.values())
         ramp = min(1, (step + 1) / args.warmup)
         for group in opt.param_groups:
             group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))

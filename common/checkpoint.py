@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from common.lora import DIFFUSERS, PEFT, lora_config, lora_files, read_lora
 from common.presets import Config
-from common.run import beside, fail, replacing
-from common.shard import gathered, like, local, whole
+from common.run import beside, fail, learning, replacing
+from common.shard import gathered, is_sharded, like, local, whole
 from common.stop import this_rank
 from common.weights import attempt, crc, dit_tensors, download, on_the_hub, read_safetensors, sound
 
@@ -182,7 +182,7 @@ class Trained:
 
     def __init__(self, args, model, opt, save):
         """save(ema, folder, step, score) writes the weights; on every rank, of which one writes."""
-        self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.params = learning(model)
         self.model, self.opt, self.save_weights = model, opt, save
         self.ema = Ema(self.params, args.ema)
         self.data = {}               # what is learned from, {name: Batches}
@@ -190,8 +190,10 @@ class Trained:
 
     @contextmanager
     def averaged(self):
-        """For rank 0, or others, alone: the model computes with the average, all of it."""
-        with self.ema.applied(), gathered(self.model):
+        """For rank 0 alone: the model computes with the average, all of it. Every rank enters; one
+        that has no part of it does nothing."""
+        idle = this_rank() and not is_sharded(self.model)
+        with nullcontext() if idle else self.ema.applied(), gathered(self.model):
             yield
 
     def save(self, out, step, score=None):
@@ -279,8 +281,8 @@ def resume_run(ema, args, opt):
     ema.extra = extra
     with torch.no_grad():
         for k, p in ema.params.items():
-            p.copy_(like(raw[k], p))
             ema.mean[k].copy_(like(mean[k], p))
+            p.copy_(like(raw[k], p))                     # last: without a decay it is the mean, too
     return step, position or {}
 
 

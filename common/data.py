@@ -17,8 +17,7 @@ def collated(batch, form):
     """Samples (image, prompt, references, words ...) -> a batch, see pairs."""
     images, prompts, refs, *words = zip(*batch)
     has_refs = len(FORMS[form][0]) > 1
-    # As they lie in memory, a pixel's three numbers side by side: to sort them takes as long as to
-    # decode them.
+    # As they lie in memory, a pixel's three numbers side by side: to sort them takes long.
     images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     images = images.pin_memory() if torch.cuda.is_available() else images
     return (images, list(prompts), *([list(refs)] if has_refs else []),
@@ -84,10 +83,11 @@ class Batches:
             length, whole = 0, True
             for record in self.data.one_pass(rng, self.broken):
                 place = turn, begin, length
-                mine = (begin + length) % self.world == self.rank
-                if mine and not self.is_done(place):
-                    yield place, record
-                whole &= not (mine and self.is_done(place))
+                if (begin + length) % self.world == self.rank:
+                    if self.is_done(place):
+                        whole = False
+                    else:
+                        yield place, record
                 length += 1
             begin += length
             if whole:

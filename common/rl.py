@@ -17,7 +17,7 @@ from common.flow import flow_loss
 from common.presets import preset
 from common.record import check_out, read_log
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, clip_grads, fail, key,
-                        keyed, odds, on_gpu, slices, span, sum_grads, table)
+                        keyed, learning, odds, on_gpu, slices, span, sum_grads, table)
 from common.weights import adapter, in_bf16, start_model, swapped
 
 
@@ -108,7 +108,7 @@ class Optimiser(Trained):
     Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate."""
 
     def __init__(self, args, model):
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        params = learning(model)
         self.steps, self.finite = args.steps, Finite()
         own = {"lr": [p for k, p in params.items() if not k.startswith("vlm.")],
                "lm_lr": [p for k, p in params.items() if k.startswith("vlm.")]}

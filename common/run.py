@@ -189,8 +189,14 @@ def clip_grads(params, most=1.0):
     return norm.item()
 
 
-def adamw(params, args):
-    """AdamW of stages 1 and 2, which decays matrices alone. params: {name: parameter}"""
+def learning(model):
+    """-> {name: parameter} of what learns"""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(model, args):
+    """AdamW of stages 1 and 2, which decays matrices alone"""
+    params = learning(model)
     groups = {}                          # whole and sharded weights apart: one kernel has one kind
     for p in params.values():
         groups.setdefault((p.ndim > 1, isinstance(p, DTensor)), []).append(p)

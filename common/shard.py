@@ -33,6 +33,10 @@ def share_out(model, device):
     return model
 
 
+def is_sharded(model):
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def whole(value):
     """A sharded tensor, all of it, on the CPU; what is none as it is; so within dicts and lists.
     Every rank calls it."""

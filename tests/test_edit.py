@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -339,19 +340,22 @@ def test_edits_that_cannot_be_used(tmp_path, capsys):
 # --- the mixture ---
 
 
+def mixed(args, cfg, n, rank=0, world=1, trained=None):
+    """n batches from where `trained` is, which then is behind them"""
+    trained = trained or Namespace(start=0, position={})
+    data = mixture(args, cfg, 2, rank, world, trained)
+    rows = [next(data) for _ in range(n)]
+    trained.start, trained.position = n, all_positions(trained.data)
+    return rows
+
+
 def test_share_of_edits(tmp_path, cfg):
     edits = folder_of_edits(tmp_path / "edits")
     plain = folder_of_edits(tmp_path / "plain")
     (plain / "metadata.jsonl").write_text("".join(
         json.dumps(dict(file_name=f"target{i}.png", prompt=f"{i}")) + "\n" for i in range(6)))
     args = Namespace(data=plain, edits=edits, edit_share=0.3, seed=3, columns="", workers=1)
-
-    def run(n, rank=0, world=1, trained=None):
-        trained = trained or Namespace(start=0, position={})
-        data = mixture(args, cfg, 2, rank, world, trained)
-        rows = [next(data) for _ in range(n)]
-        trained.start, trained.position = n, all_positions(trained.data)
-        return rows
+    run = partial(mixed, args, cfg)
     rows = run(400)
     kinds = [refs is not None for _, _, refs, _ in rows]
     assert abs(sum(kinds) / 400 - 0.3) < 3 * (0.3 * 0.7 / 400) ** 0.5

@@ -1,17 +1,12 @@
 """--shard changes where things lie, and nothing else: the rows of one process and of sharded ranks
 are equal, and each can go on with what another has saved."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import ranks
 import tiny
 from safetensors.torch import load_file
-
-import common.record as record_py
 
 FLAGS = ["--steps", 4, "--eval-every", 2, "--batch", 4]
 CASES = {"pretrain": ("pretrain", []), "sft": ("sft", []),
@@ -26,12 +21,7 @@ def photos(parts):
 
 def run(photos, out, name, world, *flags):
     """A script's main in so many processes -> its rows"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", world,
-               "--standalone", ranks.__file__, photos, out, name, *FLAGS, *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tiny.ROOT,
-                          env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return record_py.read_log(out)
+    return tiny.two_ranks(photos, out, name, *FLAGS, *flags, file=ranks.__file__, world=world)
 
 
 def numbers(rows):

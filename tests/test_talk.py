@@ -5,6 +5,7 @@ import random
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import collect, complaint
+from test_edit import mixed
 from tiny import apart, same
 
 from common.flow import condition, count_tokens, lm_loss
@@ -26,7 +28,6 @@ import sample
 import data.shapes.looks as looks_py
 import sft
 from common.presets import PRESETS, Config
-from common.data import all_positions, mixture
 from common.words import spell
 from data.shapes.talk import bench_answer, bench_reflect, bench_think
 from data.shapes.world import render
@@ -114,12 +115,7 @@ def test_shares_of_three_tasks(tmp_path, cfg):
                      edits=folder_of(tmp_path / "edit", "edit"), edit_share=0.2,
                      tuples=folder_of(tmp_path / "reflect", "reflect"))
 
-    def run(n, rank=0, world=1, trained=None):
-        trained = trained or Namespace(start=0, position={})
-        data = mixture(args, cfg, 2, rank, world, trained)
-        rows = [next(data) for _ in range(n)]
-        trained.start, trained.position = n, all_positions(trained.data)
-        return rows
+    run = partial(mixed, args, cfg)
 
     def kind(row):
         return (row[2] is not None, row[3] is not None)

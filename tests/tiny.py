@@ -226,9 +226,9 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
-def two_ranks(folder, out, *flags, file=__file__):
-    """As a file is run, under torchrun. -> rows of the log"""
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", file,
+def two_ranks(folder, out, *flags, file=__file__, world=2):
+    """As a file is run, under torchrun. world: or another number of them. -> rows of the log"""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", world, "--standalone", file,
                folder, out, *flags]
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
                           cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
