@@ -118,6 +118,7 @@ class Args(RunFlags):
                       "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
                             "which saves memory")
+    shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
     eval_every: int = flag(20, "updates between quick scores on held-out edits", "[1, 1e7]",
@@ -363,8 +364,8 @@ def main():
         columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
         recorder.record(step, dict(kept=len(kept) / len(edits), **ratios), columns, CURVES)
 
-    if wants_final_bench(args, recorder):
-        before_and_after(model, args, optimiser.ema, recorder.out, device, bench)
+    if wants_final_bench(args):
+        before_and_after(args, optimiser, recorder.out, bench)
 
 
 if __name__ == "__main__":

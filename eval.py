@@ -31,7 +31,7 @@ from common.read import UNREADABLE, arrays, named, parse_json, read_image, read_
 from common.rl import must_be_drawn
 from common.run import all_mean, fail, key, replacing, setup, slices, write
 from common.show import grid, plot_trade_off, show_table
-from common.stop import stopping
+from common.stop import stopping, this_rank
 from common.weights import slim
 from data.shapes.bench import bench_shapes, geneval_table
 from data.shapes.edits import bench_edit
@@ -311,12 +311,15 @@ def bench_pictures(model, args, png):
     return bench_shapes(draw, png=png)
 
 
-def before_and_after(model, args, ema, out, device, bench):
+def before_and_after(args, trained, out, bench):
     """bench(policy, args, png) -> metrics, of the policy as it was and as it is, on the same noise:
-    results.json, a table, two pictures."""
-    base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
-    base.to(device)
-    with ema.applied():
+    results.json, a table, two pictures. Every rank calls it; rank 0 draws."""
+    with trained.averaged():
+        if this_rank():
+            return
+        model = trained.model
+        base = Unified.from_preset(args.preset, args.init, seed=args.seed, **given_parts(args))
+        base.to(model.device)
         results = {name: bench(policy, args, out / "samples" / f"{name}.png")
                    for name, policy in (("before", base), ("after", model))}
     show_table(results)

@@ -110,6 +110,7 @@ class Args(RunFlags):
     micro: int = flag(64, "rows of the window per backward; 0: all. The gradients are equal",
                       "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: the DiT is computed again in the backward pass")
+    shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
     eval_prompts: str = flag("", "held-out prompts for photos, a file as --prompts; empty: "
@@ -334,8 +335,8 @@ def main():
         if args.ldam:
             noise = ldam.after(row)                      # that the next iteration's bridge sees
 
-    if wants_final_bench(args, recorder):
-        before_and_after(model, args, optimiser.ema, recorder.out, device, bench_pictures)
+    if wants_final_bench(args):
+        before_and_after(args, optimiser, recorder.out, bench_pictures)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ class Args(RunFlags):
                       "gradients are equal", "[0, 1e6]", group="Memory and speed")
     checkpoint: bool = flag(False, "the DiT's blocks are computed again in the backward pass, "
                             "which saves memory")
+    shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
     eval_every: int = flag(20, "updates between quick scores on held-out pictures", "[1, 1e7]",
@@ -643,8 +644,8 @@ def main():
         columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
         recorder.record(step, stats, columns, CURVES + [[*norms]])
 
-    if wants_final_bench(args, recorder):
-        before_and_after(model, args, optimiser.ema, recorder.out, device, whole_bench)
+    if wants_final_bench(args):
+        before_and_after(args, optimiser, recorder.out, whole_bench)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,9 @@ class Trained:
         self.data = {}               # what is learned from, {name: Batches}
         self.start, self.position = resume_run(self.ema, args, opt)  # updates done, place in data
 
+    def ready(self):
+        """Before each iteration, on every rank"""
+
     @contextmanager
     def averaged(self):
         """For rank 0 alone: the model computes with the average, all of it. Every rank enters; one

@@ -170,6 +170,7 @@ class Recorder:
                         total=self.args.steps, disable=self.rank > 0)
         heed(as_a_wish)
         for step in self.bar:
+            self.trained.ready()
             yield step
             if self.stopped:
                 self.bar.close()

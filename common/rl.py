@@ -18,7 +18,8 @@ from common.presets import preset
 from common.record import check_out, read_log
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, clip_grads, fail, key,
                         keyed, learning, odds, on_gpu, slices, span, sum_grads, table)
-from common.weights import adapter, in_bf16, start_model, swapped
+from common.shard import add_up, by_kind, gather, share_out
+from common.weights import adapter, in_bf16, load_model, swapped
 
 
 def check_flags(args, world, what):
@@ -87,8 +88,9 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     -> model, initial policy or None, Optimiser"""
     learns = adapters(args, parts)
     copies = [part for part, lora in learns.items() if anchored and not lora]
-    model = start_model(Unified, args, learns, rows, reads, rank, device, copies)
-    initial = initial_policy(model, copies, device) if anchored else None
+    model = load_model(Unified, args, learns, rows, reads, rank, device, copies)
+    initial = initial_policy(model, copies, device) if anchored else None      # whole on each rank
+    model = share_out(model, device) if args.shard else model
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
     if rank == 0 and hasattr(args, "clip"):
@@ -113,15 +115,22 @@ class Optimiser(Trained):
         own = {"lr": [p for k, p in params.items() if not k.startswith("vlm.")],
                "lm_lr": [p for k, p in params.items() if k.startswith("vlm.")]}
         self.experts = {rate: some for rate, some in own.items() if some}
-        self.peaks = [getattr(args, rate) for rate in self.experts]
-        self.adamw = torch.optim.AdamW([dict(params=some) for some in self.experts.values()],
+        groups = [(getattr(args, rate), some) for rate, all_of_it in self.experts.items()
+                  for some in by_kind(all_of_it)]
+        self.peaks = [peak for peak, _ in groups]
+        self.adamw = torch.optim.AdamW([dict(params=some) for _, some in groups],
                                        lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd,
                                        fused=on_gpu(params))
         super().__init__(args, model, self.adamw, partial(save_weights, model))
 
+    def ready(self):
+        """Of --shard each rank has all weights, until the next gradients are added up."""
+        gather(self.model)
+
     def update(self, step, watched, prompts):
         """One step by the gradients summed over ranks, unless they, or the ratios `watched`, are
         not finite. prompts: this rank's, for the message then. -> {"grad_norm": ...}"""
+        add_up(self.model)
         sum_grads(list(self.params.values()), watched)
         norms = {rate.replace("lr", "grad_norm"): clip_grads(some)
                  for rate, some in self.experts.items()}
@@ -130,6 +139,7 @@ class Optimiser(Trained):
         if self.finite(step, [*norms.values()], prompts):
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        self.ready()
         return norms
 
 
@@ -302,7 +312,7 @@ def ldam_layers(args, weights):
     return found
 
 
-def wants_final_bench(args, recorder):
+def wants_final_bench(args):
     """Is there a benchmark before and after, at the end? By default not after a mere trial."""
     wanted = args.steps >= args.eval_every if args.final_bench is None else args.final_bench
-    return wanted and recorder.rank == 0 and args.preset.startswith("shapes")
+    return wanted and args.preset.startswith("shapes")

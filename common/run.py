@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
-from common.shard import local
+from common.shard import by_kind, local
 from common.stop import at_once, fail, heed, quietly, this_rank
 
 ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
@@ -179,8 +179,7 @@ def in_buckets(tensors, most=2**26):
 
 def clip_grads(params, most=1.0):
     """torch's clip_grad_norm_, of whole and of sharded gradients together. -> their norm"""
-    kinds = [[p for p in params if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
-    kinds = [some for some in kinds if some]
+    kinds = by_kind(params)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in kinds]
     norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
@@ -197,12 +196,10 @@ def learning(model):
 def adamw(model, args):
     """AdamW of stages 1 and 2, which decays matrices alone"""
     params = learning(model)
-    groups = {}                          # whole and sharded weights apart: one kernel has one kind
-    for p in params.values():
-        groups.setdefault((p.ndim > 1, isinstance(p, DTensor)), []).append(p)
+    kinds = [[p for p in params.values() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     return torch.optim.AdamW(
-        [dict(params=some, weight_decay=args.wd if matrix else 0)
-         for (matrix, _), some in sorted(groups.items(), key=lambda item: item[0], reverse=True)],
+        [dict(params=some, weight_decay=args.wd if some[0].ndim > 1 else 0)
+         for kind in kinds for some in by_kind(kind)],
         lr=args.lr, betas=(0.9, 0.95), fused=on_gpu(params))
 
 

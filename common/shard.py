@@ -1,5 +1,11 @@
 """--shard: what learns lies in parts on all ranks, by torch's FSDP2: weights, gradients, average,
-AdamW's state."""
+AdamW's state.
+
+Stages 1 and 2 gather a block while it computes, and so all ranks run it equally often. In RL they
+do not: one rank's groups all agree, another's model redraws more. There all weights are gathered
+before an iteration (`gather`), ranks compute alone, and their gradients are added up once
+(`add_up`): it is weights and gradients that are whole then, AdamW's state and average that are
+not."""
 
 import os
 from contextlib import contextmanager
@@ -13,9 +19,8 @@ from common.stop import fail
 
 
 def share_out(model, device):
-    """DiT and bridge, where they learn: a block's weights are whole only while it computes, so that
-    all ranks run it equally often. The VLM with its LoRA and the queries, which are used outside of
-    their module, stay whole. Of several nodes each has all parts (HSDP). -> model"""
+    """DiT and bridge, where they learn. The VLM with its LoRA and the queries, which are used
+    outside of their module, stay whole. Of several nodes each has all parts (HSDP). -> model"""
     if not dist.is_initialized():
         fail("--shard shares out over ranks: start the script by torchrun")
     world, near = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -30,11 +35,23 @@ def share_out(model, device):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=queries)
                 module.set_force_sum_reduction_for_comms(True)   # as sum_grads does, no mean
                 module.set_gradient_divide_factor(1.0)
+    if not is_sharded(model):
+        fail("--shard: what learns here is the VLM's, and that stays whole on each rank")
     return model
 
 
+def parts_of(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def is_sharded(model):
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return bool(parts_of(model))
+
+
+def by_kind(params):
+    """Whole and sharded parameters apart, since no kernel takes both. -> lists, none empty"""
+    kinds = [[p for p in params if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    return [some for some in kinds if some]
 
 
 def whole(value):
@@ -60,17 +77,46 @@ def like(tensor, other):
                              src_data_rank=None)
 
 
+def gather(model):
+    """Each rank has all weights until they are shared out again, and may compute without the
+    others; what its backward passes leave waits for add_up. Every rank calls it."""
+    for part in parts_of(model):
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.set_requires_gradient_sync(False, recurse=False)
+        part.unshard()
+
+
+def share_again(model):
+    """The other way round: what was gathered lies in parts."""
+    for part in parts_of(model):
+        part.set_reshard_after_forward(True, recurse=False)
+        part.set_reshard_after_backward(True, recurse=False)
+        part.set_requires_gradient_sync(True, recurse=False)
+        part.reshard()
+
+
 @contextmanager
 def gathered(model):
-    """For a while each rank has all weights, so that one may compute without the others. Every rank
-    enters; what learns must not change inside."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    """For a while each rank has all weights, as they are now. What learns must not change inside;
+    afterwards it lies in parts."""
+    share_again(model)
+    gather(model)
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
+        share_again(model)
+
+
+def add_up(model):
+    """Gradients that the ranks have gathered, each by as many backward passes as it had, are added
+    up, and weights lie in parts again. FSDP adds at the end of a backward pass: of one row that all
+    have, and that counts nothing. Every rank calls it."""
+    if not is_sharded(model):
+        return
+    for part in parts_of(model):
+        part.set_requires_gradient_sync(True, recurse=False)
+    row = model.noise([0])
+    v = model.velocity(row, 0.5, [(0.0, model.encode([None]))])
+    v.sum().backward()
+    share_again(model)

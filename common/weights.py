@@ -413,7 +413,13 @@ def memory_plan(model, args, rows, reads, copies, device):
     return "\n".join(said), n | size
 
 
-def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
+def start_model(Unified, args, what, rows, reads, rank, device):
+    """See load_model; with --shard what learns is then shared out over ranks."""
+    model = load_model(Unified, args, what, rows, reads, rank, device)
+    return share_out(model, device) if args.shard else model
+
+
+def load_model(Unified, args, what, rows, reads, rank, device, copies=()):
     """Plan the memory, then load what the flags ask for. what: see learn. -> model"""
     parts = given_parts(args)
     if rank == 0:
@@ -425,7 +431,7 @@ def start_model(Unified, args, what, rows, reads, rank, device, copies=()):
     if args.checkpoint:
         model.dit.checkpoint = True
         computed_again(model.vlm.model.language_model.layers if model.vlm else ())
-    return share_out(model, device) if getattr(args, "shard", False) else model
+    return model
 
 
 def computed_again(blocks):

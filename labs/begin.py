@@ -16,10 +16,11 @@ from model import Unified
 from rewards.judge import Judge
 
 # Flags and settings of grpo.py that no lab has a use for: its steps are not random, a rollout is
-# learned from once, and the images of a group each start from a noise of their own.
+# learned from once, and the images of a group each start from a noise of their own. Nor has any
+# --shard, since two policies take turns in the weights.
 REMOVED = ("window", "window_start", "window_stop", "kind", "eta", "shared_noise", "grid", "clip",
            "updates", "trained", "beta", "kl", "sft", "sft_data", "sft_batch", "ldam", "ldam_gamma",
-           "ldam_leap", "ldam_falls")
+           "ldam_leap", "ldam_falls", "shard")
 
 
 class Lab:
@@ -100,9 +101,8 @@ class Lab:
         self.recorder.record(step, stats, columns, CURVES)
 
     def finish(self):
-        if wants_final_bench(self.args, self.recorder):
-            before_and_after(self.model, self.args, self.optimiser.ema, self.recorder.out,
-                             self.device, bench_pictures)
+        if wants_final_bench(self.args):
+            before_and_after(self.args, self.optimiser, self.recorder.out, bench_pictures)
 
 
 class Follower(Ema):

@@ -159,8 +159,8 @@ def test_grpo_with_a_lora(parts, cfg, tmp_path, monkeypatch):
     copied = []
     with monkeypatch.context() as m:
         m.setattr(rl_py, "copy", SimpleNamespace(deepcopy=copied.append))
-        m.setattr(rl_py, "start_model",
-                  lambda *a: [copied.append(a[-1]), weights_py.start_model(*a)][1])
+        m.setattr(rl_py, "load_model",
+                  lambda *a: [copied.append(a[-1]), weights_py.load_model(*a)][1])
         first = tiny.play(parts, tmp_path / "x", *flags[:-2], "--steps", 1)
     assert copied == [[]]                              # neither planned nor made
     assert first[1]["ratio_off"] <= 1e-6 and first[1]["kl"] == 0 and first[1]["grad_norm"] > 0

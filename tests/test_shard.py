@@ -7,8 +7,18 @@ import pytest
 import ranks
 import tiny
 from safetensors.torch import load_file
+from test_reflect import teach
+
+from common.record import read_log
 
 FLAGS = ["--steps", 4, "--eval-every", 2, "--batch", 4]
+ANCHORED = ["--beta", 0.1, "--updates", 2, "--final-bench"]
+RL = {"grpo": ("grpo", ANCHORED), "grpo, LoRA": ("grpo", ["--lora-rank", 2, *ANCHORED]),
+      "grpo, DiT alone": ("grpo", ["--train", "dit", "--ema", 0]),
+      "cycle_edit": ("cycle_edit", ANCHORED),
+      "reflect": ("reflect", ["--redraw", 4, *ANCHORED]),
+      "cot": ("reflect", ["--task", "cot", *ANCHORED]),
+      "cot, LoRAs": ("reflect", ["--task", "cot", "--lora-rank", 2, "--vlm-lora-rank", 2])}
 CASES = {"pretrain": ("pretrain", []), "sft": ("sft", []),
          "sft, LoRA, micro": ("sft", ["--lora-rank", 2, "--micro", 1, "--checkpoint"]),
          "sft, bridge, no average": ("sft", ["--train", "bridge", "--ema", 0])}
@@ -19,14 +29,22 @@ def photos(parts):
     return ranks.photos_of(parts)
 
 
+@pytest.fixture(scope="module")
+def talker(parts, tmp_path_factory):
+    return teach(parts, tmp_path_factory.mktemp("shard") / "talker")
+
+
 def run(photos, out, name, world, *flags):
     """A script's main in so many processes -> its rows"""
-    return tiny.two_ranks(photos, out, name, *FLAGS, *flags, file=ranks.__file__, world=world)
+    said = out.parent / f"{out.name} said"
+    ranks.together(world, lambda: ranks.play(photos, out, name, *flags), said)
+    return read_log(out)
 
 
 def numbers(rows):
-    """What a row says of learning"""
-    return [{k: v for k, v in row.items() if k.endswith(("loss", "grad_norm"))} for row in rows]
+    """What a row says of learning; statistics of ratios are means over ranks, not over rows"""
+    told = "loss", "grad_norm", "reward_blue", "kept", "score", "accuracy", "redrawn"
+    return [{k: v for k, v in row.items() if k.endswith(told)} for row in rows]
 
 
 def near(a, b, tolerance=1e-4):
@@ -43,22 +61,48 @@ def weights(out):
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_those_of_one_process(photos, tmp_path, case):
     name, flags = CASES[case]
-    one = run(photos, tmp_path / "one", name, 1, *flags)
+    one = run(photos, tmp_path / "one", name, 1, *FLAGS, *flags)
     for world in (2, 4) if case == "sft" else (2,):
         out = tmp_path / f"{world}"
-        near(numbers(run(photos, out, name, world, *flags, "--shard")), numbers(one))
+        near(numbers(run(photos, out, name, world, *FLAGS, *flags, "--shard")), numbers(one))
         a, b = weights(tmp_path / "one"), weights(out)
         assert a.keys() == b.keys()
         assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
 
 
+@pytest.mark.parametrize("case", RL)
+def test_rows_of_reinforcement_learning(parts, talker, tmp_path, case):
+    """One of four prompts has a reward that is constant: a rank of four has nothing to learn from.
+    First pictures are redrawn where a rank's model says no."""
+    name, flags = RL[case]
+    folder = talker if case == "reflect" else parts
+    flags = ["--init", folder / "sft", *flags]
+    known = []
+    for world in (1, 2, 4) if case in ("grpo", "reflect") else (1, 2):
+        shard = ["--shard"] if world > 1 else []
+        out = tmp_path / f"{world}"
+        known.append(numbers(run(folder, out, name, world, *flags, *shard)))
+        near(known[-1], known[0])
+    assert known[0][1]["grad_norm"] > 1e-3 and known[0][1].get("redrawn", 1) > 0
+
+
+def test_what_cannot_be_shared_is_refused(parts, tmp_path):
+    def words():
+        with pytest.raises(SystemExit, match="stays whole"):
+            ranks.play(parts, tmp_path / "x", "reflect", "--train", "lm", "--shard")
+    ranks.together(1, words, tmp_path / "said")
+    with pytest.raises(SystemExit, match="torchrun"):
+        tiny.play(parts, tmp_path / "x", "--shard")
+    assert not (tmp_path / "x").exists()
+
+
 def test_going_on_with_what_others_have_saved(photos, tmp_path):
     """Saved by 2 sharded ranks, gone on with by 1 process, 4 sharded ranks, 2 plain ones: alike."""
     half, known = tmp_path / "half", []
-    run(photos, half, "sft", 2, "--shard", "--steps", 2)
+    run(photos, half, "sft", 2, *FLAGS, "--shard", "--steps", 2)
     for world, flags in ((1, []), (4, ["--shard"]), (2, [])):
         out = tmp_path / f"{world}"
         shutil.copytree(half, out)
-        known.append(numbers(run(photos, out, "sft", world, *flags, "--resume", "--change",
+        known.append(numbers(run(photos, out, "sft", world, *FLAGS, *flags, "--resume", "--change",
                                  "steps,shard")))
         near(known[-1], known[0])

@@ -4,18 +4,17 @@ Random kills and torchrun: stops.py, which is run by hand.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import signal
-import sys
 import time
 
 import pytest
 import ranks
 import tiny
 import torch
+from ranks import child
 from test_cli import complaint, files
 
 import common.checkpoint as checkpoint_py
@@ -24,37 +23,12 @@ import grpo
 from common.checkpoint import saved_about
 from common.rl import Ldam
 
-SPAWN = multiprocessing.get_context("fork")
 FOUR = ["--steps", 4, "--eval-every", 2]
 
 
 @pytest.fixture(scope="module")
 def photos(parts):
     return ranks.photos_of(parts)
-
-
-def child(run, said):
-    """run() in a process of its own, which writes to the file `said` -> the process"""
-    def do():
-        os.setpgrp()
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        sys.stdout = sys.stderr = open(handle, "w", buffering=1)
-        torch.set_num_threads(1)                             # its pool anew, before threads race
-        code = 1
-        try:
-            run()
-            code = 0
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 1
-            print("" if isinstance(e.code, int) else e.code)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)                                   # nothing of pytest's own runs
-    process = SPAWN.Process(target=do)
-    process.start()
-    return process
 
 
 def play(photos, out, name, *flags):
