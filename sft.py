@@ -11,6 +11,7 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
     torchrun --nproc-per-node 8 sft.py ...          # one process per GPU
 """
 
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -170,10 +171,11 @@ def reward_model(args, device):
 
 
 def save_reward(model, ema, folder, step, score=None):
-    """The reward model's own folder, of the averaged weights."""
+    """-> a function for rank 0 that writes the reward model's own folder, of the averaged weights
+    as they are now"""
     if this_rank() == 0:
         with ema.applied():
-            model.save(folder)
+            return partial(copy.deepcopy(model).cpu().save, folder)
 
 
 def judged(model, held, file):

@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from shutil import copyfile, rmtree
@@ -181,15 +183,19 @@ class Trained:
     """What learns: its optimiser, its average, and how a run of it is saved and gone on with."""
 
     def __init__(self, args, model, opt, save):
-        """save(ema, folder, step, score) writes the weights; on every rank, of which one writes."""
+        """save(ema, folder, step, score) -> a function that writes the weights as they are now;
+        every rank calls the first, and one of them the second."""
         self.params = learning(model)
         self.model, self.opt, self.save_weights = model, opt, save
         self.ema = Ema(self.params, args.ema)
         self.data = {}               # what is learned from, {name: Batches}
         self.start, self.position = resume_run(self.ema, args, opt)  # updates done, place in data
+        self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def ready(self):
         """Before each iteration, on every rank"""
+        if self.writing and self.writing.done():
+            self.written()
 
     @contextmanager
     def averaged(self):
@@ -199,24 +205,38 @@ class Trained:
         with nullcontext() if idle else self.ema.applied(), gathered(self.model):
             yield
 
-    def save(self, out, step, score=None):
+    def save(self, out, step, score=None, keep=0):
         """A checkpoint, first all that --resume needs, in one file: a run goes on from that,
-        whatever else was written. score: on what is held out, if it was drawn. Every rank calls it,
-        since what is sharded is put together; rank 0 writes."""
+        whatever else was written. It is of this moment, and written while training goes on. score:
+        on what is held out, if it was drawn; keep: see keep_beside. Every rank calls it, since what
+        is sharded is put together; rank 0 writes."""
+        self.written()
         folder = Path(out) / "ckpt"
         raw = {k: p.detach() for k, p in self.params.items()}
         opt = {k: self.opt.state.get(p, {}) for k, p in self.params.items()}
         state = whole(dict(raw=raw, mean=self.ema.mean, opt=opt, extra=self.ema.extra))
-        if this_rank() == 0:
+        state |= dict(step=step, data=dict(self.position))
+        write_weights = self.save_weights(self.ema, folder, step, score)
+
+        def write():
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(Path(out) / CHECKPOINT) as fresh:
-                torch.save(state | dict(step=step, data=self.position), fresh)
-        self.save_weights(self.ema, folder, step, score)
+                torch.save(state, fresh)
+            write_weights()
+            keep_beside(out, step, keep)
+        if this_rank() == 0:
+            self.writing = self.writer.submit(write)
+
+    def written(self):
+        """Waits until the last checkpoint is on the disk; one that could not be ends the run."""
+        if self.writing:
+            self.writing.result()
+        self.writing = None
 
 
 def save_weights(model, ema, folder, step, score=None):
     """The averaged weights, with what --init had changed, so that they stand alone: of a LoRA run
-    the LoRA, merged at load."""
+    the LoRA, merged at load. -> a function that writes them, as they are now"""
     def on_disk(tensors):                                  # without peft's wrapping
         return {k.replace(".base_layer", "").replace(".default", ""): v
                 for k, v in tensors.items()}
@@ -230,10 +250,9 @@ def save_weights(model, ema, folder, step, score=None):
              if not mine or part not in model.trained}
     for part, (_, mine) in loras.items():
         tensors |= {f"{part}.{k}": v for k, v in mine.items()}
-    tensors = whole(tensors | ema.mean)
-    if this_rank() == 0:
-        save_checkpoint(folder, on_disk(tensors), model.cfg, step, score=score,
-                        loras={part: config for part, (config, _) in loras.items()})
+    tensors = on_disk(whole(tensors | ema.mean))
+    return partial(save_checkpoint, folder, tensors, model.cfg, step, score=score,
+                   loras={part: config for part, (config, _) in loras.items()})
 
 
 def keep_beside(out, step, keep):

@@ -131,9 +131,9 @@ class Recorder:
         if rank == 0:
             self.open()
         if stale:                                        # it was perhaps killed while it saved
-            self.trained.save(self.out, self.start, self.last.get(self.score))
-        if self.start and rank == 0:
-            keep_beside(self.out, self.start, self.args.keep)
+            self.trained.save(self.out, self.start, self.last.get(self.score), args.keep)
+        elif self.start and rank == 0:
+            keep_beside(self.out, self.start, args.keep)
         if first and not self.start:
             self.look(0)
             self.write(dict(step=0, at=0.0, **self.shown))
@@ -148,6 +148,9 @@ class Recorder:
             fail(f"--out {self.out} cannot be written to: {e.strerror}")
         if not self.args.resume and self.log.file.seek(0, os.SEEK_END):   # begun since check_out
             fail(f"{self.out} holds another run by now: choose another --out")
+        for torn in self.out.rglob("*.tmp"):             # it was killed while it wrote
+            if torn.is_file():
+                torn.unlink()
         last = self.log.keep_up_to(self.start if self.start else -1)
         if self.start and (last is None or last["step"] != self.start):
             print(f"{self.out}/log.jsonl lacks the rows up to update {self.start}: they are lost, "
@@ -174,8 +177,10 @@ class Recorder:
             yield step
             if self.stopped:
                 self.bar.close()
+                self.trained.written()
                 end(self.stopped[0], f"after update {step + 1}: saved in {self.out}/ckpt, "
                     "--resume goes on")
+        self.trained.written()
         heed(at_once)
 
     def look(self, step):
@@ -208,9 +213,8 @@ class Recorder:
             row |= self.shown
         self.write(row)                                  # before the checkpoint of the same step
         if due:
-            self.trained.save(self.out, step + 1, self.shown.get(self.score))
+            self.trained.save(self.out, step + 1, self.shown.get(self.score), self.args.keep)
         if due and self.rank == 0:
-            keep_beside(self.out, step + 1, self.args.keep)
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]
             panels = [[name for name in panel if name in self.names] for panel in curves]

@@ -125,6 +125,7 @@ class Optimiser(Trained):
 
     def ready(self):
         """Of --shard each rank has all weights, until the next gradients are added up."""
+        super().ready()
         gather(self.model)
 
     def update(self, step, watched, prompts):

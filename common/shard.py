@@ -10,6 +10,7 @@ not."""
 import os
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -55,13 +56,15 @@ def by_kind(params):
 
 
 def whole(value):
-    """A sharded tensor, all of it, on the CPU; what is none as it is; so within dicts and lists.
-    Every rank calls it."""
+    """A copy of a tensor on the CPU, of a sharded one all of it; of dicts and lists of them; what
+    is none as it is. Every rank calls it."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [*map(whole, value)]
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def local(tensor):

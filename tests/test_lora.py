@@ -65,7 +65,7 @@ def same(a, b, tol=1e-5):
 
 def checkpoint(model, out):
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    save_weights(model, Ema(params, 0.9), out / "ckpt", 1)
+    save_weights(model, Ema(params, 0.9), out / "ckpt", 1)()
     return load_file(out / "ckpt/model.safetensors")
 
 

@@ -125,6 +125,47 @@ def test_killed_between_the_two_files_of_a_checkpoint(photos, whole, tmp_path):
     assert saved_about(out / "ckpt")["step"] == 4 and all(map(same, state(out), whole("grpo")))
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(photos, tmp_path):
+    """Killed in the midst of the second checkpoint, rows later: the run goes on from the first, and
+    becomes what it would have been."""
+    out, real, calls = tmp_path / "run", checkpoint_py.torch.save, iter(range(2))
+
+    def endless(state, file):
+        if next(calls, 1):
+            file.write_bytes(b"torn")
+            time.sleep(600)
+        real(state, file)
+
+    def rows():
+        return len(record_py.read_log(out))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(checkpoint_py.torch, "save", endless)
+        process = child(lambda: play(photos, out, "grpo", "--steps", 9), tmp_path / "said")
+        while process.is_alive() and rows() < 6:
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+    assert rows() >= 6 and (out / "ckpt/optim.pt.tmp").read_bytes() == b"torn"
+    assert saved_about(out / "ckpt")["step"] == 2
+    play(photos, out, "grpo", "--steps", 9, "--resume")
+    play(photos, tmp_path / "other", "grpo", "--steps", 9)
+    assert all(map(same, state(out), state(tmp_path / "other")))
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run(photos, tmp_path, monkeypatch):
+    """As soon as that is known: the updates after it would be lost."""
+    real, calls = checkpoint_py.save_checkpoint, iter(range(2))
+
+    def full(*inputs, **more):
+        if next(calls) == 1:
+            raise SystemExit("error: the disk is full")
+        real(*inputs, **more)
+    monkeypatch.setattr(checkpoint_py, "save_checkpoint", full)
+    with pytest.raises(SystemExit, match="disk is full"):
+        play(photos, tmp_path / "run", "grpo", "--steps", 40)
+    assert 4 < len(record_py.read_log(tmp_path / "run")) <= 8
+
+
 # --- asked to stop ---
 
 
@@ -252,7 +293,7 @@ def test_a_long_log_is_cut_at_its_end(tmp_path, rows, keep, tail):
     spent = time.process_time() - begun
     log.file.close()
     kept = min(rows, keep + 1)
-    assert [row["step"] for row in record_py.read_log(tmp_path)] == list(range(kept))
+    assert [row["step"] for row in record_py.record_py.read_log(tmp_path)] == list(range(kept))
     assert (last["step"] if last else -1) == kept - 1
     assert rows < 100_000 or spent < 0.1
 

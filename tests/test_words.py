@@ -454,7 +454,7 @@ def test_a_language_model_that_learned_is_kept(parts, tmp_path):
     ema = Ema(params, 0.5)
     [p.data.mul_(1.1) for p in params.values()]
     ema.update(100)
-    save_weights(m, ema, tmp_path / "ckpt", 1)
+    save_weights(m, ema, tmp_path / "ckpt", 1)()
     again = tiny.build(cfg, init=tmp_path / "ckpt")
     with ema.applied():
         words = m.generate(PROMPTS, limit=6)
