@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from common.cache import cache_latents
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, train_times
@@ -68,6 +69,7 @@ class Args(RunFlags):
                             "pass")
     shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
     workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
+    cache: str = flag("", "folder that keeps the VAE's latents for later epochs and runs")
 
 
 def main():
@@ -80,6 +82,7 @@ def main():
     n = args.batch // world
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, dict(bridge=None), rows, rows, rank, device)
+    cache_latents(model, args.cache)
     opt = adamw(model, args)
     trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()

@@ -24,6 +24,7 @@ from peft import inject_adapter_in_model
 from data.shapes.edits import scored_edit
 from data.shapes.looks import CURVES, preview, what_to_show
 from rewards.edit import EditReward, read_scored, spearman
+from common.cache import cache_latents
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
 from common.flow import condition, count_tokens, lm_loss, train_times
@@ -97,6 +98,7 @@ class Args(RunFlags):
                             "pass")
     shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
     workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
+    cache: str = flag("", "folder that keeps the VAE's latents for later epochs and runs")
 
 
 SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
@@ -260,6 +262,7 @@ def main():
     must_exist(args, "data", "tuples")
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, learns, rows, rows, rank, device)
+    cache_latents(model, args.cache)
     opt = adamw(model, args)
     trained = Trained(args, model, opt, partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
