@@ -90,7 +90,7 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     copies = [part for part, lora in learns.items() if anchored and not lora]
     model = load_model(Unified, args, learns, rows, reads, rank, device, copies)
     initial = initial_policy(model, copies, device) if anchored else None      # whole on each rank
-    model = share_out(model, device) if args.shard else model
+    model = share_out(model, device) if getattr(args, "shard", False) else model     # labs: no flag
     if args.compile:                     # one graph for all lengths of context and sizes of batch
         model.dit.compile(dynamic=True)
     if rank == 0 and hasattr(args, "clip"):
