@@ -291,7 +291,7 @@ def load_trained(model, path, tensors, loras):
         whole |= {f"dit.{k}": v for k, v in (model.dit.with_refs(had) | had).items()}
     must_fit(f"{path} does not fit preset {model.cfg.preset!r}", whole,
              {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts})
-    model.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False, assign=True)
+    model.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False)
     model.trained |= parts
     for part, config in loras.items():
         mine = {k.removeprefix(part + "."): v.float() for k, v in tensors.items()

@@ -77,8 +77,6 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
         argv = tiny.as_recipe(script.Args, argv, tmp_path / "recipe.json")
         monkeypatch.setattr(sys, "argv", ["x.py", *argv])
         before = Unified.from_preset(name, init)
-        own = [p.data_ptr() for p in before.dit.parameters()]
-        assert len(set(own)) == len(own) and not any(p.is_meta for p in before.parameters())
         script.main()
         init = tmp_path / f"stage{stage}"
         after = dict(Unified.from_preset(name, init).named_parameters())
