@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.run import fail, writing
+from common.run import writing
 from common.weights import crc
 
 
@@ -19,10 +19,7 @@ def cache_latents(model, folder):
         return
     vae = crc({k: v.cpu() for k, v in model.vae.state_dict().items()})
     folder, encode = Path(folder) / f"vae-{vae:08x}", model.to_latents
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--cache {folder.parent} cannot be written to: {e.strerror}")
+    folder.mkdir(parents=True, exist_ok=True)            # check_out has looked
 
     def to_latents(images):
         files = [folder / name[:2] / f"{name[2:]}.npy" for name in map(digest, images)]

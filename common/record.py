@@ -25,11 +25,13 @@ from common.track import Tracker, check_track
 
 
 def check_out(args):
-    """--out may be written to, or the user's error: before anything is loaded."""
+    """--out and --cache may be written to, or the user's error: before anything is loaded."""
     out = Path(args.out)
     if not args.out.strip():
         fail("--out is empty: name a folder for the run")
-    read_flag(args, "out", can_hold)
+    for name in ("out", "cache"):
+        if getattr(args, name, ""):
+            read_flag(args, name, can_hold)
     check_track(args.track)
     a_run = has_checkpoint(out) or (out / "log.jsonl").exists() or (
         "out" in settings_of(out))

@@ -70,12 +70,6 @@ def test_a_torn_file_is_computed_again(model, tmp_path, torn):
     assert torch.equal(model.to_latents(pictures(1)), first) and not [*tmp_path.rglob("*.tmp")]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(model, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="--cache"):
-        cache_latents(model, tmp_path / "file")
-
-
 @pytest.mark.parametrize("name", ["pretrain", "sft"])
 def test_runs_are_equal(photos, tmp_path, name):
     rows = [ranks.play(photos, tmp_path / f"{i}", name, *flags) for i, flags in enumerate(

@@ -82,6 +82,7 @@ WRONG = dict(
                "http:/host", "http://[::1", "http://host:99999", "http://host:x", "http://ho st", "file:///etc",
                "http://host\n", "http://hö.st", LONG, "\udce9"],
     guidances=["nan", "1,nan", "1,inf", "-1", "1,", ",", "1;3", "101", "x", "１", LONG, "\udce9"],
+    cache=["HERE", "HERE/x", "/dev/null/x", "/proc/x/y", LONG, "\udce9"],
     export=["HERE", "HERE/x", "/dev/null/x", "/proc/x/y", LONG, "\udce9"],
     mask=NO_FILES, final_bench=[], size=["nonsense", "0x", "x5", "1x2x3", "-5", "1.5", "９", LONG],
     columns=["nonsense", "caption", "caption=", "=x", "nosuch=x", ",", "caption=x,", LONG],

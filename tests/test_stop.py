@@ -293,7 +293,7 @@ def test_a_long_log_is_cut_at_its_end(tmp_path, rows, keep, tail):
     spent = time.process_time() - begun
     log.file.close()
     kept = min(rows, keep + 1)
-    assert [row["step"] for row in record_py.record_py.read_log(tmp_path)] == list(range(kept))
+    assert [row["step"] for row in record_py.read_log(tmp_path)] == list(range(kept))
     assert (last["step"] if last else -1) == kept - 1
     assert rows < 100_000 or spent < 0.1
 
