@@ -115,14 +115,14 @@ class Attention(nn.Module):
         q, k, v = (a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for a in (q, k, v))
         return norm_q(q), norm_k(k), v                                               # (B,heads,N,d)
 
-    def forward(self, x, ctx=None, mask=None):
+    def forward(self, x, ctx=None, mask=None, first=True):
         N = x.shape[1]
         qkv = self.heads(self.to_q(x), self.to_k(x), self.to_v(x), self.norm_q, self.norm_k)
         if ctx is not None:
             added = self.heads(self.add_q_proj(ctx), self.add_k_proj(ctx), self.add_v_proj(ctx),
                                self.norm_added_q, self.norm_added_k)
             qkv = [torch.cat(pair, 2) for pair in zip(qkv, added)]                 # (B,heads,N+L,d)
-        y = attend(*qkv, mask).transpose(1, 2).flatten(2)                            # (B,N+L,inner)
+        y = attend(*qkv, mask, first).transpose(1, 2).flatten(2)                     # (B,N+L,inner)
         x = self.to_out[0](y[:, :N])
         if ctx is None:
             return x                                                                 # (B,N,D)
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
         x_norm = norm(x)
         y, c_y = self.attn(modulate(x_norm, shift, scale), modulate(norm(ctx), c_shift, c_scale),
-                           mask)
+                           mask, first=x_mask is None)     # or pads stand between image and context
         x = x + gate * y
         if self.dual:
             shift2, scale2, gate2 = extra

@@ -1,0 +1,87 @@
+"""What is there only to be quicker says what the slow way says."""
+
+import pytest
+import tiny
+import torch
+from test_compile import MINE, inputs
+from test_grpo import close
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import common.layers as layers_py
+import model as ours
+from common.layers import attend, attend_packed
+from model import MMDiT
+
+# --- attention without a mask ---
+
+
+def one_by_one(q, k, v, cuts, cuts_k, most, most_k):
+    """In place of the kernel, which runs on GPUs alone: each sequence (n,heads,d) by itself"""
+    lengths = cuts.diff()
+    assert cuts.dtype == torch.int32 and cuts is cuts_k and cuts[0] == 0 and cuts[-1] == len(q)
+    assert 1 <= lengths.min() and lengths.max() <= most == most_k
+    rows = zip(*(a.transpose(0, 1).split(lengths.tolist(), 1) for a in (q, k, v)))
+    return torch.cat([attend(*(a[None] for a in row), None)[0] for row in rows], 1).transpose(0, 1)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """-> how many attentions were packed, here on the CPU"""
+    calls = []
+
+    def on_gpus(q, k, v, mask, first=False):
+        if mask is None or not first:
+            return attend(q, k, v, mask)
+        calls.append(mask)
+        return attend_packed(q, k, v, mask)
+    monkeypatch.setattr(layers_py, "varlen_attn", one_by_one)
+    monkeypatch.setattr(ours, "attend", on_gpus)
+    return calls
+
+
+def test_packed_attention(packed):
+    """Of rows with many pads, with one, without; values and gradients, of what is real."""
+    torch.manual_seed(0)
+    given = [torch.randn(4, 3, 9, 8, requires_grad=True) for _ in range(3)]
+    mask = (torch.arange(9) < torch.tensor([5, 9, 1, 8])[:, None])[:, None, None]
+    real = mask[:, 0, 0, :, None, None]
+    said = []
+    for way in attend, attend_packed:
+        y = way(*given, mask).transpose(1, 2) * real
+        said.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for a, b in zip(*said):
+        tiny.same(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("refs", [False, True])
+def test_packed_attention_in_the_dit(packed, refs, monkeypatch):
+    """References of several sizes leave pads between image and context: then only the attention
+    among image tokens is packed, else only the joint one has pads."""
+    dit = MMDiT(**MINE[MMDiT])
+    tiny.randomise(dit)
+    asked = inputs(MMDiT, 4, 7, pads=True, refs=refs)
+    v = dit(*asked)
+    blocks = len(dit.transformer_blocks)
+    assert len(packed) == (1 if refs else blocks)
+    monkeypatch.setattr(ours, "attend", attend)
+    close(dit(*asked), v)
+
+
+def test_the_kernel_takes_what_it_is_given(monkeypatch):
+    """By its own account of shapes and types, on tensors that pretend to be on a GPU; in fp32 it is
+    not asked. Backwards on pretended tensors of the CPU: the other ones want a CUDA context."""
+    asked, real = [], layers_py.varlen_attn
+    monkeypatch.setattr(layers_py, "varlen_attn", lambda *a: [asked.append(a), real(*a)][1])
+    with FakeTensorMode():
+        for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.bfloat16),
+                              ("cuda", torch.float32)):
+            mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device=device)
+            q, k, v = (torch.empty(2, 3, 9, 8, dtype=dtype, device=device, requires_grad=True)
+                       for _ in range(3))
+            given = q.float(), k.float(), v, mask            # autocast leaves norms in fp32
+            y = attend(*given, True) if device == "cuda" else attend_packed(*given)
+            assert y.shape == q.shape and (y.dtype, y.device.type) == (dtype, device)
+            if device == "cpu":
+                y.sum().backward()
+                assert all(a.grad.shape == a.shape and a.grad.dtype == dtype for a in (q, k, v))
+    assert len(asked) == 2 and all(a.dtype == torch.bfloat16 for a in asked[0][:3])
