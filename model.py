@@ -864,15 +864,16 @@ class Unified(nn.Module):
         # own table for it, the uniform one x .999, which the DiT is told cut to thousandths.
         grid = cfg.grid if solver == "euler" else "uniform"
         xs, ts = [x], sigmas(steps, cfg.sample_shift, grid).tolist()
-        for t, s in zip(ts, ts[1:]):
-            v = self.velocity(xs[-1], t, branches)
-            if solver == "dpm":
-                x, before = dpm_step(v, xs[-1], t, s, before)
-            else:
-                x = xs[-1] - (t - s) * v
-            if keep is not None:
-                x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
-            xs.append(x)
+        with self.autocast():                            # weights are cast once, not at each step
+            for t, s in zip(ts, ts[1:]):
+                v = self.velocity(xs[-1], t, branches)
+                if solver == "dpm":
+                    x, before = dpm_step(v, xs[-1], t, s, before)
+                else:
+                    x = xs[-1] - (t - s) * v
+                if keep is not None:
+                    x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
+                xs.append(x)
         return torch.stack(xs) if trajectory else xs[-1]
 
     @torch.no_grad()
@@ -937,16 +938,17 @@ def rollout(model, branches, times, window, keys, eta, kind="flow", shared=False
     copies = images if shared else 1                                 # of one image, at the window
     x = model.noise([initial for initial, _ in keys[::copies]])                  # (N/copies,C,H,W)
     branches, xs, logps = branches.repeat(images // copies), [], []
-    for k, (t, s) in enumerate(zip(times, times[1:])):
-        if k == window[0]:
-            x, branches = x.repeat_interleave(copies, 0), branches.repeat(copies)  # (N,C,H,W)
-            xs.append(x)
-        v = model.velocity(x, t, branches)
-        if k in window:
-            noise = model.noise([fresh + k for _, fresh in keys])
-            x, logp, _, _ = sde_step(v, x, t, s, eta, kind, noise=noise)
-            xs.append(x)
-            logps.append(logp)
-        else:
-            x = x - (t - s) * v
+    with model.autocast():                               # weights are cast once, not at each step
+        for k, (t, s) in enumerate(zip(times, times[1:])):
+            if k == window[0]:
+                x, branches = x.repeat_interleave(copies, 0), branches.repeat(copies)  # (N,C,H,W)
+                xs.append(x)
+            v = model.velocity(x, t, branches)
+            if k in window:
+                noise = model.noise([fresh + k for _, fresh in keys])
+                x, logp, _, _ = sde_step(v, x, t, s, eta, kind, noise=noise)
+                xs.append(x)
+                logps.append(logp)
+            else:
+                x = x - (t - s) * v
     return Trajectory(x, torch.stack(xs), torch.stack(logps), window)

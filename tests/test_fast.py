@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 from test_compile import MINE, inputs
-from test_grpo import close
+from test_grpo import close, config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.layers as layers_py
 import model as ours
 from common.layers import attend, attend_packed
-from model import MMDiT
+from model import MMDiT, rollout, sigmas
 
 # --- attention without a mask ---
 
@@ -85,3 +86,44 @@ def test_the_kernel_takes_what_it_is_given(monkeypatch):
                 y.sum().backward()
                 assert all(a.grad.shape == a.shape and a.grad.dtype == dtype for a in (q, k, v))
     assert len(asked) == 2 and all(a.dtype == torch.bfloat16 for a in asked[0][:3])
+
+
+# --- weights cast to bf16 ---
+
+
+class Casts(TorchDispatchMode):
+    """Which of these tensors were cast, each time"""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.mine, self.seen = {t.data_ptr() for t in tensors}, []
+
+    def __torch_dispatch__(self, func, types, given=(), named=None):
+        if func is torch.ops.aten._to_copy.default and given[0].data_ptr() in self.mine:
+            self.seen.append(given[0].data_ptr())
+        return func(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("way", ["rollout", "sample"])
+def test_weights_are_cast_once(parts, way):
+    """Not at each step; the images are, to the last bit, those of a cast wherever one is needed."""
+    m = tiny.build(config(parts), bf16=True, init=parts / "sft")
+    m.dit.requires_grad_(True)                               # what is frozen is bf16 on a GPU
+    with torch.no_grad():
+        branches = m.guided(m.encode(["a red circle", "a blue square"]), 1.5)
+    matrices = [p for p in m.dit.parameters() if p.ndim > 1]
+
+    def draw():
+        if way == "sample":
+            return m.sample(branches, 6)
+        keys = [(n, 100 * n) for n in range(4)]
+        return rollout(m, branches, sigmas(6).tolist(), range(1, 3), keys, 0.9).xs
+    with Casts(matrices) as casts:
+        got = draw()
+    assert len(matrices) > 20 and sorted(casts.seen) == sorted(casts.mine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "autocast", lambda: torch.autocast("cpu", torch.bfloat16,
+                                                            cache_enabled=False))
+        with Casts(matrices) as casts:
+            assert torch.equal(draw(), got)
+    assert len(casts.seen) >= 6 * len(casts.mine)
