@@ -156,8 +156,7 @@ def sum_grads(params, watched=()):
     for x in watched:
         wrong += 0 * x.detach().sum()                            # 0 x inf is nan, as 0 x nan is
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(wrong)
-        for some in in_buckets([p.grad for p in params if not isinstance(p, DTensor)]):
+        for some in in_buckets([p.grad for p in params if not isinstance(p, DTensor)] + [wrong]):
             flat = torch.cat([g.flatten() for g in some])
             dist.all_reduce(flat)
             for g, summed in zip(some, flat.split([g.numel() for g in some])):

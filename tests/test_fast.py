@@ -3,12 +3,14 @@
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from test_compile import MINE, inputs
 from test_grpo import close, config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.layers as layers_py
+import common.record as record_py
 import model as ours
 from common.layers import attend, attend_packed
 from model import MMDiT, rollout, sigmas
@@ -127,3 +129,27 @@ def test_weights_are_cast_once(parts, way):
         with Casts(matrices) as casts:
             assert torch.equal(draw(), got)
     assert len(casts.seen) >= 6 * len(casts.mine)
+
+
+# --- ranks ---
+
+
+def test_an_update_sends_three_times(parts, tmp_path, monkeypatch):
+    """Beside its gradients: what the rewards said, the spread of the advantages, the log's row."""
+    sent, updates, real, record = [], [], dist.all_reduce, record_py.Recorder.record
+
+    def send(*given):
+        sent.append(1)
+        return real(*given)
+
+    def recorded(*given):
+        updates.append(len(sent))
+        return record(*given)
+    monkeypatch.setattr(dist, "all_reduce", send)
+    monkeypatch.setattr(record_py.Recorder, "record", recorded)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tiny.play(parts, tmp_path / "out", "--steps", 3, "--no-final-bench")
+    finally:
+        dist.destroy_process_group()
+    assert len(updates) == 3 and updates[2] - updates[1] == 3
