@@ -1,5 +1,7 @@
 """What is there only to be quicker says what the slow way says."""
 
+import os
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common.layers as layers_py
 import common.record as record_py
+import common.run as run_py
 import model as ours
 from common.layers import attend, attend_packed
 from model import MMDiT, rollout, sigmas
@@ -153,3 +156,23 @@ def test_an_update_sends_three_times(parts, tmp_path, monkeypatch):
     finally:
         dist.destroy_process_group()
     assert len(updates) == 3 and updates[2] - updates[1] == 3
+
+
+def test_what_is_set_on_gpus(monkeypatch):
+    """And on no CPU: its rows would be others. What the user has set stays."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    run_py.setup()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)       # there is none
+    monkeypatch.setattr(run_py, "local_device", lambda: torch.device("cuda", 0))
+    try:
+        run_py.setup()
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        assert torch.get_float32_matmul_precision() == "high"
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+        run_py.setup()
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    finally:
+        torch.set_float32_matmul_precision("highest")
