@@ -330,7 +330,7 @@ def main():
 
         # 3  R = l1 edit + l2 CLIP(source, cycled) + l3 quality; one advantage for both trajectories
         scores = score_both(drawn, edits, weights, judge)                        # values (N,K)
-        failures = check_scored(scores, args.max_failed, step, args.data)
+        scored = check_scored(scores, args.max_failed, step, args.data)
         if args.shuffle:
             scores.values = scores.values[torch.randperm(len(edits), generator=rng)]
         advantage = group_advantage(scores.values, scores.weights, G, args.norm)     # (N,), mean 0
@@ -361,7 +361,7 @@ def main():
 
         # 5  one row per step; held-out edits and a place to restart, now and then
         ratios = ratio_stats(seen, args.clip, D, args.beta)
-        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        columns = scored | norms | optimiser.finite.column() | clock.row()
         recorder.record(step, dict(kept=len(kept) / len(edits), **ratios), columns, CURVES)
 
     if wants_final_bench(args):

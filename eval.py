@@ -73,12 +73,6 @@ class Scores:
         return Scores(torch.cat([s.values for s in parts]), torch.cat([s.weights for s in parts]),
                       parts[0].names, answers, next((s.error for s in parts if s.error), ""))
 
-    def row(self):
-        """-> what the log says: the mean of each reward over all ranks' images that have it"""
-        sums = all_mean([*self.values.double().nansum(0), *(~self.values.isnan()).sum(0)])
-        return {f"reward_{name}": total / n
-                for name, total, n in zip(self.names, sums, sums[len(self.names):]) if n}
-
 
 def column_of(name):
     """A reward's name in the log: of "file.py:function" the function's."""
@@ -169,20 +163,23 @@ def score(images, rows, weights, judge=None):
 
 
 def check_scored(scores, most, step, where):
-    """Did the rewards, and the judges that they asked, say anything? -> columns of the log, where
-    above 0: failed_<reward>, of the images it was to score the share it could not;
-    unparsed_<reward>, of a judge's answers the share that says nothing usable. Over all ranks,
-    which all call it; a share above `most` ends the run on each of them."""
+    """Did the rewards, and the judges that they asked, say anything? -> columns of the log:
+    reward_<name>, its mean over the images that have it; and, where above 0, failed_<name>, of the
+    images it was to score the share it could not, and unparsed_<name>, of a judge's answers the
+    share that says nothing usable. Over all ranks, which all call it; a share above `most` ends the
+    run on each of them."""
     names = scores.names
     tried = scores.weights != 0                      # a failure gives no gradient, but counts
     failed = tried & scores.values.isnan()
     heard = [scores.answers.get(name, []) for name in names]
     idle = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]
     silent = [bool(scores.error) and name in scores.answers for name in names]
-    failed, tried, unparsed, asked, silent, halt = torch.tensor(all_mean(
-        [*failed.sum(0), *tried.sum(0), *map(len, idle), *map(len, heard), *silent,
-         *[stopping.is_set()] * len(names)])).view(6, -1)                                    # (K,)
-    failed, unparsed = failed / tried.clamp(min=1e-9), unparsed / asked.clamp(min=1e-9)
+    total, had, failed, tried, unparsed, asked, silent, halt = torch.tensor(all_mean(
+        [*scores.values.double().nansum(0), *(~scores.values.isnan()).sum(0), *failed.sum(0),
+         *tried.sum(0), *map(len, idle), *map(len, heard), *silent,
+         *[stopping.is_set()] * len(names)]), dtype=torch.float64).view(8, -1)               # (K,)
+    mean, failed, unparsed = (a / b.clamp(min=1e-9) for a, b in (
+        (total, had), (failed, tried), (unparsed, asked)))
     most = 1 if halt.any() else most                 # a run that stops waits for no answers
     examples = [f" The judge said, for instance, {its[0][:80]!r}" if its else "" for its in idle]
     k = int(unparsed.argmax())
@@ -195,8 +192,9 @@ def check_scored(scores, most, step, where):
             if silent[k] else f"does {where} hold what it reads?"
         fail(f"reward {names[k]!r} failed for {failed[k]:.0%} of the images of update {step + 1}, "
              f"above --max-failed: {why}{examples[k]}")
-    return {f"{what}_{name}": x for what, share in (("failed", failed), ("unparsed", unparsed))
-            for name, x in zip(names, share.tolist()) if x}
+    columns = {f"reward_{name}": x for name, x, n in zip(names, mean.tolist(), had) if n}
+    return columns | {f"{what}_{name}": x for what, share in (
+        ("failed", failed), ("unparsed", unparsed)) for name, x in zip(names, share.tolist()) if x}
 
 
 def held_out_score(scores):

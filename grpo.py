@@ -286,7 +286,7 @@ def main():
 
             # 3  score the images; compare each with its own group
             scores = score(images, rows, weights, judge)                 # values (N,K)
-        failures = check_scored(scores, args.max_failed, step, args.prompts)
+        scored = check_scored(scores, args.max_failed, step, args.prompts)
         if args.shuffle:
             order = torch.randperm(len(rows), generator=rng)
             scores.values = scores.values[order]
@@ -330,7 +330,7 @@ def main():
             taught["ldam"] = noise is not None
         stats = ratio_stats(seen, args.clip, D, args.beta)
         stats = stats | taught | dict(kept=len(kept) / len(rows))
-        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        columns = scored | norms | optimiser.finite.column() | clock.row()
         row = recorder.record(step, stats, columns, CURVES)
         if args.ldam:
             noise = ldam.after(row)                      # that the next iteration's bridge sees

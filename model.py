@@ -115,14 +115,14 @@ class Attention(nn.Module):
         q, k, v = (a.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for a in (q, k, v))
         return norm_q(q), norm_k(k), v                                               # (B,heads,N,d)
 
-    def forward(self, x, ctx=None, mask=None):
+    def forward(self, x, ctx=None, mask=None, first=True):
         N = x.shape[1]
         qkv = self.heads(self.to_q(x), self.to_k(x), self.to_v(x), self.norm_q, self.norm_k)
         if ctx is not None:
             added = self.heads(self.add_q_proj(ctx), self.add_k_proj(ctx), self.add_v_proj(ctx),
                                self.norm_added_q, self.norm_added_k)
             qkv = [torch.cat(pair, 2) for pair in zip(qkv, added)]                 # (B,heads,N+L,d)
-        y = attend(*qkv, mask).transpose(1, 2).flatten(2)                            # (B,N+L,inner)
+        y = attend(*qkv, mask, first).transpose(1, 2).flatten(2)                     # (B,N+L,inner)
         x = self.to_out[0](y[:, :N])
         if ctx is None:
             return x                                                                 # (B,N,D)
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
         x_norm = norm(x)
         y, c_y = self.attn(modulate(x_norm, shift, scale), modulate(norm(ctx), c_shift, c_scale),
-                           mask)
+                           mask, first=x_mask is None)     # or pads stand between image and context
         x = x + gate * y
         if self.dual:
             shift2, scale2, gate2 = extra
@@ -864,15 +864,16 @@ class Unified(nn.Module):
         # own table for it, the uniform one x .999, which the DiT is told cut to thousandths.
         grid = cfg.grid if solver == "euler" else "uniform"
         xs, ts = [x], sigmas(steps, cfg.sample_shift, grid).tolist()
-        for t, s in zip(ts, ts[1:]):
-            v = self.velocity(xs[-1], t, branches)
-            if solver == "dpm":
-                x, before = dpm_step(v, xs[-1], t, s, before)
-            else:
-                x = xs[-1] - (t - s) * v
-            if keep is not None:
-                x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
-            xs.append(x)
+        with self.autocast():                            # weights are cast once, not at each step
+            for t, s in zip(ts, ts[1:]):
+                v = self.velocity(xs[-1], t, branches)
+                if solver == "dpm":
+                    x, before = dpm_step(v, xs[-1], t, s, before)
+                else:
+                    x = xs[-1] - (t - s) * v
+                if keep is not None:
+                    x = torch.where(keep[1], torch.lerp(keep[0], xs[0], s), x)
+                xs.append(x)
         return torch.stack(xs) if trajectory else xs[-1]
 
     @torch.no_grad()
@@ -937,16 +938,17 @@ def rollout(model, branches, times, window, keys, eta, kind="flow", shared=False
     copies = images if shared else 1                                 # of one image, at the window
     x = model.noise([initial for initial, _ in keys[::copies]])                  # (N/copies,C,H,W)
     branches, xs, logps = branches.repeat(images // copies), [], []
-    for k, (t, s) in enumerate(zip(times, times[1:])):
-        if k == window[0]:
-            x, branches = x.repeat_interleave(copies, 0), branches.repeat(copies)  # (N,C,H,W)
-            xs.append(x)
-        v = model.velocity(x, t, branches)
-        if k in window:
-            noise = model.noise([fresh + k for _, fresh in keys])
-            x, logp, _, _ = sde_step(v, x, t, s, eta, kind, noise=noise)
-            xs.append(x)
-            logps.append(logp)
-        else:
-            x = x - (t - s) * v
+    with model.autocast():                               # weights are cast once, not at each step
+        for k, (t, s) in enumerate(zip(times, times[1:])):
+            if k == window[0]:
+                x, branches = x.repeat_interleave(copies, 0), branches.repeat(copies)  # (N,C,H,W)
+                xs.append(x)
+            v = model.velocity(x, t, branches)
+            if k in window:
+                noise = model.noise([fresh + k for _, fresh in keys])
+                x, logp, _, _ = sde_step(v, x, t, s, eta, kind, noise=noise)
+                xs.append(x)
+                logps.append(logp)
+            else:
+                x = x - (t - s) * v
     return Trajectory(x, torch.stack(xs), torch.stack(logps), window)

@@ -67,6 +67,7 @@ class Args(RunFlags):
                       group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
                             "pass")
+    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
     shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
     workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
     cache: str = flag("", "folder that keeps the VAE's latents for later epochs and runs")

@@ -570,7 +570,7 @@ def main():
 
         # 4  score words and pictures; compare a sample with the G of its row
         scores = score_samples(args, asked, words, says, able, images, weights, judge)  # (N M,K)
-        failures = check_scored(scores, args.max_failed, step, args.data)
+        scored = check_scored(scores, args.max_failed, step, args.data)
         if args.shuffle:                                 # among those that have as many rewards
             allowed = torch.tensor(able).repeat_interleave(M)
             for some in (allowed.nonzero()[:, 0], (~allowed).nonzero()[:, 0]):
@@ -641,7 +641,7 @@ def main():
             stats |= ratio_stats(seen, args.clip, D, args.beta)
         if speaks:
             stats |= ratio_stats(spoken, args.lm_clip, 1, args.lm_beta, "lm_")
-        columns = scores.row() | failures | norms | optimiser.finite.column() | clock.row()
+        columns = scored | norms | optimiser.finite.column() | clock.row()
         recorder.record(step, stats, columns, CURVES + [[*norms]])
 
     if wants_final_bench(args):

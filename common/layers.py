@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -88,18 +89,46 @@ def run_block(dit, block, *inputs):
     return block(*inputs)
 
 
+def compile_blocks(dit):
+    """Each block of a DiT, or a DiT without blocks, runs through torch.compile. A graph is for any
+    batch, size, length and number of references, and all blocks of a kind share it: after the first
+    updates nothing is compiled any more. There is one for each kind, with gradient and without,
+    with a mask and without, with a LoRA and without; torch by itself stops at 8. -> dit"""
+    torch.compiler.config.recompile_limit = 64
+    for block in getattr(dit, "transformer_blocks", [dit]):
+        block.compile(dynamic=True)
+    return dit
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):            # the weight in x's dtype, or autocast loses the fused kernel
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v, all (B,heads,N,d); mask (B,1,1,N) True = may be attended to."""
+def attend(q, k, v, mask, first=False):
+    """softmax(q k' / sqrt(d)) v, all (B,heads,N,d); mask (B,1,1,N) True = may be attended to.
+    first: they come first in a row, of queries as of keys; what is behind them nobody reads."""
     if q.device.type == "cpu":    # written out: the fused kernel's backward is 5 times slower there
         s = (q * q.shape[-1] ** -0.5) @ k.mT                                     # (B,heads,N,N)
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         return s.softmax(-1).to(v.dtype) @ v
+    if first and mask is not None and v.dtype == torch.bfloat16:    # all that flash attention takes
+        return attend_packed(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_packed(q, k, v, mask):
+    """attend, where those that may be attended to come first: to the kernel, which knows no mask, a
+    row is two sequences, what is real and what is padding. Where they part, no host must know. One
+    token of padding more, or a full row would end in a sequence of none. Never run on a GPU yet."""
+    B, _, N, _ = q.shape
+    q, k, v = (F.pad(a.to(v.dtype).transpose(1, 2), (0, 0, 0, 0, 0, 1)).flatten(0, 1)
+               for a in (q, k, v))                                               # (B (N+1),heads,d)
+    begin = (N + 1) * torch.arange(B, device=q.device)
+    cuts = torch.stack([begin, begin + mask.sum(-1).flatten()], 1).flatten()
+    cuts = F.pad(cuts, (0, 1), value=len(q)).int()                               # (2 B + 1,)
+    y = varlen_attn(q, k, v, cuts, cuts, N + 1, N + 1)
+    return y.unflatten(0, (B, N + 1))[:, :N].transpose(1, 2)
 
 
 class ConnectorLayer(nn.Module):

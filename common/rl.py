@@ -14,6 +14,7 @@ import torch
 from common.checkpoint import Trained, save_weights
 from common.flags import HUB, inside, must_exist, number, read_flag, shown, there
 from common.flow import flow_loss
+from common.layers import compile_blocks
 from common.presets import preset
 from common.record import check_out, read_log
 from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, clip_grads, fail, key,
@@ -90,9 +91,9 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     copies = [part for part, lora in learns.items() if anchored and not lora]
     model = load_model(Unified, args, learns, rows, reads, rank, device, copies)
     initial = initial_policy(model, copies, device) if anchored else None      # whole on each rank
+    if args.compile and "dit" in copies:                 # what compiles a DiT is not copied
+        compile_blocks(initial[0])
     model = share_out(model, device) if getattr(args, "shard", False) else model     # labs: no flag
-    if args.compile:                     # one graph for all lengths of context and sizes of batch
-        model.dit.compile(dynamic=True)
     if rank == 0 and hasattr(args, "clip"):
         print(f"--clip {args.clip:g} is {args.clip * latent_numbers(model):.3g} nats: a log-prob "
               f"is a mean over {latent_numbers(model)} latent numbers")

@@ -87,6 +87,9 @@ def setup():
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")    # TF32, where bf16 is not: rewards, for one
+        # Memory that grows in place is not cut up by batches of many sizes; read at first use.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     elif "OMP_NUM_THREADS" not in os.environ or world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -156,8 +159,7 @@ def sum_grads(params, watched=()):
     for x in watched:
         wrong += 0 * x.detach().sum()                            # 0 x inf is nan, as 0 x nan is
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(wrong)
-        for some in in_buckets([p.grad for p in params if not isinstance(p, DTensor)]):
+        for some in in_buckets([p.grad for p in params if not isinstance(p, DTensor)] + [wrong]):
             flat = torch.cat([g.flatten() for g in some])
             dist.all_reduce(flat)
             for g, summed in zip(some, flat.split([g.numel() for g in some])):

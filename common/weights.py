@@ -20,6 +20,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
                           AutoTokenizer)
 
 from common.flags import given_parts
+from common.layers import compile_blocks
 from common.read import LOOSE, UNREADABLE, parse_json, utf8
 from common.run import beside, fail, first_line, same_start, seeded
 from common.shard import share_out
@@ -431,6 +432,8 @@ def load_model(Unified, args, what, rows, reads, rank, device, copies=()):
     if args.checkpoint:
         model.dit.checkpoint = True
         computed_again(model.vlm.model.language_model.layers if model.vlm else ())
+    if args.compile:
+        compile_blocks(model.dit)
     return model
 
 

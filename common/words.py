@@ -177,13 +177,13 @@ def decode(vlm, tokenizer, x, pos, lengths, u, temperature, top_p):
         token = (logp.argmax(1)[of] if temperature == 0 else
                  draw_token(logp[of], u[going, i], top_p))
         ids[going, i], mask[going, i], logps[going, i] = token, True, logp[of, token]
-        stay = token != end
-        going = going[stay]
+        stay = (token != end).nonzero()[:, 0]
+        all_stay, going = len(stay) == len(going), going[stay]
         if i + 1 == limit or not len(going):
             break
         said, of = (of * logp.shape[1] + token)[stay].unique(return_inverse=True)
         row, token = said // logp.shape[1], said % logp.shape[1]                         # (R,)
-        if not torch.equal(row, torch.arange(len(h), device=device)):
+        if not all_stay or len(row) != len(h):   # else each row goes on, and in one way
             cache.batch_select_indices(row)
             real, pos = real[row], pos[..., row]
         real = F.pad(real, (0, 1), value=True)

@@ -67,7 +67,7 @@ def main():
         clock.lap("decode")
 
         # 3  score the images; compare each with its own group
-        scores, advantage, kept, failures = lab.advantage(step, images, rows, rng)
+        advantage, kept, scored = lab.advantage(step, images, rows, rng)
         clock.lap("reward")
 
         # 4  noise the images to random times; there, climb advantage x -|v - v*|^2
@@ -99,7 +99,7 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         loss, kl = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
         stats = dict(loss=loss, kl=kl, kept=len(kept) / len(rows))
-        lab.record(step, scores, stats, failures | norms | clock.row())
+        lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 
 

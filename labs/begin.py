@@ -71,17 +71,17 @@ class Lab:
         return x_t, t, target, (kept // self.args.G).repeat(times).to(self.device)
 
     def advantage(self, step, images, rows, rng):
-        """-> Scores, advantages (N,) as grpo.py's, indices of images whose group disagrees, columns
-        of the log"""
+        """-> advantages (N,) as grpo.py's, indices of images whose group disagrees, columns of the
+        log"""
         args = self.args
         scores = score(images, rows, self.weights, self.judge)
-        failures = check_scored(scores, args.max_failed, step, args.prompts)
+        scored = check_scored(scores, args.max_failed, step, args.prompts)
         if args.shuffle:
             scores.values = scores.values[torch.randperm(len(rows), generator=rng)]
         advantage = group_advantage(scores.values, scores.weights, args.G, args.norm)
         if args.norm == "group":
             advantage = batch_score(advantage)
-        return scores, advantage, disagreeing(advantage, args.G), failures
+        return advantage, disagreeing(advantage, args.G), scored
 
     def parts(self, n, whole=1):
         """n rows of a backward in micro-batches, of `whole` rows or more. -> lists of indices"""
@@ -96,8 +96,8 @@ class Lab:
                 v[i] = self.model.velocity(x_t[i], t[i], branches.rows(owner[i]))
         return v
 
-    def record(self, step, scores, stats, columns):
-        columns = scores.row() | columns | self.optimiser.finite.column()
+    def record(self, step, stats, columns):
+        columns = columns | self.optimiser.finite.column()
         self.recorder.record(step, stats, columns, CURVES)
 
     def finish(self):

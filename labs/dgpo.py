@@ -71,7 +71,7 @@ def main():
         clock.lap("decode")
 
         # 3  score the images; compare each with its own group
-        scores, advantage, kept, failures = lab.advantage(step, images, rows, rng)
+        advantage, kept, scored = lab.advantage(step, images, rows, rng)
         clock.lap("reward")
 
         # 4  noise a group alike to random times; there, prefer its better half to its worse half
@@ -95,7 +95,7 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         loss = torch.cat(seen or [torch.zeros(1)]).mean()
         stats = dict(loss=loss, kept=len(kept) / len(rows))
-        lab.record(step, scores, stats, failures | norms | clock.row())
+        lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 
 

@@ -73,7 +73,7 @@ def main():
         clock.lap("decode")
 
         # 3  score the images; r = how good, 1/2 being the group's mean
-        scores, advantage, kept, failures = lab.advantage(step, images, rows, rng)
+        advantage, kept, scored = lab.advantage(step, images, rows, rng)
         r = (advantage[kept] / args.most).clamp(-1, 1) / 2 + 0.5
         clock.lap("reward")
 
@@ -102,7 +102,7 @@ def main():
         # 5  one row per step; held-out prompts and a place to restart, now and then
         loss, apart = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
         stats = dict(loss=loss, apart=apart, kept=len(kept) / len(rows))
-        lab.record(step, scores, stats, failures | norms | clock.row())
+        lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 
 

@@ -213,7 +213,7 @@ def test_a_reward_that_is_not_finite_has_failed(monkeypatch):
                    {"*": dict(odd=1.0)})
     R, W = scores.values, scores.weights
     assert R[:, 0].isnan().tolist() == [True] * 3 + [False] and R[3, 0] == 2
-    assert check_scored(scores, 0.8, 0, "its.jsonl") == dict(failed_odd=0.75)
+    assert check_scored(scores, 0.8, 0, "its.jsonl") == dict(reward_odd=2.0, failed_odd=0.75)
     assert held_out_score(scores) == dict(score=2.0)
     assert held_out_score(Scores(R[:3], W[:3], scores.names)) == {}
 

@@ -4,7 +4,6 @@ change nothing, and what is switched off is not there."""
 
 import json
 import math
-import os
 import random
 import sys
 from dataclasses import asdict, fields
@@ -622,35 +621,3 @@ def test_checkpointing_in_main(parts, photos, tmp_path, monkeypatch):
     assert not calls
     tiny.play(parts, tmp_path / "b", *flags, "--checkpoint")
     assert calls and torch.equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
-
-
-@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 pytest ...")
-@pytest.mark.parametrize("kind", [MMDiT, SanaDiT])
-def test_compiled_gradients(kind):
-    """Of contexts of any length, with and without pads, in batches of any size."""
-    torch.manual_seed(0)
-    dit = MMDiT(**tiny.MMDIT | dict(num_layers=1)) if kind is MMDiT else SanaDiT(
-        **SANA | dict(num_layers=1))
-    tiny.randomise(dit)
-    cases = [(2, 5, False), (3, 7, False), (3, 9, True), (4, 6, True)]
-    torch.manual_seed(1)
-    cases = [(torch.randn(n, L, 32), torch.arange(L) < torch.tensor([L, L - 2, *[L - 1] * (n - 2)])[
-        :, None] if pads else None) for n, L, pads in cases]
-    want = [gradients(dit, *c)[:2] for c in cases]
-    # As --compile does; but of SANA without the C++ compiler, which would take a minute more.
-    dit.compile(dynamic=True, backend="inductor" if kind is MMDiT else "aot_eager")
-    for c, (v, grad) in zip(cases, want):
-        got_v, got, _ = gradients(dit, *c)
-        torch.testing.assert_close(got_v, v, atol=1e-4, rtol=1e-4)
-        close(got, grad, 1e-4)
-
-
-def test_compile_in_main(parts, tmp_path, monkeypatch):
-    """The flag compiles the DiT that learns; names and checkpoint stay as they are."""
-    on = []
-    monkeypatch.setattr(MMDiT, "compile", lambda self, **k: on.append((self, k)))
-    tiny.play(parts, tmp_path / "a", "--steps", 1, "--beta", 0.1)
-    assert not on
-    tiny.play(parts, tmp_path / "b", "--steps", 1, "--beta", 0.1, "--compile")
-    assert [k for _, k in on] == [dict(dynamic=True)]
-    assert all(p.requires_grad for p in on[0][0].parameters())           # not the reference
