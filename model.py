@@ -487,13 +487,14 @@ class Bridge(nn.Module):
         lengths = lengths * (len(h) // B)
         if cfg.keep == "query":                            # the last n_query tokens of each row
             at = torch.tensor([[n - cfg.n_query + i for i in range(cfg.n_query)] for n in lengths])
-            h = h.gather(1, at.to(h.device)[..., None].expand(-1, -1, h.shape[-1]))
+            at = at.to(h.device, non_blocking=True)[..., None]
+            h = h.gather(1, at.expand(-1, -1, h.shape[-1]))
             lengths = [cfg.n_query] * len(lengths)
         mask = None
         # Departs from DeepGen, whose connector and DiT attend to the pads (its guidance always so).
         if min(lengths) < max(lengths):                    # decided on the host: no GPU sync
             mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]   # (B,L)
-            mask = mask.to(h.device)
+            mask = mask.to(h.device, non_blocking=True)
         keys = None if mask is None else mask[:, None, None]
         x = self.projector_1(h)                                                  # (B,L,c_dim)
         for layer in self.connector["layers"]:
@@ -639,8 +640,8 @@ class Unified(nn.Module):
             cond = self.bridge(out.hidden_states, lengths, layer_noise)
             logp = temperature and self.logp_of(words, out.last_hidden_state, starts, temperature)
         if cfg.null == "zeros" and None in prompts:
-            real = torch.tensor([p is not None for p in prompts], device=self.device)
-            cond.ctx = cond.ctx * real[:, None, None]
+            real = torch.tensor([p is not None for p in prompts])[:, None, None]
+            cond.ctx = cond.ctx * real.to(self.device, non_blocking=True)
         return cond, logp
 
     def tasks(self, prompts, images, task):
@@ -675,8 +676,8 @@ class Unified(nn.Module):
             # An image's placeholder that the LM happens to say is a token, and no image.
             marks = [row + [-1] * (len(whole) - len(row)) for row, whole in zip(marks, ids)]
         # All rows' tokens as one line, then cut into rows, each with its queries behind it.
-        line, marked = (torch.tensor([i for row in rows for i in row], device=self.device)
-                        for rows in (ids, marks))
+        line, marked = (torch.tensor([i for row in rows for i in row]) for rows in (ids, marks))
+        line, marked = (a.to(self.device, non_blocking=True) for a in (line, marked))
         x = lm.get_input_embeddings()(line)                                      # (sum of L,d)
         if any(shows):
             tokens = torch.cat([t for show in shows for t, _ in show]).to(x.dtype)
@@ -695,7 +696,7 @@ class Unified(nn.Module):
             pos = pad_sequence([mrope(row + [-1] * (n - len(row)), image_id, [g for _, g in show]).T
                                 for row, n, show in zip(marks, lengths, shows)], batch_first=True)
             pos = pos.permute(2, 0, 1)                                           # (3,B,L)
-        return x, pos.to(self.device), lengths, starts
+        return x, pos.to(self.device, non_blocking=True), lengths, starts
 
     # ---- text -> words: the policy of the language model
 
@@ -849,7 +850,8 @@ class Unified(nn.Module):
         size = size if isinstance(size, tuple) else (size, size)
         h, w = (side // self.cfg.vae_factor for side in size)
         shape = (self.dit.latent_channels, h, w)
-        return torch.stack([torch.randn(shape, generator=keyed(k)) for k in keys]).to(self.device)
+        noise = torch.stack([torch.randn(shape, generator=keyed(k)) for k in keys])
+        return noise.to(self.device, non_blocking=True)      # the host does not wait for the GPU
 
     @torch.no_grad()
     def sample(self, branches, steps, size=None, noise=None, trajectory=False, keep=None,
@@ -890,7 +892,7 @@ class Unified(nn.Module):
         """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
         z = []
         for few in images.split(max(1, 2**20 // images[0, 0].numel())):
-            x = few.to(self.device).float() / 127.5 - 1
+            x = few.to(self.device, non_blocking=True).float() / 127.5 - 1
             with self.autocast():
                 z += self.vae.encode(x.to(memory_format=torch.channels_last), return_dict=False)
         # AutoencoderDC | KL. Departs from DeepGen, and UniPic2's edits, which sample the posterior.

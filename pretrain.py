@@ -109,7 +109,7 @@ def main():
         x0 = model.to_latents(images)                                            # (n,C,h,w)
         keys = [key(args.seed, step, PER_SAMPLE * i + 1) for i in range(rank, args.batch, world)]
         eps = model.noise(keys, images.shape[2:])
-        t = train_times(args.batch, cfg, rng)[rank::world].to(device)            # (n,)
+        t = train_times(args.batch, cfg, rng)[rank::world].to(device, non_blocking=True)  # (n,)
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
 
         # 3  the velocity that leads from one to the other; gradients of micro-batches add up

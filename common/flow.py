@@ -55,7 +55,7 @@ def noised(model, x0, keys):
     for i, k in enumerate(keys):
         t[i : i + 1] = train_times(1, model.cfg, keyed(k))
         eps[i] = torch.randn(x0.shape[1:], generator=keyed(k + 1))
-    t, eps = t.to(x0.device), eps.to(x0.device)
+    t, eps = (a.to(x0.device, non_blocking=True) for a in (t, eps))
     return torch.lerp(x0, eps, t.view(-1, 1, 1, 1)), t, eps - x0
 
 

@@ -238,7 +238,7 @@ def fine_tune(model, data, args, step, update, rank, world):
     for i in slices(len(keys), args.micro):
         loss = flow_loss(model, images[i], prompts[i], keys[i]).sum() / args.sft_batch
         (args.sft * loss).backward()
-        total += loss.item() * world
+        total += loss.detach().double() * world      # the host waits for no micro-batch
     return total / args.updates
 
 

@@ -33,7 +33,7 @@ class SD3Text(nn.Module):
         def ids(tokenizer, length):
             rows = token_rows(tokenizer, prompts, padding="max_length", max_length=length,
                               truncation=True)
-            return torch.tensor(rows, device=self.clips[0].device)
+            return torch.tensor(rows).to(self.clips[0].device, non_blocking=True)
         length = self.tokenizers[0].model_max_length                             # 77, of both CLIPs
         seen = [clip(ids(t, length), output_hidden_states=True)
                 for clip, t in zip(self.clips, self.tokenizers)]
@@ -75,7 +75,7 @@ def clip_states(clip, tokenizer, prompts, device):
     ids = tokenizer(prompts)                                                     # (B,context)
     n = (ids != clip.text_eos_id).sum(1) + 1                                     # one end-of-text
     mask = torch.arange(int(n.max())) < n[:, None]                               # (B,L)
-    L, n, mask, ids = mask.shape[1], *(a.to(device) for a in (n, mask, ids))
+    L, n, mask, ids = mask.shape[1], *(a.to(device, non_blocking=True) for a in (n, mask, ids))
     x = clip.token_embedding(ids[:, :L]) + clip.positional_embedding[:L]
     for block in clip.transformer.resblocks:
         last_but_one, x = x, block(x, attn_mask=clip.attn_mask[:L, :L])          # causal
