@@ -41,10 +41,10 @@ def memory_plan(model, args, rows, reads, copies, device):
     reads: prompts that the VLM reads with gradient; copies: parts whose initial weights are kept.
     -> {name: bytes} of what is always held; and of the phases, of which the largest counts"""
     world, shards = ranks_of(args)
-    parts = [part for part in (model.dit, model.bridge) if learning(part) and shards > 1]
-    spread, away = sum(map(bytes_of, parts)), 1 - 1 / shards     # --shard: away is what others have
+    parts = spread_out(model) if shards > 1 else []
+    spread, away = sum(p.nbytes for p in parts), 1 - 1 / shards      # away: what others have of it
     learn = learning(model)
-    mine = learn - away * sum(map(learning, parts))
+    mine = learn - away * sum(p.numel() for p in parts if p.requires_grad)
     average = 4 * mine * bool(getattr(args, "ema", 1))
     held = dict(weights=bytes_of(model) - away * spread, AdamW=8 * mine, average=average,
                 reference=sum(copy_of(getattr(model, part), model, device) for part in copies),
@@ -70,6 +70,12 @@ def ranks_of(args):
     world = dist.get_world_size() if dist.is_initialized() else 1
     near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return world, (near if 1 < near < world else world) if getattr(args, "shard", False) else 1
+
+
+def spread_out(model):
+    """-> the parameters of which --shard leaves a rank a part: see share_out"""
+    return [p for part in (model.dit, model.bridge) if learning(part)
+            for name, p in part.named_parameters() if not name.endswith("_queries")]
 
 
 def learning(part):
@@ -160,8 +166,9 @@ def graph_of(model, args, rows, reads):
     drawn, said, passed = in_layers(model, args, rows * n, reads)
     kind = "mmdit" if joint(dit) else "sana with norms" if dit.config.get("qk_norm") else "sana"
     graph, read = kept(dit, kind, *drawn, n * again), 0
-    if joint(dit) and learning(model.bridge) and learning(dit) and not again:
-        graph += SUMMARY * drawn[0] * drawn[1] * any("lora_" in k for k, _ in dit.named_parameters())
+    lora = any("lora_" in name for name, _ in dit.named_parameters())
+    if joint(dit) and lora and learning(model.bridge) and not again:
+        graph += SUMMARY * drawn[0] * drawn[1]
     if reads and model.vlm:
         read = kept(model.vlm, "vlm", *said, again) + kept(model.bridge, "bridge", *passed)
     if not model.bf16:

@@ -1,4 +1,6 @@
-"""python tests/fits.py: writes the table of docs/weights.md, what fits on one GPU by the memory plan.
+"""What fits on one GPU, by the memory plan:
+
+    python tests/fits.py        # writes the table of docs/weights.md
 
 Each row is a command, whose own main goes on here until it would print the plan of its memory: on
 shapes alone, without a GPU and without a download, since the sizes of released parts stand here.
