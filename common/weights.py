@@ -1,4 +1,4 @@
-"""Weights that people already have: parts in their ecosystems' folders, adapters, memory."""
+"""Weights that people already have: parts in their ecosystems' folders, adapters."""
 
 import os
 import zlib
@@ -21,6 +21,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
 
 from common.flags import given_parts
 from common.layers import compile_blocks
+from common.memory import memory_report
 from common.read import LOOSE, UNREADABLE, parse_json, utf8
 from common.run import beside, fail, first_line, same_start, seeded
 from common.shard import share_out
@@ -180,7 +181,8 @@ def pretrained(kind, name, meta=False, **options):
             return kind.from_pretrained(path, output_loading_info=True, **options)
         with torch.device("meta"):
             if kind is AutoModelForImageTextToText:
-                return kind.from_config(AutoConfig.from_pretrained(path)), None
+                config = AutoConfig.from_pretrained(path)
+                return kind.from_config(config, dtype=options["dtype"]), None   # not the file's
             if hasattr(kind, "load_config"):                   # diffusers
                 return kind.from_config(kind.load_config(path)), None
             return kind(kind.config_class.from_pretrained(path)), None
@@ -365,55 +367,6 @@ def swapped(model, ref):
         put(own)
 
 
-def memory_plan(model, args, rows, reads, copies, device):
-    """What a run will hold, before its weights are loaded. model: on the meta device. rows: images
-    per DiT backward; reads: prompts that the VLM reads with gradient; copies: parts held twice.
-    -> the plan as text, {name: parameters or bytes}"""
-    cfg, vlm, dit = model.cfg, model.vlm, model.dit
-    n = {k: sum(p.numel() for p in getattr(model, k).parameters())
-         for k in ("vlm", "text_encoder", "bridge", "dit", "vae") if getattr(model, k) is not None}
-    n["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Bytes that a backward keeps per token, layer and width in bf16, measured (LOG.md): 85 in an
-    # MMDiT, 100 in SANA, 75 in a VLM. Then the weights cast to bf16. Not counted: VAE, attention.
-    text = cfg.n_query + 64 + getattr(args, "limit", 0) if vlm else cfg.t5_tokens + 77
-    patches = (cfg.size // cfg.vae_factor // dit.patch_size) ** 2
-    joint = getattr(dit, "joint", True)      # not SANA, whose context is no part of its sequence
-    layers = cfg.dit_config.get("num_layers", 24)
-    if joint and (getattr(args, "edits", "") or getattr(args, "task", "") == "reflect"):
-        # a reference is more image
-        patches *= 2
-    each = 85 * (patches + text) if joint else 100 * patches
-    acts = each * rows * layers * dit.width
-    if getattr(args, "checkpoint", False):   # of each layer its fp32 inputs, of one layer all
-        acts = int(acts * (4 / 85 + 1 / layers))
-    if reads and vlm:
-        lm = vlm.config.get_text_config()
-        acts += 75 * reads * text * (lm.num_hidden_layers * lm.hidden_size
-                                     + cfg.c_layers * cfg.c_dim)
-    cast = [p for m in (model.dit, vlm if reads else None) if m for p in m.parameters()]
-    cast = sum(2 * p.numel() for p in cast if p.dtype == torch.float32)
-    acts = acts + cast if model.bf16 else int(1.4 * acts)
-    size = dict(weights=sum(t.nbytes for t in {*model.parameters(), *model.buffers()}),
-                gradient=4 * n["trained"], AdamW=8 * n["trained"],
-                # The average, and what it displaces while it is applied
-                average=8 * n["trained"] * bool(getattr(args, "ema", 1)),
-                reference=4 * sum(n[part] for part in copies), activations=acts)
-    size["sum"] = sum(size.values())
-    has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
-           else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    said = ["parameters  " + "  ".join(f"{k} {v / 1e6:,.1f} M" for k, v in n.items()),
-            "GiB, rough  " + "  ".join(f"{k} {v / 2**30:.1f}" for k, v in size.items())
-            + f"  of {has / 2**30:.1f} on {device.type}"]
-    if size["sum"] > has:
-        less = [f"a lower --{k}" for k in ("micro", "batch") if hasattr(args, k) and acts > has / 4]
-        less += ["--checkpoint"] * (not getattr(args, "checkpoint", True) and acts > has / 4)
-        if getattr(args, "lora_rank", 1) == 0 and getattr(args, "train", "dit") != "bridge":
-            less.append("--lora-rank 32")
-        less += ["--beta 0"] if copies else []
-        said.append("this does not fit: try " + (", ".join(less) or "another --preset"))
-    return "\n".join(said), n | size
-
-
 def start_model(Unified, args, what, rows, reads, rank, device):
     """See load_model; with --shard what learns is then shared out over ranks."""
     model = load_model(Unified, args, what, rows, reads, rank, device)
@@ -426,7 +379,7 @@ def load_model(Unified, args, what, rows, reads, rank, device, copies=()):
     if rank == 0:
         plan = Unified.from_preset(args.preset, args.init, meta=True, **parts)
         plan = slim(learn(plan, what), device)
-        print(memory_plan(plan, args, rows, reads, copies, device)[0])
+        print(memory_report(plan, args, rows, reads, copies, device))
     model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
     model = same_start(slim(learn(model, what, args.seed), device).to(device))
     if args.checkpoint:

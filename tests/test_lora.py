@@ -28,7 +28,7 @@ import sample
 import sft
 from common.checkpoint import Ema, save_weights
 from common.presets import Config
-from common.weights import adapter, learn, memory_plan, slim, swapped
+from common.weights import adapter, learn, slim, swapped
 from model import MMDiT, Unified
 
 PROMPTS = ["a photo of a red circle", "two blue stars"]
@@ -458,40 +458,6 @@ def test_lora_folders_that_do_not_fit(cfg, parts, tmp_path):
 
 
 # --- memory ---
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_memory_plan_counts(cfg, parts, monkeypatch, rank):
-    """From shapes alone the same numbers as of the model that was built and trained."""
-    what = dict(bridge=None, dit=adapter("dit", rank, 4), vlm=adapter("vlm", 3, 6))
-    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
-    args = SimpleNamespace(lora_rank=rank, batch=8)
-    with monkeypatch.context() as m:
-        m.setattr(weights_py, "read_safetensors",
-                  lambda f, names_only=False: 1 / 0)                        # no weight is read
-        plan = learn(Unified.from_preset("shapes", meta=True), what)
-        assert all(p.device.type == "meta" for p in plan.parameters())
-        cpu = torch.device("cpu")
-        said, n = memory_plan(plan, args, 8, 8, ["dit"], cpu)
-    real = learn(Unified.from_preset("shapes"), what)
-    for part in ("vlm", "bridge", "dit", "vae"):
-        assert n[part] == sum(p.numel() for p in getattr(real, part).parameters())
-    learning = [p for p in real.parameters() if p.requires_grad]
-    assert n["trained"] == sum(p.numel() for p in learning)
-    stored = {t.data_ptr(): t for t in [*real.parameters(), *real.buffers()]}
-    assert n["weights"] == sum(t.nbytes for t in stored.values())
-    real.velocity(real.noise([1]), 0.5, [(1.0, real.encode(["x"]))]).sum().backward()
-    opt = torch.optim.AdamW(learning)
-    assert n["gradient"] == sum(p.grad.nbytes for p in learning)
-    opt.step()
-    held = sum(s[k].nbytes for s in opt.state.values() for k in ("exp_avg", "exp_avg_sq"))
-    assert n["AdamW"] == held and n["average"] == held and n["reference"] == 4 * n["dit"]
-    assert n["sum"] == sum(v for k, v in n.items() if k in (
-        "weights", "gradient", "AdamW", "average", "reference", "activations"))
-    assert "does not fit" not in said
-    monkeypatch.setattr(weights_py.os, "sysconf", lambda name: 1000)
-    said = memory_plan(plan, args, 8, 8, ["dit"], cpu)[0]
-    assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
 
 
 def test_what_is_frozen_is_held_in_bf16(parts, cfg):
