@@ -1,0 +1,189 @@
+"""python tests/gpu.py --plan: the table of docs/gpus.md, computed without a GPU.
+
+Memory is what a script's own main plans, up to where it would load weights. Seconds are its TFLOP,
+counted on the meta device, at RATE; then gradients go round at LINK, or at LINK_OUT between nodes,
+and AdamW reads and writes its 28 bytes a weight at MEMORY. Nothing overlaps; rewards, evaluations
+and the reading of pictures cost nothing.
+"""
+
+import re
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import full
+import torch
+import transformers.masking_utils as masking_py
+from apart import Enough
+from checks import counted, photos
+from transformers import AutoTokenizer
+
+import common.weights as weights_py
+import grpo
+import model as model_py
+import pretrain
+import sft
+from common.flags import parse
+from common.presets import PRESETS
+
+RATE = 200e12        # FLOP/s, of 989 that an H100 has: what the eager kernels were foretold to give
+LINK, LINK_OUT = 400e9, 50e9         # bytes/s of a GPU: NVLink; a network card of 400 Gb/s
+MEMORY = 2.8e12                      # bytes/s, of 3.35 that an H100 has
+WORLDS = (1, 8, 64)
+PAGE = Path(__file__).parent.parent / "docs/gpus.md"
+PROMPT = ("a photo of three red circles to the left of one blue square on a white table in a small "
+          "room with green walls and a black sign")
+
+# What the papers trained, at their batch, on cards of 80 GB: script, preset, what makes it fit
+PLANS = [
+    (pretrain, "deepgen", "--micro 8"),
+    (sft, "deepgen", "--micro 4"),
+    (sft, "deepgen", "--micro 8 --checkpoint --shard"),
+    (grpo, "deepgen", "--micro 4 --checkpoint"),
+    (grpo, "flow-grpo", "--micro 9"),
+    (sft, "unipic2-kontext", "--micro 4"),
+    (grpo, "unipic2-kontext", "--micro 8"),
+    (pretrain, "unipic2", "--micro 4"),
+    (sft, "unipic2", "--micro 4 --checkpoint"),
+    (grpo, "unipic2", "--micro 8"),
+    (pretrain, "parauni", "--micro 8"),
+    (sft, "parauni", "--micro 4 --checkpoint"),
+    (grpo, "parauni", "--micro 4 --checkpoint"),
+    (pretrain, "openuni", "--micro 16"),
+    (sft, "openuni", "--micro 16"),
+    (sft, "unirl-zero", "--micro 4 --checkpoint"),
+    (grpo, "unirl-zero", "--micro 4 --checkpoint"),
+]
+STAGE = {pretrain: "stage1", sft: "stage2", grpo: "stage3"}
+
+
+def planned(script, name, flags, world, folder):
+    """A script's main up to its plan, as if it ran on `world` GPUs. -> flags as parsed, what
+    memory_plan said, its model on the meta device"""
+    found, real = [], weights_py.memory_plan
+
+    def noted(model, *given, **more):
+        found[:] = [real(model, *given, **more)[1], model]
+        raise Enough
+    data = folder / "photos/folder"
+    argv = ["--preset", name, "--init", "", "--out", folder / "run", *flags.split()]
+    argv += ["--prompts", folder / "prompts.jsonl", "--sft-data", data, "--reward",
+             "jpeg_compressibility"] if script is grpo else ["--data", data]
+    sys.argv = [f"{script.__name__}.py", *map(str, argv)]
+    args = parse(script.Args, "", STAGE[script])
+    if script is grpo:                   # each rank has whole groups
+        sys.argv += ["--B", str(-(-args.B // world) * world)]
+        args = parse(script.Args, "", STAGE[script])
+    script.setup = lambda: (0, world, torch.device("cuda"))
+    weights_py.memory_plan = noted
+    try:
+        script.main()
+    except Enough:
+        pass
+    finally:
+        weights_py.memory_plan = real
+    return args, *found
+
+
+def countable(model):
+    """A planned model, ready for its operations to be counted. -> it"""
+    model = model.float()                # a product of two types is none; FLOP are the same
+    model.autocast = nullcontext
+    words = AutoTokenizer.from_pretrained(full.TOKENS, model_max_length=77)
+    model.tokenizer = words
+    if model.text_encoder is not None:
+        model.text_encoder.tokenizers = [words] * 3
+    return model
+
+
+def costs(model):
+    """-> TFLOP of one picture's, prompt's or row's parts, where something learns there and back"""
+    cfg, x = model.cfg, model.noise([0])
+    t = torch.full((1,), 0.5, device="meta")
+
+    def read(grad):
+        with torch.set_grad_enabled(grad):
+            return model.encode([PROMPT])
+
+    def back(out):
+        if out.requires_grad:
+            out.square().mean().backward()
+    cond = read(False)
+    image = torch.zeros(1, 3, cfg.size, cfg.size, dtype=torch.uint8, device="meta")
+    with torch.no_grad():
+        found = dict(read=counted(lambda: read(False)), encode=counted(
+            lambda: model.to_latents(image)), decode=counted(lambda: model.vae.decode(x)),
+            row=counted(lambda: model.velocity(x, t, [(1.0, cond)])))
+    cond.ctx.requires_grad_(read(True).ctx.requires_grad)
+    return found | dict(
+        row_back=counted(lambda: back(model.velocity(x, t, [(1.0, cond)]))),
+        read_back=counted(lambda: back(read(True).ctx)))
+
+
+def flow_update(args, cost):
+    """-> TFLOP of a step of stages 1 and 2, over all ranks; its images"""
+    again = (cost["read"] + cost["row"]) * args.checkpoint
+    each = cost["encode"] + cost["read_back"] + cost["row_back"] + again
+    return args.batch * each, args.batch
+
+
+def rl_update(args, cost):
+    """-> TFLOP of an update of grpo.py, over all ranks; its images"""
+    N, branches = args.B * args.G, 1 + (args.guidance != 1)
+    start = (args.window_start + args.window_stop) / 2           # until there a group is one image
+    rolled = (args.T - start) * N + start * (args.B if args.shared_noise else N)
+    trained = N * (args.trained or args.window)
+    again = args.checkpoint + (args.beta > 0)                    # the reference goes there only
+    total = branches * (rolled * cost["row"] + trained * (cost["row_back"] + again * cost["row"]))
+    total += N * cost["decode"] + args.B * args.updates * cost["read_back"]
+    if args.sft:
+        total += args.updates * args.sft_batch * (
+            cost["encode"] + cost["read"] + cost["row_back"])
+    return total, N
+
+
+def seconds(tflop, world, learned, updates):
+    """Of an update on `world` GPUs that optimises so many weights so often"""
+    around = 8 * learned * (world - 1) / world / (LINK if world <= 8 else LINK_OUT)
+    return tflop * 1e12 / world / RATE + updates * (around + 28 * learned / MEMORY)
+
+
+def line(script, name, flags, folder):
+    """-> a row of the table"""
+    speeds, held = [], []
+    for world in WORLDS:
+        args, plan, model = planned(script, name, flags, world, folder)
+        if world == WORLDS[0]:
+            cost = costs(countable(model))
+        tflop, images = (rl_update if script is grpo else flow_update)(args, cost)
+        updates = getattr(args, "updates", 1)
+        speeds.append(images / seconds(tflop, world, plan["trained"], updates))
+        held.append(plan["sum"] / 2**30)
+        if world == WORLDS[0]:
+            paper = getattr(PRESETS[name], STAGE[script])
+            own = "steps" in paper or args.steps != script.Args.steps
+            steps = args.steps if own else 1000
+            hours = steps * images / speeds[0] / 3600
+    said = f"{script.__name__}.py --preset {name} {flags}"
+    gib = f"{held[0]:.0f}" if max(held) - min(held) < 1 else "/".join(f"{x:.0f}" for x in held)
+    return (f"| `{said}` | {gib} | " + " | ".join(f"{x:,.3g}" for x in speeds)
+            + f" | {hours:,.0f}: {steps:,} of {images:,}{'' if own else ', as an example'} |")
+
+
+def main(which):
+    """Prints the rows of the presets `which` (all), and puts all of them into docs/gpus.md."""
+    folder = Path(tempfile.mkdtemp(prefix="plan-"))
+    PRESETS.update(full.presets(folder / "parts"))
+    photos(folder / "photos", 32, 1)
+    full.prompts(folder / "prompts.jsonl", 64)
+    model_py.has_bf16 = lambda: True
+    masking_py.find_packed_sequence_indices = lambda position_ids: None      # would ask for values
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80e9)
+    rows = [line(*plan, folder) for plan in PLANS if which in ("all", plan[1])]
+    print(*rows, sep="\n")
+    if which == "all":
+        text = PAGE.read_text()
+        PAGE.write_text(re.sub(r"(?ms)(?<=^\|---\|---\|---\|---\|---\|---\|\n).*?(?=^\n)",
+                               "".join(row + "\n" for row in rows), text, count=1))
