@@ -3,9 +3,11 @@ that it may take) -> Verdict. Mostly a script's own main runs, on a model of ran
 """
 
 import argparse
+import io
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,9 +24,11 @@ from statistics import median
 
 import bench
 import full
+import pytest
 import ranks
 import tiny
 import torch
+import torch.nn.functional as F
 from apart import Apart, Enough, Lost, held
 from safetensors.torch import load_file
 from test_talk import folder_of
@@ -32,7 +37,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import common.rl as rl_py
-import common.weights as weights_py
 import cycle_edit
 import grpo
 import pretrain
@@ -40,13 +44,12 @@ import reflect
 import rewards.shared as shared_py
 import sft
 from common.checkpoint import Ema, save_weights
-from common.layers import attend
 from common.presets import PRESETS
 from common.record import Recorder, mean_row, read_log
 from common.run import adamw, learning, local_device
 from common.weights import adapter, learn, slim
 from data.shapes.bench import bench_shapes
-from model import MMDiT, Unified
+from model import Attention, MMDiT, Unified
 
 ROOT = Path(__file__).parent.parent
 NEEDS = "SKIP: needs a GPU"
@@ -150,20 +153,32 @@ def graphs():
 @dataclass
 class Run:
     rows: list = field(default_factory=list)     # of its log, with what `play` adds
-    plan: dict = field(default_factory=dict)     # what memory_plan said
+    said: io.StringIO = field(default_factory=io.StringIO)       # what it printed
+    look: float = 0.0                            # GiB held at most while it looked at pictures
+
+    @property
+    def plan(self):
+        """GiB that it said it would need"""
+        return planned(self.said.getvalue())
+
+
+def planned(said):
+    """What a script printed before its weights were loaded -> GiB in all"""
+    return float(re.search(r"([\d.]+) +of [\d.]+ on (cpu|cuda)", said)[1])
 
 
 NEXT = dict(rollout="decode", decode="reward", reward="update", update="rollout")
 
 
-def play(m, main, name, out, updates, *flags, lap=None, run=None):
+def play(m, main, name, out, updates, *flags, lap=None, run=None, looks=False):
     """main of a script with a preset, stopped after so many updates, before it would save. A row
     also says when (now), what was held at most since the row before (held, GiB), how many graphs
     there are (graphs), and how many rows went through the DiT (drawn: {part of the update: rows}).
-    lap(part) is called at the end of each part of grpo.py's update. -> Run"""
+    lap(part) is called at the end of each part of grpo.py's update. looks: at last it looks at
+    pictures, too. -> Run"""
     run, script = run or Run(), sys.modules[main.__module__]
     now, drawn, inside = ["rollout"], Counter(), []
-    real = Recorder.record, rl_py.Clock.lap, weights_py.memory_plan, Unified.velocity
+    real = Recorder.record, rl_py.Clock.lap, Unified.velocity
 
     def record(self, step, stats, columns, curves):
         wait()
@@ -171,6 +186,9 @@ def play(m, main, name, out, updates, *flags, lap=None, run=None):
             now=time.perf_counter(), held=most_held(m), graphs=graphs(), drawn=dict(drawn)))
         drawn.clear()
         if len(run.rows) == updates:
+            if looks:
+                LOOK(self, step + 1)
+                run.look = most_held(m)
             raise Enough
         return run.rows[-1]
 
@@ -181,28 +199,25 @@ def play(m, main, name, out, updates, *flags, lap=None, run=None):
         if lap:
             lap(part)
 
-    def plan(*given, **more):
-        text, run.plan = real[2](*given, **more)
-        return text, run.plan
-
     def velocity(self, x, t, branches):
         drawn[now[0]] += 0 if inside else len(x) * len(branches)     # many rows call it again
         inside.append(1)
         try:
-            return real[3](self, x, t, branches)
+            return real[2](self, x, t, branches)
         finally:
             inside.pop()
-    Recorder.record, rl_py.Clock.lap, weights_py.memory_plan, Unified.velocity = (
-        record, clock, plan, velocity)
+    Recorder.record, rl_py.Clock.lap, Unified.velocity = record, clock, velocity
     argv = ["--preset", name, "--init", "", "--out", out, *flags]
     sys.argv = [f"{script.__name__}.py", *tiny.as_recipe(
         script.Args, argv, out.parent / f"{out.name}.json")]
     try:
-        main()
+        with redirect_stdout(run.said):
+            main()
     except Enough:
         pass
     finally:
-        Recorder.record, rl_py.Clock.lap, weights_py.memory_plan, Unified.velocity = real
+        Recorder.record, rl_py.Clock.lap, Unified.velocity = real
+        print(run.said.getvalue())
     return run
 
 
@@ -331,18 +346,18 @@ def memory_cases(m, folder):
 
 
 def memory(m, folder, limit):
-    """What memory_plan says before a run is what the run holds at most, to a tenth; what does not
-    fit was not to fit."""
+    """What a run says that it will need is what it holds at most in an update and in a look at
+    pictures, to a tenth; what does not fit was not to fit."""
     found, wrong = {}, {}
     for i, (name, main, preset, flags) in enumerate(memory_cases(m, folder)):
         run = Run()
         try:
-            play(m, main, preset, folder / f"run{i}", 2, *flags, run=run)
-            found[name] = run.rows[-1]["held"], run.plan["sum"] / 2**30
-            wrong[name] = abs(found[name][0] / found[name][1] - 1)
+            play(m, main, preset, folder / f"run{i}", 2, *flags, run=run, looks=True)
+            found[name] = max(run.rows[-1]["held"], run.look), run.plan
+            wrong[name] = abs(found[name][0] / max(run.plan, 1e-3) - 1)
         except torch.OutOfMemoryError:
-            found[name] = float("nan"), run.plan["sum"] / 2**30
-            wrong[name] = 0 if found[name][1] > 0.95 * m.memory else float("inf")
+            found[name] = float("nan"), run.plan
+            wrong[name] = 0 if run.plan > 0.95 * m.memory else float("inf")
         torch.cuda.empty_cache() if m.device == "cuda" else None
     return Verdict(
         m.big(max(wrong.values()) <= 0.1, None), m.big("", f"{NEEDS}; ") + "; ".join(
@@ -435,7 +450,7 @@ def ragged(m, folder):
     logging.getLogger("torch._dynamo").addHandler(watch)
     rows = play(m, grpo.main, "deepgen", folder / "ragged", m.big(8, 16), *rl(folder),
                 "--recipe", "fast", "--B", 2, "--G", 2, "--T", 3, "--window", 1, "--window-stop", 0,
-                "--lora-rank", m.big(4, 0), "--micro", m.big(3, 2), "--compile").rows
+                "--lora-rank", m.big(4, 0), "--micro", m.big(3, 0), "--compile").rows
     return [row["graphs"] for row in rows], watch.found
 
 
@@ -487,38 +502,42 @@ def flops_of_a_row(cfg, **what):
             return graded, counted(lambda: model.dit(*row))
 
 
-def varlen(q, k, v, real):
-    """torch's attention over rows of different lengths, one behind another"""
-    from torch.nn.attention.varlen import varlen_attn
-    ends = torch.cat([torch.zeros_like(real[:1, 0]).long(), real.sum(1).cumsum(0)]).int()
-    q, k, v = (a.transpose(1, 2)[real] for a in (q, k, v))               # (tokens,heads,d)
-    return varlen_attn(q, k, v, ends, ends, real.shape[1], real.shape[1])
-
-
 def attention(m, folder, limit):
-    """Attention with a mask, as where prompts differ in length, costs at most half more than
-    without one."""
-    shape, kind = m.big(((9, 24, 1229, 64), torch.bfloat16), ((2, 2, 40, 8), torch.float32))
-    q, k, v = (torch.randn(shape, device=m.device, dtype=kind).requires_grad_() for _ in "qkv")
-    lengths = torch.tensor([shape[2] - 7 * i for i in range(shape[0])], device=m.device)
-    real = torch.arange(shape[2], device=m.device) < lengths[:, None]
-    ways = {"no mask": lambda: attend(q, k, v, None),
-            "mask": lambda: attend(q, k, v, real[:, None, None]),
-            "varlen": lambda: varlen(q, k, v, real)}
+    """The DiT's attention of rows that differ in length costs at most half more than of equal
+    ones. Beside it torch's kernels themselves, with a mask and without padding."""
+    (B, heads, N, d), kind = m.big(((9, 24, 1229, 64), torch.bfloat16),
+                                   ((2, 2, 40, 8), torch.float32))
+    layer = Attention(heads * d, heads, d, qk_norm=None, joint=False, last=False)
+    layer.to_q = layer.to_k = layer.to_v = layer.to_out[0] = torch.nn.Identity()
+    x = torch.randn(B, N, heads * d, device=m.device, dtype=kind).requires_grad_()
+    lengths = torch.tensor([N - 7 * i for i in range(B)], device=m.device)
+    real = torch.arange(N, device=m.device) < lengths[:, None]
+    mask, q = real[:, None, None], x.unflatten(-1, (heads, d)).transpose(1, 2)
+    ways = {"equal": lambda: layer(x), "ragged": lambda: layer(x, mask=mask),
+            "torch's mask": lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask),
+            "torch's varlen": lambda: varlen(q, real)}
     ms, kernels = {}, {}
     for name, way in ways.items():
         def step():
             y = way()
-            y.backward(torch.ones_like(y))
+            y.backward(torch.ones_like(y), retain_graph=True)
         try:
             ms[name] = 1000 * timed(step, 10)
             kernels[name] = slowest(m, step)
         except (RuntimeError, ImportError) as e:         # NotImplementedError is one of the former
             kernels[name] = f"cannot run here: {str(e).splitlines()[0][:40]}"
     return Verdict(
-        m.big(ms["mask"] <= 1.5 * ms["no mask"], None), m.big("", f"{NEEDS}; ") + "; ".join(
+        m.big(ms["ragged"] <= 1.5 * ms["equal"], None), m.big("", f"{NEEDS}; ") + "; ".join(
             f"{name} " + (f"{ms[name]:.2f} ms ({at})" if name in ms else at)
             for name, at in kernels.items()), dict(ms=ms, kernels=kernels))
+
+
+def varlen(q, real):
+    """torch's attention of q (B,heads,N,d) to itself, its real rows (B,N) one behind another"""
+    from torch.nn.attention.varlen import varlen_attn
+    q = q.transpose(1, 2)[real]                                          # (tokens,heads,d)
+    ends = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    return varlen_attn(q, q, q, ends, ends, real.shape[1], real.shape[1])
 
 
 def profiled(m):
@@ -753,27 +772,25 @@ def torchrun(m, folder, limit):
 def run_tests(m, folder, limit):
     """pytest passes where there is a GPU, which it hides from itself. Beside it, for the third
     target, the classroom learns."""
-    job = Apart(gain, m, folder / "gain", limit - 10)
+    learns = Apart(gain, m, folder / "gain", limit - 15)
     which = ["tests/test_laws.py", *m.big(["tests/test_grpo.py"], ["-k", "grid"])]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *which]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit - 5)
-        (folder / "pytest.txt").write_text(done.stdout + done.stderr)
-        code, last = done.returncode, (done.stdout.strip().splitlines() or ["nothing"])[-1]
-    except subprocess.TimeoutExpired:
-        code, last = -1, f"not done within {limit - 5:.0f} s"
-    try:
-        found = job.answer(limit)
-    except Lost as e:
-        found = dict(lost=str(e))
-    return Verdict(code == 0, last.strip("= "), dict(gain=found))
+    tests = Apart(pytest.main, ["-x", "-q", "-p", "no:cacheprovider", *which])
+    found = []
+    for job in (tests, learns):
+        try:
+            found.append(job.answer(limit - 5))
+        except Lost as e:
+            found.append(str(e))
+    code, gained = found
+    return Verdict(code == 0, f"{' '.join(which)}: "
+                   + ("passed" if code == 0 else f"exit code or error: {code}"), dict(gain=gained))
 
 
 def gain(m, folder, limit):
     """grpo.py in the classroom until it has gained 0.20 -> seconds of its training and of all until
     two evaluations in a row said so (None: they never did), the best gain"""
     folder.mkdir()
-    Recorder.look, real, begin = LOOK, Recorder.record, time.perf_counter()
+    real, begin = Recorder.record, time.perf_counter()
 
     def record(self, *row):
         row, curve, at = real(self, *row), [], 0.0
@@ -827,8 +844,8 @@ def images(m, figures):
 def twenty(m, figures):
     """The classroom's score gains 0.20 in a minute of training."""
     found = figures["pytest"]["gain"]
-    if "lost" in found:
-        return Verdict(False, found["lost"])
+    if isinstance(found, str):
+        return Verdict(False, found)
     said = f"{found['seconds']:.0f} s of training, {found['all']:.0f} s in all" if (
         found["seconds"]) else f"not in {found['all']:.0f} s, best {found['best']:+.2f}"
     return Verdict(m.big(bool(found["seconds"] and found["seconds"] <= 60), None),

@@ -6,27 +6,31 @@ and AdamW reads and writes its 28 bytes a weight at MEMORY. Nothing overlaps; re
 and the reading of pictures cost nothing.
 """
 
+import io
+import os
 import re
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import full
 import torch
+import torch.distributed as dist
 import transformers.masking_utils as masking_py
 from apart import Enough
-from checks import counted, photos
+from checks import counted, photos, planned
 from transformers import AutoTokenizer
 
-import common.weights as weights_py
 import grpo
 import model as model_py
 import pretrain
 import sft
 from common.flags import parse
 from common.presets import PRESETS
+from common.run import learning
+from model import Unified
 
 RATE = 200e12        # FLOP/s, of 989 that an H100 has: what the eager kernels were foretold to give
 LINK, LINK_OUT = 400e9, 50e9         # bytes/s of a GPU: NVLink; a network card of 400 Gb/s
@@ -59,14 +63,16 @@ PLANS = [
 STAGE = {pretrain: "stage1", sft: "stage2", grpo: "stage3"}
 
 
-def planned(script, name, flags, world, folder):
-    """A script's main up to its plan, as if it ran on `world` GPUs. -> flags as parsed, what
-    memory_plan said, its model on the meta device"""
-    found, real = [], weights_py.memory_plan
+def as_planned(script, name, flags, world, folder):
+    """A script's main up to where it would load weights, as if it ran on `world` GPUs. -> its flags
+    as parsed, GiB a GPU, its model on the meta device"""
+    models, real, said = [], Unified.from_preset, io.StringIO()
 
-    def noted(model, *given, **more):
-        found[:] = [real(model, *given, **more)[1], model]
-        raise Enough
+    def from_preset(*given, meta=False, **more):
+        if not meta:
+            raise Enough
+        models.append(real(*given, meta=True, **more))
+        return models[-1]
     data = folder / "photos/folder"
     argv = ["--preset", name, "--init", "", "--out", folder / "run", *flags.split()]
     argv += ["--prompts", folder / "prompts.jsonl", "--sft-data", data, "--reward",
@@ -77,14 +83,17 @@ def planned(script, name, flags, world, folder):
         sys.argv += ["--B", str(-(-args.B // world) * world)]
         args = parse(script.Args, "", STAGE[script])
     script.setup = lambda: (0, world, torch.device("cuda"))
-    weights_py.memory_plan = noted
+    dist.is_initialized, dist.get_world_size = lambda: True, lambda *group: world
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(8, world))
+    Unified.from_preset = staticmethod(from_preset)
     try:
-        script.main()
+        with redirect_stdout(said):
+            script.main()
     except Enough:
         pass
     finally:
-        weights_py.memory_plan = real
-    return args, *found
+        Unified.from_preset = real
+    return args, planned(said.getvalue()), models[0]
 
 
 def countable(model):
@@ -154,22 +163,25 @@ def line(script, name, flags, folder):
     """-> a row of the table"""
     speeds, held = [], []
     for world in WORLDS:
-        args, plan, model = planned(script, name, flags, world, folder)
+        args, gib, model = as_planned(script, name, flags, world, folder)
         if world == WORLDS[0]:
-            cost = costs(countable(model))
+            learned, cost = len_of(learning(model)), costs(countable(model))
         tflop, images = (rl_update if script is grpo else flow_update)(args, cost)
-        updates = getattr(args, "updates", 1)
-        speeds.append(images / seconds(tflop, world, plan["trained"], updates))
-        held.append(plan["sum"] / 2**30)
+        took = seconds(tflop, world, learned, getattr(args, "updates", 1))
+        speeds.append(images / took)
+        held.append(f"{gib:.0f}")
         if world == WORLDS[0]:
-            paper = getattr(PRESETS[name], STAGE[script])
-            own = "steps" in paper or args.steps != script.Args.steps
-            steps = args.steps if own else 1000
-            hours = steps * images / speeds[0] / 3600
-    said = f"{script.__name__}.py --preset {name} {flags}"
-    gib = f"{held[0]:.0f}" if max(held) - min(held) < 1 else "/".join(f"{x:.0f}" for x in held)
-    return (f"| `{said}` | {gib} | " + " | ".join(f"{x:,.3g}" for x in speeds)
-            + f" | {hours:,.0f}: {steps:,} of {images:,}{'' if own else ', as an example'} |")
+            told = "steps" in getattr(PRESETS[name], STAGE[script]) or "mr-grpo" in args.recipe
+            steps = args.steps if told else 1000
+            run = f"{steps * took / 3600:,.0f}: {steps:,} of {images:,}" + (
+                "" if told else ", as an example")
+    held = held[:1] if len(set(held)) == 1 else held
+    return (f"| `{script.__name__}.py --preset {name} {flags}` | {' / '.join(held)} | "
+            + " | ".join(f"{x:,.3g}" for x in speeds) + f" | {run} |")
+
+
+def len_of(params):
+    return sum(p.numel() for p in params.values())
 
 
 def main(which):
