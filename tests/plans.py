@@ -7,15 +7,15 @@ and the reading of pictures cost nothing.
 """
 
 import io
-import os
 import re
 import sys
 import tempfile
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import full
+import pytest
 import torch
 import torch.distributed as dist
 import transformers.masking_utils as masking_py
@@ -37,6 +37,7 @@ LINK, LINK_OUT = 400e9, 50e9         # bytes/s of a GPU: NVLink; a network card 
 MEMORY = 2.8e12                      # bytes/s, of 3.35 that an H100 has
 WORLDS = (1, 8, 64)
 PAGE = Path(__file__).parent.parent / "docs/gpus.md"
+TABLE = re.compile(r"(?m)(^(?:\|---){6}\|\n)(?:^\|.*\n)*")
 PROMPT = ("a photo of three red circles to the left of one blue square on a white table in a small "
           "room with green walls and a black sign")
 
@@ -50,7 +51,7 @@ PLANS = [
     (sft, "unipic2-kontext", "--micro 4"),
     (grpo, "unipic2-kontext", "--micro 8"),
     (pretrain, "unipic2", "--micro 4"),
-    (sft, "unipic2", "--micro 4 --checkpoint"),
+    (sft, "unipic2", "--micro 4 --checkpoint --shard"),
     (grpo, "unipic2", "--micro 8"),
     (pretrain, "parauni", "--micro 8"),
     (sft, "parauni", "--micro 4 --checkpoint"),
@@ -76,23 +77,20 @@ def as_planned(script, name, flags, world, folder):
     data = folder / "photos/folder"
     argv = ["--preset", name, "--init", "", "--out", folder / "run", *flags.split()]
     argv += ["--prompts", folder / "prompts.jsonl", "--sft-data", data, "--reward",
-             "jpeg_compressibility"] if script is grpo else ["--data", data]
+             "jpeg_compressibility", "--ldam", ""] if script is grpo else ["--data", data]
     sys.argv = [f"{script.__name__}.py", *map(str, argv)]
     args = parse(script.Args, "", STAGE[script])
     if script is grpo:                   # each rank has whole groups
         sys.argv += ["--B", str(-(-args.B // world) * world)]
         args = parse(script.Args, "", STAGE[script])
-    script.setup = lambda: (0, world, torch.device("cuda"))
-    dist.is_initialized, dist.get_world_size = lambda: True, lambda *group: world
-    os.environ["LOCAL_WORLD_SIZE"] = str(min(8, world))
-    Unified.from_preset = staticmethod(from_preset)
-    try:
-        with redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(script, "setup", lambda: (0, world, torch.device("cuda")))
+        m.setattr(dist, "is_initialized", lambda: True)
+        m.setattr(dist, "get_world_size", lambda *group: world)
+        m.setenv("LOCAL_WORLD_SIZE", str(min(8, world)))
+        m.setattr(Unified, "from_preset", staticmethod(from_preset))
+        with redirect_stdout(said), pytest.raises(Enough):
             script.main()
-    except Enough:
-        pass
-    finally:
-        Unified.from_preset = real
     return args, planned(said.getvalue()), models[0]
 
 
@@ -100,9 +98,10 @@ def countable(model):
     """A planned model, ready for its operations to be counted. -> it"""
     model = model.float()                # a product of two types is none; FLOP are the same
     model.autocast = nullcontext
-    words = AutoTokenizer.from_pretrained(full.TOKENS, model_max_length=77)
+    words = AutoTokenizer.from_pretrained(full.TOKENS)
     model.tokenizer = words
     if model.text_encoder is not None:
+        words.model_max_length = 77
         model.text_encoder.tokenizers = [words] * 3
     return model
 
@@ -153,10 +152,14 @@ def rl_update(args, cost):
     return total, N
 
 
-def seconds(tflop, world, learned, updates):
-    """Of an update on `world` GPUs that optimises so many weights so often"""
+def seconds(args, tflop, world, learned):
+    """Of an update on `world` GPUs that optimises so many weights"""
     around = 8 * learned * (world - 1) / world / (LINK if world <= 8 else LINK_OUT)
-    return tflop * 1e12 / world / RATE + updates * (around + 28 * learned / MEMORY)
+    if getattr(args, "shard", False):    # weights are gathered forward and backward, in a node
+        near, parts = min(8, world), -(-args.batch // world // (args.micro or args.batch))
+        around += parts * 8 * learned * (near - 1) / near / LINK
+    return tflop * 1e12 / world / RATE + getattr(args, "updates", 1) * (
+        around + 28 * learned / MEMORY)
 
 
 def line(script, name, flags, folder):
@@ -167,7 +170,7 @@ def line(script, name, flags, folder):
         if world == WORLDS[0]:
             learned, cost = len_of(learning(model)), costs(countable(model))
         tflop, images = (rl_update if script is grpo else flow_update)(args, cost)
-        took = seconds(tflop, world, learned, getattr(args, "updates", 1))
+        took = seconds(args, tflop, world, learned)
         speeds.append(images / took)
         held.append(f"{gib:.0f}")
         if world == WORLDS[0]:
@@ -177,25 +180,41 @@ def line(script, name, flags, folder):
                 "" if told else ", as an example")
     held = held[:1] if len(set(held)) == 1 else held
     return (f"| `{script.__name__}.py --preset {name} {flags}` | {' / '.join(held)} | "
-            + " | ".join(f"{x:,.3g}" for x in speeds) + f" | {run} |")
+            + " | ".join(f"{x:,.0f}" if x > 99 else f"{x:.3g}" for x in speeds) + f" | {run} |")
 
 
 def len_of(params):
     return sum(p.numel() for p in params.values())
 
 
+@contextmanager
+def without_weights():
+    """Inside, all presets are of full size, and a GPU of 80 GB with bf16 seems to be there.
+    -> a folder"""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as m:
+        folder = Path(folder)
+        for name, cfg in full.presets(folder / "parts").items():
+            m.setitem(PRESETS, name, cfg)
+        photos(folder / "photos", 32, 1)
+        full.prompts(folder / "prompts.jsonl", 64)
+        m.setattr(sys, "argv", [])
+        m.setattr(model_py, "has_bf16", lambda: True)
+        m.setattr(torch, "autocast", lambda *kind, **more: nullcontext())    # knows no meta device
+        m.setattr(torch.cuda, "get_device_properties",
+                  lambda device: SimpleNamespace(total_memory=80e9))
+        # transformers would ask for values of the position ids.
+        m.setattr(masking_py, "find_packed_sequence_indices", lambda position_ids: None)
+        yield folder
+
+
 def main(which):
-    """Prints the rows of the presets `which` (all), and puts all of them into docs/gpus.md."""
-    folder = Path(tempfile.mkdtemp(prefix="plan-"))
-    PRESETS.update(full.presets(folder / "parts"))
-    photos(folder / "photos", 32, 1)
-    full.prompts(folder / "prompts.jsonl", 64)
-    model_py.has_bf16 = lambda: True
-    masking_py.find_packed_sequence_indices = lambda position_ids: None      # would ask for values
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80e9)
-    rows = [line(*plan, folder) for plan in PLANS if which in ("all", plan[1])]
-    print(*rows, sep="\n")
+    """Prints the rows of the preset `which`, or of all, and then puts them into docs/gpus.md."""
+    with without_weights() as folder:
+        rows = []
+        for plan in PLANS:
+            if which in ("all", plan[1]):
+                rows.append(line(*plan, folder))
+                print(rows[-1], flush=True)
     if which == "all":
-        text = PAGE.read_text()
-        PAGE.write_text(re.sub(r"(?ms)(?<=^\|---\|---\|---\|---\|---\|---\|\n).*?(?=^\n)",
-                               "".join(row + "\n" for row in rows), text, count=1))
+        PAGE.write_text(TABLE.sub(lambda found: found[1] + "\n".join(rows) + "\n",
+                                  PAGE.read_text(), count=1))
