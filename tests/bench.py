@@ -347,10 +347,10 @@ def linear(folder):
             free.bind(("127.0.0.1", 0))
             place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
                          WORLD_SIZE=str(world))
-        jobs = [run(f"world{world}", env=place | dict(RANK=str(r), LOCAL_RANK=str(r)), B=4, G=4,
-                    micro=12) for r in range(world)]
+        jobs = [run(f"world{world}", env=place | dict(RANK=str(r), LOCAL_RANK=str(r)), B=2 * world,
+                    G=8, micro=12) for r in range(world)]
         answers = [job.answer(600) for job in jobs]
-        say("ranks, of 4 prompts x 4 images; seconds of all, MB of one", world,
+        say("ranks, each of 2 prompts x 8 images; seconds of all, MB of one", world,
             sum(a[0] for a in answers), max(a[2] for a in answers))
     for kind in (MMDiT, SanaDiT):
         for size in (256, 512, 768, 1024):
