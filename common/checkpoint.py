@@ -244,7 +244,7 @@ def save_weights(model, ema, folder, step, score=None):
     learned = {id(p): k for k, p in ema.params.items()}       # a weight may have two names
     tensors = {k: ema.mean[learned[id(v)]].clone() if id(v) in learned else v
                for k, v in model.state_dict(keep_vars=True).items()
-               if k.split(".")[0] in parts and "lora_" not in k}
+               if k not in ema.mean and k.split(".")[0] in parts and "lora_" not in k}
     # A LoRA that learns, or that came with --init to a part which is otherwise the preset's
     loras = {part: (config, mine) for part, (config, mine) in model.adapters.items()
              if not mine or part not in model.trained}

@@ -3,6 +3,7 @@
     python tests/bench.py                      # --minutes bounds our run; theirs may take 4 x ours
     python tests/bench.py --recipes --minutes 5    # the same, recipe by recipe
     python tests/bench.py --loader             # pictures a second: folder, shards, plain Pillow
+    python tests/bench.py --linear             # how cost grows with group, resolution, ranks
 
 Ours is grpo.py itself, called with its default recipe. Theirs is a plain Flow-GRPO loop (Liu et al.
 2025, as its public code does it) on the same checkpoint, prompts, reward, batch and learning rate:
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import sys
 import tarfile
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from apart import Apart, Enough, metered
 from bridges import told
 from PIL import Image, ImageOps
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -37,7 +40,9 @@ import grpo  # noqa: E402
 from common.checkpoint import Ema  # noqa: E402
 from common.data import pairs  # noqa: E402
 from common.presets import PRESETS, RECIPES  # noqa: E402
+from common.record import Recorder  # noqa: E402
 from common.run import key, keyed, setup  # noqa: E402
+from common.sana import SanaDiT  # noqa: E402
 from data.shapes.bench import bench_shapes  # noqa: E402
 from eval import parse_weights, score  # noqa: E402
 from rewards.prompts import read_prompts  # noqa: E402
@@ -297,6 +302,63 @@ def loader(folder):
     print(f"resume at step 100,000: {time.time() - begin:.1f} s")
 
 
+def second_update(folder, **flags):
+    """grpo.py in the classroom, without evaluations -> processor seconds of its second update"""
+    at = []
+
+    def record(self, *row):
+        at.append(time.process_time())
+        if len(at) == 2:
+            raise Enough
+    Recorder.look, Recorder.record = lambda self, step: None, record
+    try:
+        play(dict(out=folder / f"run{os.environ.get('RANK', '')}", init="data/shapes/sft") | flags)
+    except Enough:
+        return at[1] - at[0]
+
+
+def there_and_back(kind, size):
+    """The classroom's DiT, of that kind, with random weights: one image of size x size pixels
+    forward and backward -> processor seconds of the second time"""
+    cfg = PRESETS["shapes" if kind is MMDiT else "shapes-sana"]
+    dit = MMDiT(**cfg.mmdit | dict(pos_embed_max_size=64)) if kind is MMDiT else SanaDiT(**cfg.sana)
+    x, ctx = torch.randn(1, 4, size // 4, size // 4), torch.randn(1, 32, dit.context_dim)
+    for _ in range(2):
+        begin = time.process_time()
+        dit(x, torch.full((1,), 0.5), ctx).square().mean().backward()
+    return time.process_time() - begin
+
+
+def linear(folder):
+    """What an update costs against the group's size, the number of ranks and the resolution: its
+    processor seconds, and the memory by which a process grew; each in a process of its own"""
+    def say(what, n, seconds, grown):
+        print(f"| {what} | {n} | {seconds:.2f} | {grown / 2**20:,.0f} |", flush=True)
+
+    def run(name, env=(), **flags):
+        return Apart(metered, partial(second_update, folder / name, **flags), log=folder / "log",
+                     **dict(env))
+    print("| | | processor seconds | MB more |\n|---|---|---|---|")
+    for G in (4, 8, 16, 32):
+        seconds, _, grown = run(f"G{G}", B=1, G=G, micro=12).answer(600)
+        say("images of a prompt, 12 rows a backward", G, seconds, grown)
+    for world in (1, 2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
+                         WORLD_SIZE=str(world))
+        jobs = [run(f"world{world}", env=place | dict(RANK=str(r), LOCAL_RANK=str(r)), B=2 * world,
+                    G=8, micro=12) for r in range(world)]
+        answers = [job.answer(600) for job in jobs]
+        say("ranks, each of 2 prompts x 8 images; seconds of all, MB of one", world,
+            sum(a[0] for a in answers), max(a[2] for a in answers))
+    for kind in (MMDiT, SanaDiT):
+        for size in (256, 512, 768, 1024):
+            job = Apart(metered, there_and_back, kind, size, log=folder / "log")
+            seconds, _, grown = job.answer(600)
+            say(f"pixels of a side, {kind.__name__}", size, seconds, grown)
+
+
 def said(gain, curve, column=1):
     """When the curve showed a gain, or how near it came."""
     at = reached([(c[0], c[column]) for c in curve], gain)
@@ -321,7 +383,10 @@ def main():
     p.add_argument("--recipes", action="store_true", help="what each recipe costs and gains")
     p.add_argument("--its", type=int, default=3, help="iterations of each recipe")
     p.add_argument("--loader", action="store_true", help="how fast pictures are read")
+    p.add_argument("--linear", action="store_true", help="how cost grows")
     a = p.parse_args()
+    if a.linear:
+        return linear(Path(tempfile.mkdtemp(prefix="bench-")))
     if a.loader:
         return loader(Path(tempfile.mkdtemp(prefix="bench-")))
     if a.recipes:
