@@ -42,12 +42,14 @@ def qwen(small, width, ff, layers, heads, vocab, tied):
                 num_attention_heads=heads[0], num_key_value_heads=heads[1], rope_parameters=rope,
                 max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
                 tie_word_embeddings=tied)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=eye, tie_word_embeddings=tied)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=eye, tie_word_embeddings=tied,
+                            dtype="bfloat16")
 
 
 def intern(small):
     text = dict(model_type="qwen2", vocab_size=151674, hidden_size=1536, intermediate_size=8960,
-                num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
+                num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                tie_word_embeddings=False)
     eye = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                num_attention_heads=16, image_size=[448, 448], patch_size=[14, 14])
     if small:
@@ -55,7 +57,8 @@ def intern(small):
                      num_attention_heads=4)
         eye |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                     num_attention_heads=4)
-    return InternVLConfig(text_config=text, vision_config=eye)
+    return InternVLConfig(text_config=text, vision_config=eye, tie_word_embeddings=False,
+                          dtype="bfloat16")
 
 
 def clip(small, width, layers, heads):
