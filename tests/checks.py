@@ -675,7 +675,7 @@ def saving(m, folder, limit):
     ema = Ema(learning(model), 0.9)
     most_held(m)
     had, begin = holds(m), time.perf_counter()
-    save_weights(model, ema, folder / "ckpt", 0)
+    save_weights(model, ema, folder / "ckpt", 0)()
     seconds, more = time.perf_counter() - begin, most_held(m) - had
     file = folder / "ckpt/model.safetensors"
     rate = file.stat().st_size / seconds / 1e9

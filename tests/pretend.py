@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common.layers as layers_py
+
 OURS = f"{Path(__file__).parent.parent}/"
 GPU = torch.device("cuda", 0)
 HOME = torch.device("cpu", 0)            # the CPU, where our code and not C++ asks for it
@@ -222,6 +224,12 @@ def pretended():
                               for a in rows])
         return padded if batch_first else padded.transpose(0, 1)
 
+    def varlen(q, k, v, cuts, cuts_k, most, most_k):         # the kernel of CUDA alone: (n,heads,d)
+        of = torch.bucketize(torch.arange(len(q), device=q.device), cuts, right=True)
+        y = F.scaled_dot_product_attention(*(a.transpose(0, 1) for a in (q, k, v)),
+                                           attn_mask=of[:, None] == of)
+        return y.transpose(0, 1)
+
     def by_device(tensors, with_indices=False):              # of optimisers and norms
         return {(lists[0][0].device, kind): (lists, at) for (_, kind), (lists, at) in group(
             tensors, with_indices).items()}
@@ -245,6 +253,7 @@ def pretended():
                 (torch, "get_autocast_dtype", lambda kind="cuda": torch.bfloat16),
                 (torch, "tensor", tensor), (torch._C._nn, "pad_sequence", pad_sequence),
                 (torch._C, "_group_tensors_by_device_and_dtype", by_device),
+                (layers_py, "varlen_attn", varlen),
                 (torch.accelerator, "current_stream", lambda: stream),
                 (torch.Tensor, "pin_memory", lambda x: x), (threading.Thread, "run", run_too)):
             m.setattr(module, name, value)

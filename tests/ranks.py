@@ -25,6 +25,7 @@ import grpo
 import pretrain
 import reflect
 import sft
+from common.record import read_log
 
 FORK = multiprocessing.get_context("fork")
 THREE = "--steps 3 --eval-every 3".split()
@@ -85,6 +86,12 @@ def together(world, run, said):
         process.join()
     for rank, process in enumerate(ranks):
         assert process.exitcode == 0, (said / f"{rank}.txt").read_text()[-3000:]
+
+
+def rows(out, run, world=2):
+    """run() in two ranks, or `world` -> rows of the log in `out`"""
+    together(world, run, out.with_name(f"{out.name} said"))
+    return read_log(out)
 
 
 def photos_of(parts):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
@@ -194,7 +195,7 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
     play(parts, tmp_path / "one", *flags)
     want, norm = learned(tmp_path / "one")
     play(parts, tmp_path / "micro", *flags, "--micro", 5)
-    tiny.two_ranks(parts, tmp_path / "ranks", *flags, "--data", parts / "edits.jsonl")
+    ranks.rows(tmp_path / "ranks", lambda: play(parts, tmp_path / "ranks", *flags))
     # A picture's rounding moves the reference of its way back: a thousandth, not a millionth.
     for run, tol in (("micro", 1e-5), ("ranks", 1e-3)):
         got, its_norm = learned(tmp_path / run)

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import ranks
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -131,7 +132,7 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
     tiny.play(parts, tmp_path / "one", *flags)
     want, norm = learned(tmp_path / "one")
     tiny.play(parts, tmp_path / "micro", *flags, "--micro", 5)
-    tiny.two_ranks(parts, tmp_path / "ranks", *flags)
+    ranks.rows(tmp_path / "ranks", lambda: tiny.play(parts, tmp_path / "ranks", *flags))
     for run in ("micro", "ranks"):
         got, its_norm = learned(tmp_path / run)
         close(got, want)
@@ -146,7 +147,7 @@ def test_two_ranks_give_the_curve_of_one(parts, tmp_path):
     """Five updates, all that is logged but the time, and what was learned."""
     flags = ["--steps", 5, "--train", "both", "--lr", 1e-3, "--eval-every", 1]
     one = tiny.play(parts, tmp_path / "one", *flags)
-    two = tiny.two_ranks(parts, tmp_path / "two", *flags)
+    two = ranks.rows(tmp_path / "two", lambda: tiny.play(parts, tmp_path / "two", *flags))
     assert len(one) == len(two) == 6 and len({r["grad_norm"] for r in one[1:]}) == 5
     for a, b in zip(one, two):
         for name in a.keys() - {k for k in a if k == "at" or k.startswith("s_")}:

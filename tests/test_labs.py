@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -137,7 +138,7 @@ def test_neither_micro_batches_nor_ranks_change_an_update(parts, tmp_path, lab):
     flags = ["--train", "both", "--guidance", 2.0]
     one = play(parts, tmp_path / "one", lab, *flags, "--micro", 0)[1]
     few = play(parts, tmp_path / "few", lab, *flags, "--micro", 5)[1]
-    two = tiny.two_ranks(parts, tmp_path / "two", lab, *flags, file=__file__)[1]
+    two = ranks.rows(tmp_path / "two", lambda: play(parts, tmp_path / "two", lab, *flags))[1]
     assert one["grad_norm"] > 1e-4
     for other in (few, two):
         for column in ("grad_norm", "reward_blue", "kept"):
@@ -194,8 +195,3 @@ def test_a_patch_applies_and_learns(copy, name):  # noqa: F811
     assert len(rows) == 3 and any(row["grad_norm"] > 0 for row in rows)
     assert all(row["ratio_off"] == 0 for row in rows)            # the first update's: exactly 1
     assert any(row["ratio_high"] > row["ratio_low"] for row in rows)
-
-
-if __name__ == "__main__":
-    parts, out, lab, *flags = sys.argv[1:]
-    play(Path(parts), Path(out), lab, *flags)

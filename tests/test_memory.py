@@ -3,15 +3,12 @@
 import copy
 import json
 import os
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import fits
 import pytest
 import ranks
-import tiny
 import torch
 from fake_gpu import CUDA, fake_gpu, place, shape_of
 from transformers import AutoTokenizer
@@ -281,9 +278,30 @@ def test_what_is_held(cfg, parts, monkeypatch, rank):
     assert "a lower --batch" in said and ("--lora-rank 32" in said) == (rank == 0)
 
 
+def hold(photos, out):
+    """sft.py's own main as a rank; what was planned and what it holds then go into held.json."""
+    found = []
+
+    def remember(real):
+        return lambda *given: found.append(real(*given)) or found[-1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(weights_py, "memory_report", lambda *given: found.append(memory_plan(*given)[0]))
+        m.setattr(sft, "Trained", remember(sft.Trained))
+        ranks.play(photos, out, "sft", "--shard", "--ema", 0.9)
+    if len(found) == 2:                   # rank 0 alone plans
+        plan, trained = found
+        held = dict(weights=[*trained.model.parameters(), *trained.model.buffers()],
+                    average=trained.ema.mean.values(),
+                    AdamW=[s[k] for s in trained.opt.state.values()
+                           for k in ("exp_avg", "exp_avg_sq")])
+        held = {name: sum({id(t): local(t).nbytes for t in some}.values())
+                for name, some in held.items()}
+        (out / "held.json").write_text(json.dumps([plan, held]))
+
+
 def test_what_ranks_hold(parts, tmp_path):
-    """With --shard, of real ranks, here two on a CPU: see the end of this file."""
-    tiny.two_ranks(ranks.photos_of(parts), tmp_path / "out", file=__file__)
+    """With --shard, of real ranks, here two on a CPU."""
+    ranks.rows(tmp_path / "out", lambda: hold(ranks.photos_of(parts), tmp_path / "out"))
     said, found = json.loads((tmp_path / "out/held.json").read_text())
     for name, size in found.items():
         assert size == pytest.approx(said[name], rel=0.02) and size > 0
@@ -304,23 +322,3 @@ def test_models_of_rewards():
     assert held("preference:0.3,judge,ocr") == held("judge") + held("ocr")
     assert held("judge", "http://x") == held("jpeg_compressibility") == 0
     assert held("judge", task="text") == 0
-
-
-if __name__ == "__main__":            # one of two ranks: sft.py's own main, and what it holds then
-    found = []
-
-    def remember(real):
-        return lambda *given: found.append(real(*given)) or found[-1]
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(weights_py, "memory_report", lambda *given: found.append(memory_plan(*given)[0]))
-        m.setattr(sft, "Trained", remember(sft.Trained))
-        ranks.play(Path(sys.argv[1]), Path(sys.argv[2]), "sft", "--shard", "--ema", 0.9)
-    if len(found) == 2:               # rank 0 alone plans
-        plan, trained = found
-        held = dict(weights=[*trained.model.parameters(), *trained.model.buffers()],
-                    average=trained.ema.mean.values(),
-                    AdamW=[s[k] for s in trained.opt.state.values()
-                           for k in ("exp_avg", "exp_avg_sq")])
-        held = {name: sum({id(t): local(t).nbytes for t in some}.values())
-                for name, some in held.items()}
-        Path(sys.argv[2], "held.json").write_text(json.dumps([plan, held]))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_cli import complaint
-from torch import multiprocessing
 
 import common.presets as presets_py
 import common.rl as rl_py
@@ -37,14 +35,14 @@ def photos(parts):
 
 @pytest.fixture(scope="module")
 def two(photos, tmp_path_factory):
-    """Folders of two runs of one command, each with two processes."""
+    """Folders of two runs of one command, each with two processes: torchrun's, and our own."""
     outs = [tmp_path_factory.mktemp("ranks") for _ in range(2)]
-    for out in outs:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-             ranks.__file__, photos, out], capture_output=True, text=True, cwd=tiny.ROOT,
-            env=os.environ | dict(OMP_NUM_THREADS="1"))
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         ranks.__file__, photos, outs[0]], capture_output=True, text=True, cwd=tiny.ROOT,
+        env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.together(2, lambda: ranks.main(photos, outs[1]), tmp_path_factory.mktemp("said"))
     return outs
 
 
@@ -95,11 +93,10 @@ def ranks_config(parts):
     return presets_py.Config(**json.loads((parts / "config.json").read_text()))
 
 
-def parted(rank, port, out):
+def parted(out):
     """Two processes: what begins apart is made one; what parts later ends both in one line."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
     dist.init_process_group("gloo")
+    rank = dist.get_rank()
     module = torch.nn.Linear(3, 2)
     torch.nn.init.constant_(module.weight, float(rank))
     same_start(module)
@@ -115,15 +112,10 @@ def parted(rank, port, out):
         except SystemExit as e:
             said.append(str(e))
     (out / str(rank)).write_text("\n".join(said))
-    dist.destroy_process_group()
 
 
 def test_ranks_that_part_stop_in_one_line(tmp_path):
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    multiprocessing.spawn(parted, (port, tmp_path), nprocs=2)
+    ranks.together(2, lambda: parted(tmp_path), tmp_path / "said")
     a, b = ((tmp_path / str(r)).read_text().splitlines() for r in (0, 1))
     assert a == b and a[0] == "0"                                # rank 0's weights, on both
     assert "ranks hold different weights after update 7, first weight" in a[1]

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
@@ -241,7 +242,7 @@ def test_ranks(parts, photos, tmp_path, name):
     """Two updates, the std of the whole batch, LoRA; SFT pairs, chosen steps: one rank or two."""
     flags = [*small(name, photos), "--lr", 1e-3]
     rows = [tiny.play(parts, tmp_path / "one", *flags),
-            tiny.two_ranks(parts, tmp_path / "two", *flags)]
+            ranks.rows(tmp_path / "two", lambda: tiny.play(parts, tmp_path / "two", *flags))]
     (want, norm), (got, its_norm) = (learned(tmp_path / r) for r in ("one", "two"))
     close(got / want.norm(), want / want.norm(), 1e-4)
     assert its_norm == pytest.approx(norm, rel=1e-4)

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
@@ -254,7 +255,7 @@ def test_ranks_and_micro_batches_of_main(talker, tmp_path, train):
     want, norm = learned(tmp_path / "one")
     play(talker, tmp_path / "micro", *flags, "--micro", 3)
     if train == "both":
-        tiny.two_ranks(talker, tmp_path / "ranks", *flags, "--data", talker / "pool.jsonl")
+        ranks.rows(tmp_path / "ranks", lambda: play(talker, tmp_path / "ranks", *flags))
     for run in ("micro", "ranks") if train == "both" else ["micro"]:
         got, its_norm = learned(tmp_path / run)
         close(got, want, 1e-4)

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
@@ -199,7 +200,7 @@ def test_ranks_and_micro_batches_of_main(talker, tmp_path):
     play(talker, tmp_path / "one", *flags)
     want, _ = learned(tmp_path / "one")
     play(talker, tmp_path / "micro", *flags, "--micro", 3)
-    tiny.two_ranks(talker, tmp_path / "ranks", *flags)
+    ranks.rows(tmp_path / "ranks", lambda: play(talker, tmp_path / "ranks", *flags))
     for run in ("micro", "ranks"):
         close(learned(tmp_path / run)[0], want, 1e-4)
         a, b = ([json.loads(line) for line in open(tmp_path / r / "log.jsonl")][-1]

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import open_clip
 import pytest
+import ranks
 import tiny
 import torch
 import torch.nn.functional as F
@@ -855,7 +856,8 @@ def test_a_judge_that_babbles(parts, vlm, tmp_path):
     with pytest.raises(SystemExit, match="100% of the judge's answers of update 1 say nothing"):
         tiny.play(parts, tmp_path / "a", *flags)
     one = tiny.play(parts, tmp_path / "b", *flags, "--max-failed", 1)[-1]
-    two = tiny.two_ranks(parts, tmp_path / "c", *flags, "--max-failed", 1)[-1]
+    two = ranks.rows(tmp_path / "c", lambda: tiny.play(
+        parts, tmp_path / "c", *flags, "--max-failed", 1))[-1]
     for row in one, two:
         assert row["unparsed_preference"] == row["unparsed_judge"] == row["failed_judge"] == 1
         assert row["reward_preference"] == 0.5 and "failed_preference" not in row

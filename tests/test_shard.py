@@ -9,7 +9,6 @@ import tiny
 from safetensors.torch import load_file
 from test_reflect import teach
 
-from common.record import read_log
 
 FLAGS = ["--steps", 4, "--eval-every", 2, "--batch", 4]
 ANCHORED = ["--beta", 0.1, "--updates", 2, "--final-bench"]
@@ -36,9 +35,7 @@ def talker(parts, tmp_path_factory):
 
 def run(photos, out, name, world, *flags):
     """A script's main in so many processes -> its rows"""
-    said = out.parent / f"{out.name} said"
-    ranks.together(world, lambda: ranks.play(photos, out, name, *flags), said)
-    return read_log(out)
+    return ranks.rows(out, lambda: ranks.play(photos, out, name, *flags), world)
 
 
 def numbers(rows):

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -226,18 +225,5 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
-def two_ranks(folder, out, *flags, file=__file__, world=2):
-    """As a file is run, under torchrun. world: or another number of them. -> rows of the log"""
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", world, "--standalone", file,
-               folder, out, *flags]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in open(out / "log.jsonl")]
-
-
 if __name__ == "__main__":
-    mains = {"edits.jsonl": cycle_edit.main, "pool.jsonl": reflect.main}
-    speaks = reflect.main if "--task" in sys.argv else grpo.main
-    play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:],
-         main=mains.get(Path(sys.argv[-1]).name, speaks))
+    play(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
