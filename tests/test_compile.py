@@ -3,6 +3,8 @@ blocks of its kind share, and after the first updates nothing is compiled any mo
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import ranks
@@ -11,12 +13,13 @@ import torch
 from peft import inject_adapter_in_model
 from test_grpo import close
 from test_recipes import SANA, gradients
-from test_shard import near, numbers, run
+from test_shard import near, numbers
 from torch._dynamo import explain
 from torch._dynamo.utils import counters
 
 import common.record as record_py
 from common.layers import compile_blocks
+from common.record import read_log
 from common.sana import SanaDiT
 from common.weights import adapter, adapters_off
 from model import MMDiT
@@ -169,8 +172,13 @@ def test_compiled_gradients(kind):
 
 @SLOW
 def test_compiled_and_sharded(parts, tmp_path):
-    """By the compiler itself, on two ranks that share out the weights."""
+    """By the compiler itself, on two ranks that share out the weights; torchrun's, since what has
+    compiled cannot fork."""
     photos = ranks.photos_of(parts)
-    plain = run(photos, tmp_path / "plain", "sft", 1)
-    both = run(photos, tmp_path / "both", "sft", 2, "--shard", "--compile")
-    near(numbers(both), numbers(plain))
+    plain = ranks.play(photos, tmp_path / "plain", "sft")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         ranks.__file__, photos, tmp_path / "both", "sft", "--shard", "--compile"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    near(numbers(read_log(tmp_path / "both")), numbers(plain))
