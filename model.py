@@ -562,10 +562,8 @@ class Unified(nn.Module):
             if getattr(cfg, part).startswith("data/shapes/") and not isdir(
                     beside(getattr(cfg, part))):
                 fail(f"{getattr(cfg, part)} is missing: make it with python -m data.shapes.prepare")
-        with torch.device("meta") if meta or not cfg.dit_class else nullcontext():
+        with torch.device("meta") if meta else nullcontext():
             dit = build_dit(cfg)
-        if not (meta or cfg.dit_class):                  # its files bring all its numbers, below
-            dit.to_empty(device="cpu")
         vae = load_vae(cfg, dit, meta)
         tensors, loras = read_init(init, cfg, dit) if init and not meta else ({}, {})
         if not meta and not any(k.startswith("dit.") and "lora_" not in k for k in tensors):
