@@ -184,8 +184,8 @@ def where(kind):
     frame, place, at = sys._getframe(1), "", 0
     while frame:
         code = frame.f_code
-        if (code.co_filename.startswith(OURS) and code.co_filename != __file__
-                and code.co_name[0] != "<"):                     # a comprehension has no name
+        ours = code.co_filename.startswith(OURS) and "site-packages" not in code.co_filename
+        if ours and code.co_filename != __file__ and code.co_name[0] != "<":     # a comprehension's
             place = place or (f"{code.co_filename.removeprefix(OURS)}:{frame.f_lineno} "
                               f"{code.co_name}")
             at = frame.f_lineno if code.co_name == "main" else at
