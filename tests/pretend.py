@@ -254,9 +254,11 @@ def pretended():
                 (torch, "tensor", tensor), (torch._C._nn, "pad_sequence", pad_sequence),
                 (torch._C, "_group_tensors_by_device_and_dtype", by_device),
                 (layers_py, "varlen_attn", varlen),
+                (torch, "set_float32_matmul_precision", lambda how: None),
                 (torch.accelerator, "current_stream", lambda: stream),
                 (torch.Tensor, "pin_memory", lambda x: x), (threading.Thread, "run", run_too)):
             m.setattr(module, name, value)
+        m.setenv("PYTORCH_ALLOC_CONF", "")               # what setup sets stays not behind
         torch.__future__.set_swap_module_params_on_conversion(True)     # ties stay ties
         forget()
         syncs.clear()

@@ -2,6 +2,7 @@
 grpo.py's host waits for the GPU where it must and nowhere else."""
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from test_reflect import talker  # noqa: F401
 from test_talk import folder_of
 
 import common.presets as presets_py
+import common.run as run_py
 import cycle_edit
 import data.shapes.looks as looks_py
 import grpo
@@ -255,7 +257,10 @@ def test_nothing_is_left_behind():
     had = torch.autocast, torch.tensor, torch.Tensor.pin_memory, torch.cuda.is_available
     with pytest.raises(KeyError), pretended():
         assert torch.cuda.is_available() and torch.tensor is not had[1]
+        run_py.setup()
         raise KeyError
     assert had == (torch.autocast, torch.tensor, torch.Tensor.pin_memory, torch.cuda.is_available)
     assert not torch.cuda.is_available() and type(torch.zeros(1)) is torch.Tensor
     assert not torch.__future__.get_swap_module_params_on_conversion()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
