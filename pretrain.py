@@ -15,7 +15,7 @@ import torch
 
 from common.cache import cache_latents
 from common.checkpoint import Trained, save_weights
-from common.flags import DATA, HUB, RunFlags, flag, must_exist, parse
+from common.flags import DATA, HUB, FlowFlags, flag, must_exist, parse
 from common.flow import condition, train_times
 from common.layouts import columns_of
 from common.presets import PRESETS, REFS, reference_ways
@@ -29,7 +29,7 @@ from model import Unified
 
 
 @dataclass
-class Args(RunFlags):
+class Args(FlowFlags):
     preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS,
                        group="What matters most")
     init: str = flag("", "a checkpoint, or the folder of a diffusers DiT or peft LoRA; "
@@ -62,15 +62,6 @@ class Args(RunFlags):
                     group="Weights in place of the preset's")
     dit: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
-
-    micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
-                      group="Memory and speed")
-    checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
-                            "pass")
-    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
-    shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
-    workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
-    cache: str = flag("", "folder that keeps the VAE's latents for later epochs and runs")
 
 
 def main():

@@ -52,6 +52,19 @@ class RunFlags:
     track: str = flag("", "where rows and pictures also go, by your own installation: {}", TRACKERS)
 
 
+@dataclass
+class FlowFlags(RunFlags):
+    """What stages 1 and 2 have besides: what a step costs, but not what it learns."""
+    micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
+                      group="Memory and speed")
+    checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
+                            "pass")
+    compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
+    shard: bool = flag(False, "each rank keeps a part of what learns and of AdamW's state (FSDP2)")
+    workers: int = flag(2, "threads that read and decode pictures ahead; 0: none", "[0, 64]")
+    cache: str = flag("", "folder that keeps the VAE's latents for later epochs and runs")
+
+
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
@@ -195,8 +208,10 @@ def about(f):
 
 
 def in_order(Args):
-    """-> its fields, RunFlags behind a script's own"""
-    return sorted(fields(Args), key=lambda f: f.name in RunFlags.__dataclass_fields__)
+    """-> its fields: a script's own, then those that it shares with others"""
+    own = {f.name for f in fields(Args)}
+    shared = [kind.__dataclass_fields__.keys() for kind in (FlowFlags, RunFlags)]
+    return sorted(fields(Args), key=lambda f: sum(f.name in its for its in shared if its <= own))
 
 
 def add_flags(p, Args):
