@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.run import learning
+
 # In bytes, as tests/fake_gpu.py measures them in bf16; in fp32 it is FP32 times as much.
 # KEPT: what a backward keeps per token, layer and width of a part through which gradients only
 # pass, whose LoRA learns, or which learns itself (and then keeps each of its weights in bf16, too).
@@ -43,7 +45,7 @@ def memory_plan(model, args, rows, reads, copies, device):
     world, shards = ranks_of(args)
     parts = spread_out(model) if shards > 1 else []
     spread, away = sum(p.nbytes for p in parts), 1 - 1 / shards      # away: what others have of it
-    learn = learning(model)
+    learn = learned(model)
     mine = learn - away * sum(p.numel() for p in parts if p.requires_grad)
     average = 4 * mine * bool(getattr(args, "ema", 1))
     held = dict(weights=bytes_of(model) - away * spread, AdamW=8 * mine, average=average,
@@ -78,9 +80,9 @@ def spread_out(model):
             for name, p in part.named_parameters() if not name.endswith("_queries")]
 
 
-def learning(part):
+def learned(part):
     """-> how many numbers of a part, or of all, learn"""
-    return sum(p.numel() for p in part.parameters() if p.requires_grad)
+    return sum(p.numel() for p in learning(part).values())
 
 
 def bytes_of(part):
@@ -184,7 +186,7 @@ def drawing(model, args, images, prompts):
     drawn, said, passed = in_layers(model, args, images, prompts)
     _, context, _ = lengths(model, args)
     told = 4 * images * context * model.dit.context_dim * branches(args)
-    forward = DIT * min(drawn[0], MOST) + told + 2 * learning(model.dit) * model.bf16
+    forward = DIT * min(drawn[0], MOST) + told + 2 * learned(model.dit) * model.bf16
     pixels = images * model.cfg.size**2
     return max(VLM * said[0] * said[1] + BRIDGE * passed[0] * passed[1], forward,
                VAE * min(pixels, MOST_PIXELS) + 6 * pixels)  # as bytes, in parts and in one piece
@@ -201,7 +203,7 @@ def memory_report(model, args, rows, reads, copies, device):
     held, phases = memory_plan(model, args, rows, reads, copies, device)
     count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in (
         "vlm", "text_encoder", "bridge", "dit", "vae") if getattr(model, part) is not None}
-    count["learning"] = learning(model)
+    count["learning"] = learned(model)
     has = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 

@@ -28,8 +28,8 @@ import model as model_py
 import pretrain
 import sft
 from common.flags import parse
+from common.memory import learned
 from common.presets import PRESETS
-from common.run import learning
 from model import Unified
 
 RATE = 200e12        # FLOP/s, of 989 that an H100 has: what the eager kernels were foretold to give
@@ -168,9 +168,9 @@ def line(script, name, flags, folder):
     for world in WORLDS:
         args, gib, model = as_planned(script, name, flags, world, folder)
         if world == WORLDS[0]:
-            learned, cost = len_of(learning(model)), costs(countable(model))
+            numbers, cost = learned(model), costs(countable(model))
         tflop, images = (rl_update if script is grpo else flow_update)(args, cost)
-        took = seconds(args, tflop, world, learned)
+        took = seconds(args, tflop, world, numbers)
         speeds.append(images / took)
         held.append(f"{gib:.0f}")
         if world == WORLDS[0]:
@@ -181,10 +181,6 @@ def line(script, name, flags, folder):
     held = held[:1] if len(set(held)) == 1 else held
     return (f"| `{script.__name__}.py --preset {name} {flags}` | {' / '.join(held)} | "
             + " | ".join(f"{x:,.0f}" if x > 99 else f"{x:.3g}" for x in speeds) + f" | {run} |")
-
-
-def len_of(params):
-    return sum(p.numel() for p in params.values())
 
 
 @contextmanager
