@@ -2,7 +2,9 @@
 
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score
-    python eval.py --bench geneval --init "" --out FOLDER    # without --preset: score what is there
+    python eval.py --bench geneval --score-only FOLDER       # anybody's pictures, in its layout
+    python eval.py --bench wise --bench-dir WISE --judge-url http://host:8000/v1 --judge NAME ...
+    python eval.py --table out/geneval --table out/wise      # runs beside the papers' own rows
     python eval.py --bench shapes-edit --init data/shapes/sft-edit --guidances 1,3 --out out/edits
     python eval.py --bench shapes-think --init out/sft-cot    # also shapes-reflect, shapes-answer
     python eval.py --write-prompts geneval FILE    # its 553 prompts; geneval-train: 50,000 for RL
@@ -18,30 +20,31 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from common.draw import draw_edits, draw_reflecting, draw_thinking
-from common.flags import HUB, can_hold, flag, given_parts, inside, number, parse, read_flag
+from benchmarks import NAMES
+from benchmarks import find as find_benchmark
+from benchmarks.drawing import Tested, draw_all, shots_of
+from benchmarks.judging import score_all
+from benchmarks.shapes_edit import read_guidances
+from benchmarks.tables import contact_sheet, joined
+from common.flags import (FILE, HUB, can_hold, flag, given_parts, inside, number, parse, read_flag,
+                          shown, there)
+from common.layouts import all_records
 from common.page import write_page
 from common.presets import PRESETS, SOLVERS
-from common.read import UNREADABLE, arrays, named, parse_json, read_image, read_json
+from common.read import named, parse_json, read_json
 from common.rl import must_be_drawn
-from common.run import all_mean, fail, key, replacing, setup, slices, write
-from common.show import grid, plot_trade_off, show_table
+from common.run import all_mean, fail, one_line, setup, slices, write
+from common.show import grid, show_table
 from common.stop import stopping, this_rank
 from common.weights import slim
-from data.shapes.bench import bench_shapes, geneval_table
-from data.shapes.edits import bench_edit
-from data.shapes.talk import bench_answer, bench_reflect, bench_think
+from data.shapes.bench import bench_shapes
 from model import Trajectory, Unified, rollout
 from rewards import find
-from rewards.geneval import check
-from rewards.prompts import (geneval_prompts, read_prompts,
-                             write_prompts)
 from rewards.judge import Judge
+from rewards.photos import COCO_THRESHOLDS
+from rewards.prompts import geneval_prompts, read_prompts, write_prompts
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -329,71 +332,9 @@ def before_and_after(args, trained, out, bench):
 # Benchmarks
 
 
-def draw_geneval(draw, out, seed, rank, world, recipe, n=4):
-    """n images per prompt in GenEval's folders; ranks share them, what is there is not redrawn.
-
-    draw(prompts, seeds) -> uint8 (B,3,H,W).  manifest.jsonl, how each image is drawn, is written
-    first; a folder with another one is refused."""
-    rows = geneval_prompts()
-    plan = [dict(file=f"{i:05d}/samples/{j:04d}.png", prompt=json.loads(row)["prompt"],
-                 seed=key(seed, 0, 1000 * i + j), **recipe)
-            for i, row in enumerate(rows) for j in range(n)]
-    manifest, text = out / "manifest.jsonl", "".join(json.dumps(p) + "\n" for p in plan)
-    foreign = manifest.read_text() != text if manifest.exists() else any(out.glob("*/samples"))
-    if foreign:
-        fail(f"{out} holds images drawn otherwise, or not by us: --init '' scores them; to draw, "
-             "choose another --out")
-    all_mean([0])                       # every rank has looked before one writes
-    for i, row in enumerate(rows if rank == 0 else []):
-        (out / f"{i:05d}/samples").mkdir(parents=True, exist_ok=True)
-        write(out / f"{i:05d}/metadata.jsonl", row)
-    if rank == 0:
-        write(manifest, text)
-    all_mean([0])
-    todo = [p for p in plan[rank::world] if not (out / p["file"]).exists()]
-    batch = max(1, min(64, (2048 // recipe["size"]) ** 2))                # 16 of 512 px, 4 of 1024
-    for a in tqdm(range(0, len(todo), batch), "draw", unit="batch", disable=rank > 0 or None):
-        now = todo[a : a + batch]
-        images = arrays(draw([p["prompt"] for p in now], [p["seed"] for p in now]))
-        for file, image in zip([out / p["file"] for p in now], images):
-            with replacing(file) as fresh:
-                Image.fromarray(image).save(fresh, "PNG")
-    all_mean([0])                       # rank 0 scores what all have drawn
-
-
-def score_geneval(folder):
-    """GenEval's folders {i:05d}/metadata.jsonl and {i:05d}/samples/{k:04d}.png, whoever drew them
-    -> metrics; results.jsonl then says how each image fared."""
-    files, rows, found = [], [], []
-    for about in sorted(folder.glob("[0-9]*/metadata.jsonl")):
-        mine = sorted(about.parent.glob("samples/[0-9]*.png"))
-        try:
-            (row,) = read_prompts(about)
-        except (OSError, ValueError) as e:
-            fail(f"{about}: {e}")
-        if not (row.get("tag") and row.get("include") and mine):
-            fail(f"{about.parent}: no tag or include in metadata.jsonl, or no samples/0000.png")
-        files, rows = files + mine, rows + [row] * len(mine)
-    if not files:
-        fail(f"{folder} holds no images in GenEval's layout, such as 00000/samples/0000.png")
-    for file, row in zip(tqdm(files, "score", unit="image", disable=None), rows):
-        try:
-            found.append(check(np.array(read_image(file)), row))
-        except UNREADABLE as e:
-            fail(f"{file} cannot be read: {e}")
-    write(folder / "results.jsonl", "".join(
-        json.dumps(dict(filename=str(f), tag=r["tag"], prompt=r["prompt"], **v)) + "\n"
-        for f, r, v in zip(files, rows, found)))
-    return geneval_table(rows, [[v] for v in found])[0]
-
-
-BENCHMARKS = ("shapes", "geneval", "shapes-edit", "shapes-think", "shapes-reflect", "shapes-answer")
-GUIDANCE = "[0, 100]"
-
-
 @dataclass
 class Args:
-    bench: str = flag("shapes", "which benchmark: {}", BENCHMARKS, group="What matters most")
+    bench: str = flag("shapes", "which benchmark: {}", NAMES, group="What matters most")
     init: str = flag("data/shapes/sft", "a checkpoint; with --preset also the folder of a "
                      "diffusers DiT or peft LoRA, or none: empty", HUB)
     preset: str = flag("", "which model, by its name in common/presets.py; empty: as --init says",
@@ -401,12 +342,28 @@ class Args:
     out: str = flag("", "folder for results and images; empty: they are only printed")
     steps: int = flag(10, "ODE steps of a drawing, one DiT forward each", "[1, 1000]")
     solver: str = flag("", "of the ODE: {}, the last of second order; empty: the preset's", SOLVERS)
-    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, half the forwards", GUIDANCE)
-    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: none by it", GUIDANCE)
+    guidance: float = flag(1.0, "weight of the prompt; 1: no guidance, half the forwards",
+                           "[0, 100]")
+    image_guidance: float = flag(1.0, "of edits, weight of the source; 1: none by it", "[0, 100]")
+    n: int = flag(0, "pictures of each prompt; 0: as many as the benchmark asks for", "[0, 100]")
     seed: int = flag(0, "another seed draws other noise", "[0, 2**63)")
 
+    bench_dir: str = flag("", "folder of the benchmark's official release", FILE,
+                          group="Official benchmarks")
+    judge: str = flag("", "VLM that judges; empty: see rewards/shared.py")
+    judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
+    parallel: int = flag(16, "most questions at the address at once", "[1, 10000]")
+    max_failed: float = flag(0.0, "share of questions that may stay without an answer", "[0, 1]")
+    score_only: str = flag("", "a folder of anybody's pictures in the official layout: nothing is "
+                           "drawn", FILE)
+    detections: str = flag("", "of geneval, another detector's boxes: .jsonl of {file, detections: "
+                           "[{class, score, box}]}", FILE)
+    thresholds: str = flag("", "its least score, and that for counting: 0.3,0.9")
+    table: tuple = flag((), "a folder of a run: all that are given are joined to one table beside "
+                        "the papers' rows, as Markdown; may be given again", FILE)
+
     guidances: str = flag("", "of edits, several such as 1,3,5,7: their trade-off, as a picture",
-                          group="More of single benchmarks")
+                          group="More of the classroom's benchmarks")
     temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones",
                               "0 or [0.01, 100]")
     limit: int = flag(64, "most tokens that a thought or an answer may have", "[1, 10000]")
@@ -418,92 +375,126 @@ class Args:
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
 
-def read_guidances(text):
-    """ "1,3" -> [1.0, 3.0]; ValueError"""
-    values = [number(g) for g in text.split(",")]
-    if not all(inside(g, GUIDANCE) for g in values):
-        raise ValueError(f"must be numbers in {GUIDANCE} with commas between them, such as 1,3,5,7")
+def check_args(args, bench, out):
+    """Where flags do not go together: the user's errors, before anything is loaded or written."""
+    about = bench.ABOUT
+    if out and (out / "results.json").exists():
+        fail(f"{out} holds the results of another run: choose another --out")
+    if args.guidances and not (args.bench == "shapes-edit" and out):
+        fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
+    read_flag(args, "guidances", read_guidances)
+    if hasattr(bench, "run") and args.score_only:
+        fail(f"--score-only: {args.bench} has no pictures in an official layout")
+    if not hasattr(bench, "run") and not out:
+        fail(f"--bench {args.bench} needs --out, a folder for its images")
+    if about.release and not args.bench_dir:
+        fail(f"--bench {args.bench} needs --bench-dir, its official release: {about.release}")
+    if (args.detections or args.thresholds) and args.bench != "geneval":
+        fail("--detections and --thresholds are of --bench geneval")
+    if not args.score_only and not args.init and not args.preset:
+        fail("--init '' draws from the weights of --preset, which is missing; --score-only FOLDER "
+             "scores pictures that are there")
+    if about.judge and not args.judge_url and not there(args.judge, HUB):
+        fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
+    if out:
+        read_flag(args, "out", can_hold)
+
+
+def read_thresholds(text):
+    """ "0.3,0.9" -> (0.3, 0.9); ValueError"""
+    values = tuple(number(x) for x in text.split(",")) if text else ()
+    if text and not (len(values) == 2 and all(inside(x, "[0, 1]") for x in values)):
+        raise ValueError("must be two numbers in [0, 1], such as 0.3,0.9")
     return values
+
+
+def read_detections(args, shots):
+    """Gives Shots what --detections has found in them."""
+    found = {}
+    for where, row, _ in all_records(args.detections):
+        file, its = row.get("file"), row.get("detections")
+        if not isinstance(file, str) or not isinstance(its, list) or not all(map(is_found, its)):
+            fail(f"{where}: not {{file, detections: [{{class, score, box}}]}}")
+        found[file] = its
+    for shot in shots:
+        if shot.file not in found:
+            fail(f"--detections {args.detections} has nothing of {shot.file}")
+        shot.found = found[shot.file]
+
+
+def is_found(thing):
+    """Is this what a detector finds: a class, a score and a box?"""
+    return (isinstance(thing, dict) and isinstance(thing.get("class"), str)
+            and type(thing.get("score")) in (int, float) and isinstance(thing.get("box"), list)
+            and len(thing["box"]) == 4 and all(type(x) in (int, float) for x in thing["box"]))
+
+
+def read_items(bench, args):
+    """-> a benchmark's prompts, or the user's error where the release is not as they know it"""
+    try:
+        items = bench.items(args.bench_dir)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
+        fail(f"--bench-dir {args.bench_dir} is no release of {args.bench} as it is known here: "
+             f"{type(e).__name__}, {one_line(e)}")
+    return items or fail(f"--bench-dir {args.bench_dir} holds nothing to draw")
+
+
+def official(bench, args, out, tested, rank, world):
+    """A benchmark with an official layout: draw, or take what is there; score; -> results"""
+    about, n = bench.ABOUT, args.n or bench.ABOUT.n
+    items, folder = None, Path(args.score_only or out)
+    if tested or not hasattr(bench, "shots_in"):
+        items = read_items(bench, args)
+    if tested:
+        draw_all(bench, items, n, tested, out, rank, world)
+        if rank:
+            return
+    shots = shots_of(bench, items, n) if items else bench.shots_in(folder)
+    judge = Judge(args.judge, args.judge_url, tokens=about.tokens, parallel=args.parallel,
+                  system=shots[0].item.get("system", ""), text_first=about.text_first)
+    thresholds = read_flag(args, "thresholds", read_thresholds)
+    for shot in shots:
+        shot.item["thresholds"] = thresholds
+    if args.detections:
+        read_flag(args, "detections", lambda _: read_detections(args, shots))
+    out.mkdir(parents=True, exist_ok=True)
+    rows, counts = score_all(bench, shots, folder, judge, out / "answers.jsonl", args.max_failed)
+    write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    contact_sheet(bench, shots, folder, rows, out / "sheet.png")
+    if not any("score" in row or "correct" in row for row in rows):
+        fail(f"no picture could be scored: {counts['unparsed']} of {counts['questions']} answers "
+             f"say nothing usable; {out / 'answers.jsonl'} has them")
+    asked = dict(judge=judge.name(), **counts) if about.judge else {}
+    return dict(images=len(rows)) | asked | bench.table(rows) | (
+        dict(thresholds=thresholds or COCO_THRESHOLDS) if args.bench == "geneval" else {})
 
 
 def main():
     if sys.argv[1:2] == ["--write-prompts"]:
         return write_prompts(*sys.argv[2:])
     args = parse(Args, __doc__)
-    out = Path(args.out) if args.out else None
-    if out and (out / "results.json").exists():
-        fail(f"{out} holds the results of another run: choose another --out")
-    guidances = [args.guidance]
-    if args.guidances:
-        guidances = read_flag(args, "guidances", read_guidances)
-    if args.guidances and not (args.bench == "shapes-edit" and out):
-        fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
-    if args.bench == "geneval" and not out:
-        fail("--bench geneval needs --out, a folder for its images")
-    to_draw = args.init or args.preset or args.bench != "geneval"    # else score what --out holds
-    if to_draw and not args.init and not args.preset:
-        fail("--init '' draws from the weights of --preset, which is missing")
-    if out:
-        read_flag(args, "out", can_hold)
+    if args.table:
+        return print(joined(args.table))
+    bench, out = find_benchmark(args.bench), Path(args.out or args.score_only) if (
+        args.out or args.score_only) else None
+    check_args(args, bench, out)
     rank, world, device = setup()
-    if to_draw:
+    tested = None
+    if not args.score_only:
         model = slim(Unified.load(args.init, args.preset, **given_parts(args)), device).to(device)
+        tested = Tested(model, args)
         if out:
             out.mkdir(parents=True, exist_ok=True)
-
-    def draw(prompts, seeds):
-        return model.draw(prompts, seeds, args.steps, args.guidance)
-
-    def keys(seeds):
-        return [key(args.seed, 0, i) for i in seeds]
-
-    def draw_seeded(prompts, seeds):
-        return draw(prompts, keys(seeds))
-
-    def think(prompts, seeds):
-        return draw_thinking(model, prompts, keys(seeds), args.steps, args.guidance, args.limit,
-                             args.temperature)
-
-    def reflect(prompts, images, seeds):
-        return draw_reflecting(model, prompts, images, keys(seeds), args.rounds, args.steps,
-                               args.guidance, args.limit)
-
-    def answer(questions, images, seeds):
-        return model.generate(questions, images, "answer", args.limit, args.temperature,
-                              keys=keys(seeds)).texts
-
-    if args.bench == "geneval":
-        if to_draw:
-            draw_geneval(draw, out, args.seed, rank, world, dict(
-                size=model.cfg.size, steps=args.steps, guidance=args.guidance,
-                preset=model.cfg.preset, init=args.init,
-                **given_parts(args) | dict(solver=model.cfg.solver, grid=model.cfg.grid)))
-        if rank:
-            return
-        results = score_geneval(out)
-    elif args.bench == "shapes-edit":
-        def edit_at(g):
-            return lambda says, images, seeds: draw_edits(
-                model, says, images, keys(seeds), args.steps, g, args.image_guidance)
-        runs = {f"guidance {g:g}": bench_edit(edit_at(g), png=out and out / f"edits_{g:g}.png",
-                                              draw=draw_seeded if g == guidances[0] else None)
-                for g in guidances}
-        results = runs if len(runs) > 1 else runs[f"guidance {guidances[0]:g}"]
-        if args.guidances:
-            plot_trade_off({args.init: runs}, out / "trade_off.png")
-    elif args.bench == "shapes-think":
-        results = bench_think(draw_seeded, think, png=out and out / "thoughts.png")
-    elif args.bench == "shapes-reflect":
-        results = bench_reflect(reflect, png=out and out / "reflections.png")
-    elif args.bench == "shapes-answer":
-        results = bench_answer(answer, png=out and out / "answers.png")
-        results["text"] = bench_answer(answer, "textqa")
+    if hasattr(bench, "run"):
+        results, shown_as = bench.run(tested, args, out)
     else:
-        results = bench_shapes(draw_seeded, png=out and out / "samples.png")
-    show_table(runs if args.bench == "shapes-edit" else
-               {"held out" if args.bench == "shapes" else args.bench: results})
+        results = official(bench, args, out, tested, rank, world)
+        shown_as = {args.bench: results}
+    if rank:
+        return
+    show_table(shown_as)
     if out:
-        about = asdict(args) if to_draw else dict(bench=args.bench, out=args.out)
+        about = asdict(args) if tested else dict(bench=args.bench, score_only=args.score_only)
         write(out / "results.json", json.dumps(about | results, indent=1))
 
 

@@ -38,6 +38,8 @@ class Judge:
     model: str = ""           # folder or owner/repo, at an endpoint its name; empty: MODELS
     url: str = ""             # OpenAI-compatible, http://host:8000/v1; empty: the model runs here
     tokens: int = 64          # longest answer
+    system: str = ""          # what it is told before every question
+    text_first: bool = False  # does a question's text stand before its images?
     timeout: float = 120.0    # seconds that a question has at the endpoint, with all its attempts
     retries: int = 3          # more attempts after a failure,
     pause: float = 1.0        # the first so many seconds later, each next one twice as long
@@ -53,28 +55,33 @@ class Judge:
             check_endpoint(self.url)
             api_key()
 
+    def name(self):
+        """-> what a table calls it"""
+        return self.model or MODELS["judge"]
+
     @torch.no_grad()
-    def ask_all(self, questions):
+    def ask_all(self, questions, heard=lambda i, answer: None):
         """[(images, text)], images uint8 (H,W,3) -> answers, None where the endpoint failed. All
-        that judges goes through here, at temperature 0."""
+        that judges goes through here, at temperature 0. heard(i, answer): told of each at once."""
         if self.url:
             check_endpoint(self.url)
-            return asyncio.run(self.ask_there(questions))
+            return asyncio.run(self.ask_there(questions, heard))
         small = all(x.shape[:2] == (SIDE, SIDE) for images, _ in questions for x in images)
         model, feed = judge_model(self.model or MODELS["judge-shapes" if small else "judge"])
         answers = []
         for i in range(0, len(questions), 32):
-            x = turns(feed, questions[i : i + 32]).to(model.device)
+            x = turns(feed, questions[i : i + 32], self.system, self.text_first).to(model.device)
             ids = model.generate(**x, do_sample=False, max_new_tokens=self.tokens)
             new = ids[:, x["input_ids"].shape[1]:]
             answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
+            [heard(k, answer) for k, answer in enumerate(answers[i:], i)]
         return answers
 
     def ask(self, images, text):
         """One question about images, each uint8 (H,W,3). -> answer"""
         return self.ask_all([(images, text)])[0]
 
-    async def ask_there(self, questions):
+    async def ask_there(self, questions, heard):
         """ask_all at the endpoint. Once `parallel` questions in a row were neither answered nor
         refused, the others are given up, and so are those of the next `timeout` seconds: a silent
         endpoint costs an update that time once. In a run that is to stop no question is begun."""
@@ -83,7 +90,7 @@ class Judge:
         def resting():
             return time.monotonic() < state["rest"]
 
-        async def one(client, images, text):
+        async def one(client, i, images, text):
             async with room:
                 if stopping.is_set() or resting():
                     return None
@@ -97,10 +104,12 @@ class Judge:
                 state["failed"] = 0 if well else state["failed"] + 1
                 if state["failed"] >= self.parallel:
                     state.update(failed=0, rest=time.monotonic() + self.timeout)
+                heard(i, answer)
                 return answer
 
         async with client_of(api_key()) as client:
-            jobs = [asyncio.ensure_future(one(client, *question)) for question in questions]
+            jobs = [asyncio.ensure_future(one(client, i, *question))
+                    for i, question in enumerate(questions)]
             left = set(jobs)
             while left and not stopping.is_set() and not resting():
                 left = (await asyncio.wait(left, timeout=0.1))[1]
@@ -120,10 +129,11 @@ class Judge:
             Image.fromarray(x).save(file, "PNG")
             data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
             content.append(dict(type="image_url", image_url=dict(url=data)))
-        content.append(dict(type="text", text=text))
+        content.insert(0 if self.text_first else len(content), dict(type="text", text=text))
+        told = [dict(role="system", content=self.system)] if self.system else []
         return json.dumps(dict(
-            model=self.model or MODELS["judge"], temperature=0, max_tokens=self.tokens,
-            messages=[dict(role="user", content=content)])).encode()
+            model=self.name(), temperature=0, max_tokens=self.tokens,
+            messages=[*told, dict(role="user", content=content)])).encode()
 
     async def ask_endpoint(self, client, body):
         """One question -> answer, None after failures, of which `error` says the last; is the
@@ -237,7 +247,7 @@ def judge_model(name):
 HOLE = "<|\ue000|>"       # nobody's word
 
 
-def turns(feed, rows):
+def turns(feed, rows, system="", text_first=False):
     """rows: (images uint8 (H,W,3), text), a user's turn each -> a VLM's inputs, padded as `feed`
     pads. A text's special_names are letters: where they stand the tokenizer reads holes, as many as
     those letters have tokens, which then fill them."""
@@ -248,9 +258,13 @@ def turns(feed, rows):
         letters.extend(ids)
         return HOLE * len(ids)
     names = special_names(feed.tokenizer)
-    chats = [[dict(role="user", content=[
-        *(dict(type="image", image=Image.fromarray(x)) for x in images),
-        dict(type="text", text=names.sub(holes, text))])] for images, text in rows]
+    told = [dict(role="system", content=[dict(type="text", text=system)])] if system else []
+    chats = []
+    for images, text in rows:
+        parts = [dict(type="image", image=Image.fromarray(x)) for x in images]
+        said_so = dict(type="text", text=names.sub(holes, text))
+        parts.insert(0 if text_first else len(parts), said_so)
+        chats.append([*told, dict(role="user", content=parts)])
     if letters:                                      # a copy: the reward model saves its tokenizer
         feed = copy.copy(feed)
         feed.tokenizer = copy.deepcopy(feed.tokenizer)

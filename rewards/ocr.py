@@ -51,8 +51,8 @@ def ocr_model(det, rec):
 
 
 @torch.no_grad()
-def read_text(images):
-    """uint8 (N,H,W,3) -> N strings: all lines of an image, joined without a space (Flow-GRPO)."""
+def read_lines(images):
+    """uint8 (N,H,W,3) -> N lists of an image's lines, in reading order"""
     det, look, rec, squeeze = ocr_model(MODELS["ocr-det"], MODELS["ocr-rec"])
     H, W = images.shape[1:3]
     crops, owner = [], []
@@ -66,7 +66,7 @@ def read_text(images):
                 crops.append(squeeze(images=np.ascontiguousarray(crop),
                                      return_tensors="pt")["pixel_values"])       # (1,3,48,w)
                 owner.append(n)
-    texts, widths = [""] * len(images), [c.shape[-1] for c in crops]
+    texts, widths = [[] for _ in images], [c.shape[-1] for c in crops]
     read = [None] * len(crops)
     for w in set(widths):                                        # most are padded to 320
         mine = [k for k, own in enumerate(widths) if own == w]
@@ -75,8 +75,13 @@ def read_text(images):
             for j, r in zip(k.tolist(), squeeze.post_process_text_recognition(out)):
                 read[j] = r["text"] if r["score"] >= 0.5 else ""  # PaddleOCR's drop_score
     for n, text in zip(owner, read):
-        texts[n] += text
+        texts[n] += [text] if text else []
     return texts
+
+
+def read_text(images):
+    """-> N strings: all lines of an image, joined without a space (Flow-GRPO)"""
+    return ["".join(lines) for lines in read_lines(images)]
 
 
 # An apostrophe is no quotation mark: single ones stand at the ends of words.

@@ -109,7 +109,7 @@ def name_colors(image, things):
     crops = []
     for t in things:
         x0, y0, x1, y1 = t["box"]
-        alone = np.where(t["mask"][..., None], image, np.uint8(0x99))
+        alone = np.where(t["mask"][..., None], image, np.uint8(0x99)) if "mask" in t else image
         crops.append(prepare(Image.fromarray(alone[y0:y1, x0:x1])))
     weights = color_weights(things[0]["class"], COLOR_CLIP)
     f = F.normalize(model.encode_image(torch.stack(crops).to(weights.device)), dim=-1)
@@ -117,14 +117,18 @@ def name_colors(image, things):
         t["color"] = COLORS[k]
 
 
-def check_photos(images, rows):
-    """Real images, uint8 (N,H,W,3), and what each should show -> N dicts, as check."""
-    out = []
-    for image, meta, things in zip(images, rows, detect_coco(images)):
+def check_photos(images, rows, found=None, thresholds=None):
+    """Real images, uint8 (N,H,W,3), and what each should show -> N dicts, as check, with what was
+    detected. found: another detector's N lists of {class, score, box}, perhaps with color or mask,
+    in place of ours; thresholds: its least score, and that for counting. Without a mask CLIP names
+    the color of all that is in the box."""
+    out, thresholds = [], thresholds or COCO_THRESHOLDS
+    for image, meta, things in zip(images, rows, found or detect_coco(images)):
         for want in meta["include"]:
-            mine = [t for t in things if t["class"] == want["class"]]
+            mine = [t for t in things if t["class"] == want["class"] and "color" not in t]
             if "color" in want and mine:
                 name_colors(image, mine)
-        out.append(dict(evaluate(things, meta, COCO_THRESHOLDS),
-                        extra=extra_objects(things, meta, COCO_THRESHOLDS[0])))
+        out.append(dict(evaluate(things, meta, thresholds),
+                        extra=extra_objects(things, meta, thresholds[0]), detections=[
+                            {k: v for k, v in t.items() if k != "mask"} for t in things]))
     return out

@@ -1,0 +1,137 @@
+"""From pictures' verdicts to a benchmark's numbers, and from several runs to one table beside the
+papers' own rows. And what one looks at: the worst and the best pictures of each category.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from benchmarks import find
+from benchmarks.judging import pictures_of
+from benchmarks.drawing import by_file
+from common.read import UNREADABLE, read_json
+from common.run import fail
+from common.show import by_tag, grid, mean_and_error
+
+# The papers' own rows: [{bench, model, paper, where, values}], and judge where it is not official
+PUBLISHED = Path(__file__).parent / "published.json"
+
+
+def has(row, column):
+    return column in row and not math.isnan(row[column])
+
+
+def mean(rows, column, tags=False, scale=1.0):
+    """The mean of a column over the rows that have it, and its standard error, whose units are
+    prompts. tags: the mean of tags' means instead. -> (mean, error), NaN of no row"""
+    mine = [r if tags else dict(r, tag="") for r in rows if has(r, column)]
+    if not mine:
+        return math.nan, math.nan
+    m, e = mean_and_error(np.array([[float(r[column])] for r in mine]), mine)
+    return scale * m, scale * e
+
+
+def metrics(rows, scale=1.0, **columns):
+    """-> {name: mean, name_se: its error} of columns, {name: column or (column, tags)}; what no row
+    has is left out"""
+    out = {}
+    for name, what in columns.items():
+        column, tags = what if isinstance(what, tuple) else (what, False)
+        m, e = mean(rows, column, tags, scale)
+        if not math.isnan(m):
+            out[name], out[name + "_se"] = m, e
+    return out
+
+
+def per_tag(rows, column, scale=1.0, name=str):
+    """-> {tag: mean of a column, tag_se: its error}; name(tag): what the metric is called"""
+    out = {}
+    for tag, mine in by_tag(rows).items():
+        out |= metrics([rows[i] for i in mine], scale, **{name(tag): column})
+    return out
+
+
+def weighted(rows, column, weights):
+    """-> {tag: mean, tag_se: error} of a column and, where no tag is missing, `score`: the sum of
+    the means by {tag: weight}"""
+    out = per_tag(rows, column)
+    if all(tag in out for tag in weights):
+        out["score"] = sum(w * out[tag] for tag, w in weights.items())
+        out["score_se"] = math.sqrt(sum((w * out[tag + "_se"]) ** 2 for tag, w in weights.items()))
+    return dict(sorted(out.items(), key=lambda kv: not kv[0].startswith("score")))
+
+
+def contact_sheet(bench, shots, folder, rows, png, column="score"):
+    """A row per category: its four worst pictures and its four best, with their verdicts."""
+    images = {}
+    shown = [r for mine in by_tag(rows).values() for r in ends([rows[i] for i in mine], column)]
+    wanted = {r["file"] for r in shown}
+    for its in by_file(shots):
+        if its[0].file in wanted:
+            images |= zip([(s.file, s.k) for s in its], pictures_of(bench, its, folder))
+    captions = [f"{r['tag']}: {r['prompt'][:90]}\n" + "  ".join(
+        f"{k} {v:.3g}" for k, v in r.items() if type(v) in (int, float, bool) and k != "k")
+        for r in shown]
+    squares = [np.array(ImageOps.pad(Image.fromarray(images[r["file"], r["k"]]), (192, 192),
+                                     color="white")) for r in shown]
+    if squares:
+        grid(np.stack(squares), captions, png)
+
+
+def ends(rows, column, each=4):
+    """Of one category's rows the worst and the best, eight in all, if it has so many"""
+    known = sorted((r for r in rows if has(r, column)), key=lambda r: r[column])
+    return known if len(known) <= 2 * each else known[:each] + known[-each:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Several runs in one table
+
+
+def read_results(folder):
+    """-> what eval.py has left in a folder, or the user's error"""
+    try:
+        results = read_json(Path(folder) / "results.json")
+    except UNREADABLE as e:
+        fail(f"--table {folder}: {e}; eval.py --bench ... --out {folder} makes it")
+    if not isinstance(results, dict) or "bench" not in results:
+        fail(f"--table {folder}: its results.json is not of eval.py: it names no bench")
+    return results
+
+
+def joined(folders):
+    """Runs' folders -> a Markdown table a benchmark: a row per run, with the judge that was asked,
+    n, standard errors and answers that said nothing usable, then the papers' own rows."""
+    runs = {}
+    for folder in folders:
+        results = read_results(folder)
+        runs.setdefault(results["bench"], []).append((Path(folder).name, results))
+    return "\n".join(one_table(name, its) for name, its in runs.items())
+
+
+def one_table(name, runs):
+    about = find(name).ABOUT
+    papers = [row for row in read_json(PUBLISHED) if row["bench"] == name]
+    columns = [*dict.fromkeys(k for _, r in runs for k in r if k + "_se" in r)]
+    head = ["run", *(["judge"] if about.judge else []), "n", *columns,
+            *(["unparsed", "unanswered"] if about.judge else [])]
+    lines = [f"**{name}**: {about.measures}" + (f"; official judge: {about.judge}" if about.judge
+                                               else ""), "",
+             row_of(head), row_of(["---"] * len(head))]
+    for run, r in runs:
+        cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" if k in r else "" for k in columns]
+        lines.append(row_of([run, *([r["judge"]] if about.judge else []), r.get(
+            "images", r.get("answers", "")), *cells, *([r["unparsed"], r["unanswered"]]
+                                                      if about.judge else [])]))
+    for row in papers:
+        lines.append(row_of([f"{row['model']} ({row['paper']}, {row['where']})", *(
+            [row.get("judge", about.judge)] if about.judge else []), "", *(
+            f"{row['values'][k]:g}" if k in row["values"] else "" for k in columns), *(
+            ["", ""] if about.judge else [])]))
+    return "\n".join([*lines, ""])
+
+
+def row_of(cells):
+    return "| " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |"

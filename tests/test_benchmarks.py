@@ -1,0 +1,355 @@
+"""The official benchmarks, from miniature releases to a table: a tiny model draws, a server that
+misbehaves judges. Scores are those of each benchmark's own rule, written down a second time."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import releases
+import tiny
+from PIL import Image
+from test_foreign import complaint
+from test_judges import GOOD, Server
+
+import benchmarks
+import benchmarks.drawing as drawing
+import common.presets as presets_py
+import eval as eval_py
+import model
+from benchmarks.judging import score_all
+from benchmarks.tables import joined
+from rewards.judge import Judge
+
+ASKED = [n for n in releases.NAMES if hasattr(benchmarks.find(n), "questions")]
+assert len(ASKED) == 8
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.make(folder)
+    return folder
+
+
+@pytest.fixture
+def run(parts, monkeypatch):
+    """run(*flags): eval.py on the tiny model -> what results.json says"""
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", presets_py.Config(
+        **json.loads((parts / "config.json").read_text())))
+    monkeypatch.setattr(model, "has_bf16", lambda: False)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr(eval_py, "Judge", partial(Judge, timeout=2.0, retries=4, pause=0.01))
+
+    def main(out, *flags):
+        flags = ["--init", parts / "sft", "--steps", 1, "--out", out, *flags]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+        eval_py.main()
+        return json.loads((out / "results.json").read_text())
+    return main
+
+
+@pytest.fixture
+def serve():
+    servers = []
+    yield lambda plan: servers.append(Server(plan)) or servers[-1]
+    for server in servers:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+def says(text):
+    return json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()
+
+
+def usable(text, k):
+    """An answer such as the benchmark that asks so wants, another for another k"""
+    if "Answer only yes" in text or text.startswith("Prompt: "):
+        return ("Yes.", "no")[k % 2]
+    if "「" in text:
+        return f"<analysis>['a', 'b']</analysis>\n<score>[{k % 2}, 1]</score>"
+    if "Aesthetic" in text:
+        return f"**Consistency**: {k % 3}\nRealism: 1\nAesthetic Quality: 2"
+    if text.startswith("Rate "):
+        return f"Brief reasoning: x: y\nPrompt Compliance: {1 + k % 5}\nSeams: 3\nDetail: 5"
+    if "You are an artist" in text:
+        return f'```json\n{{"score" : [{k % 11}, 9], "reasoning" : "x"}}\n```'
+    return f"Because.\n**Final Score:** **{1 if 'logical' in text else 1 + k % 5}**"
+
+
+def text_of(body):
+    return next(p["text"] for p in json.loads(body)["messages"][-1]["content"]
+                if p["type"] == "text")
+
+
+def drawn(out):
+    """{picture: when it was written} of what the model has drawn"""
+    return {f: f.stat().st_mtime_ns for f in out.rglob("*.png")
+            if "SRCIMG" not in f.name and f.name != "sheet.png"}
+
+
+def well(h, k):
+    h.reply(200, says(usable(text_of(h.server.seen[k][1]), k)))
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_from_release_to_table(name, run, serve, tmp_path, capsys):
+    """Drawn, judged by a server that is late, refuses, breaks off and talks nonsense, and joined to
+    a table beside the papers' rows. A second run of the same folder draws and asks nothing."""
+    replies = [lambda h: h.reply(429, b"", Retry_After="0"), lambda h: h.reply(500, b"oops"),
+               lambda h: h.reply(200, says('{"score": [3, I would rather ')),
+               lambda h: h.reply(200, GOOD[: len(GOOD) // 2]), lambda h: time.sleep(2.3)]
+    server = serve(lambda h, k: replies[k](h) if k < len(replies) else well(h, k))
+    release, out = releases.write(name, tmp_path / "release"), tmp_path / "out"
+    flags = ("--bench", name, "--bench-dir", release, "--judge-url", server.url, "--judge", "m",
+             "--max-failed", 1)
+    result = run(out, *flags)
+    bench = benchmarks.find(name)
+    items = bench.items(str(release))
+    files = {s.file for s in drawing.shots_of(bench, items, bench.ABOUT.n)}
+    assert files == {p.relative_to(out).as_posix() for p in drawn(out)}
+    assert {json.loads(line)["file"] for line in open(out / "manifest.jsonl")} == files
+    assert result["images"] == len(items) * bench.ABOUT.n and result["judge"] == "m"
+    assert result["unparsed"] >= 1 and result["questions"] > result["unparsed"]
+    assert 0 < len([*open(out / "results.jsonl")]) == result["images"]
+    assert Image.open(out / "sheet.png").width > 200
+    said = f"{result['unparsed']} |"
+    table = joined([out])
+    assert said in table and f"**{name}**" in table and bench.ABOUT.judge in table
+    assert "DeepGen 1.0 (RL)" in table
+    before, asked = drawn(out), len(server.seen)
+    (out / "results.json").unlink()
+    again = run(out, *flags)
+    assert len(server.seen) - asked == result["unanswered"] <= 1
+    assert drawn(out) == before
+    assert again["unanswered"] == 0 and again["unparsed"] == result["unparsed"]
+    body = json.loads(server.seen[-1][1])["messages"]
+    kinds = [p["type"] for p in body[-1]["content"]]
+    assert kinds[0 if bench.ABOUT.text_first else -1] == "text" and "image_url" in kinds
+    assert (body[0]["role"] == "system") == ("system" in items[0])
+
+
+def test_what_has_no_answer_ends_the_run_and_is_asked_again(run, serve, tmp_path):
+    release, out = releases.write("wise", tmp_path / "release"), tmp_path / "out"
+    server = serve(lambda h, k: well(h, k) if k != 3 else h.reply(404, b"gone"))
+    flags = ("--bench", "wise", "--bench-dir", release, "--judge-url", server.url, "--judge", "m",
+             "--parallel", 1)
+    said = complaint(lambda: run(out, *flags))
+    assert "1 of 7 questions have no answer" in said and "HTTP 404" in said
+    assert not (out / "results.json").exists()
+    assert run(out, *flags)["unanswered"] == 0 and len(server.seen) == 8
+
+
+@pytest.mark.parametrize("name", ["dpg", "gedit"])
+def test_killed_at_any_moment(name, run, serve, tmp_path):
+    """SIGKILL while it draws, and while it asks: what is there is neither drawn nor asked again,
+    but for the question that was under way."""
+    server = serve(lambda h, k: time.sleep(0.1) or well(h, k))
+    release, out = releases.write(name, tmp_path / "release"), tmp_path / "out"
+    flags = ("--bench", name, "--bench-dir", release, "--judge-url", server.url, "--judge", "m",
+             "--parallel", 1)
+
+    def killed_when(reached):
+        if not (child := os.fork()):
+            try:
+                run(out, *flags)
+            finally:
+                os._exit(0)
+        while not reached():
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not (out / "results.json").exists()
+    killed_when(lambda: len(drawn(out)) == 1)
+    before = drawn(out)
+    killed_when(lambda: len(server.seen) == 2)
+    assert before.items() <= drawn(out).items()
+    before = drawn(out)
+    killed_when(lambda: len(server.seen) == 4)
+    with open(out / "answers.jsonl", "a") as f:                  # cut short while it was written
+        f.write('{"key": "ab')
+    result = run(out, *flags)
+    assert drawn(out) == before and result["unanswered"] == 0
+    asked = Counter(body for _, body in server.seen)
+    assert result["questions"] <= len(server.seen) <= result["questions"] + 2
+    assert len(asked) == result["questions"] and max(asked.values()) <= 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Each benchmark's rule, by hand
+
+
+class Says:
+    """A judge with prepared answers, by question: (id of the item, name of the question)."""
+    tokens, system, text_first, error, model = 9, "", False, "", "m"
+
+    def __init__(self, bench, items, answers):
+        self.by_text, self.asked = {}, 0
+        for item in items:
+            for q, (_, text) in bench.questions(item, np.zeros((64, 64, 3), np.uint8)).items():
+                self.by_text.setdefault(text, []).append(answers[item["id"], q])
+
+    def name(self):
+        return "m"
+
+    def ask_all(self, questions, heard):
+        for i, (_, text) in enumerate(questions):
+            self.asked += 1
+            heard(i, self.by_text[text].pop(0))
+
+
+def scored(name, tmp_path, answers, n=1):
+    """-> metrics, rows, counts of a benchmark whose judge gives these answers"""
+    bench = benchmarks.find(name)
+    items = bench.items(str(releases.write(name, tmp_path / "release")))
+    shots = drawing.shots_of(bench, items, n)
+    for i, its in enumerate(drawing.by_file(shots)):
+        size = (64, 64) if len(its) == 1 else (128, 64 * -(-len(its) // 2))
+        releases.picture(tmp_path / "out" / its[0].file, 1000 + i, size)
+    judge = Says(bench, items, answers)
+    rows, counts = score_all(bench, shots, tmp_path / "out", judge, tmp_path / "answers.jsonl", 1)
+    return bench.table(rows), rows, counts
+
+
+def test_rule_of_dpg(tmp_path):
+    """A question counts where its parents were answered yes; categories before that rule."""
+    said = {("a", 1): "no", ("a", 2): "Yes", ("a", 3): "yes, it is", ("b", 1): "Yes."}
+    t, rows, _ = scored("dpg", tmp_path, said)
+    assert t["score"] == pytest.approx(100 * (0 + 1) / 2)
+    assert t["attribute"] == t["relation"] == t["global"] == 100 and t["entity"] == 0
+    said["a", 1], said["a", 2] = "yes", "no"
+    t, rows, _ = scored("dpg", tmp_path / "2", said)
+    assert t["score"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    said["a", 2] = "perhaps"
+    t, rows, counts = scored("dpg", tmp_path / "3", said)
+    assert counts == dict(questions=4, unparsed=1, unanswered=0)
+    assert t["score"] == 100 and "score" not in rows[0]          # what was not scored has no 0
+    four = {k: ["yes", "no", "yes", "yes"] for k in said}        # four pictures in one file
+    said = {(item, q): v for (item, q), v in four.items()}
+    assert len(said) == 4
+
+
+def test_rule_of_unigenbench(tmp_path):
+    def answer(*scores):
+        return f"<analysis>['x']</analysis><score>{list(scores)}</score>"
+    t, _, _ = scored("unigenbench", tmp_path, {("0", "points"): answer(1, 0),
+                                               ("7", "points"): answer(1, 1)})
+    assert t["score"] == 75 and t["Style"] == 100 and t["Attribute"] == pytest.approx(200 / 3)
+    assert t["dimensions"] == pytest.approx((100 + 200 / 3) / 2)
+    for odd in (answer(1), answer(1, 2), "<score>[1, 1]", "<score>[1, 'a']</score>", ""):
+        t, _, counts = scored("unigenbench", tmp_path / f"{abs(hash(odd))}", {
+            ("0", "points"): odd, ("7", "points"): answer(0, 1)})
+        assert counts["unparsed"] == 1 and t["score"] == 50
+
+
+def test_rule_of_wise(tmp_path):
+    marks = {"1": (2, 2, 2), "400": (0, 0, 0), "401": (1, 2, 0), "700": (2, 0, 1), "701": (0, 1, 2),
+             "801": (2, 1, 1), "1000": (1, 1, 1)}
+    said = {(i, "marks"): f"**Consistency:** {c}\nRealism: {r}\n*Aesthetic Quality*: {a}"
+            for i, (c, r, a) in marks.items()}
+    t, _, counts = scored("wise", tmp_path, said)
+    score = {i: (0.7 * c + 0.2 * r + 0.1 * a) / 2 for i, (c, r, a) in marks.items()}
+    parts = [(score["1"] + score["400"]) / 2, *(score[i] for i in ("401", "700", "701", "801",
+                                                                  "1000"))]
+    assert counts["unparsed"] == 0 and t["culture"] == pytest.approx(0.5)
+    assert t["score"] == pytest.approx(sum(w * x for w, x in zip(
+        (0.4, 0.167, 0.133, 0.1, 0.1, 0.1), parts)))
+    said["801", "marks"] = "Consistency: 2\nRealism: 3"
+    t, _, counts = scored("wise", tmp_path / "2", said)
+    assert counts["unparsed"] == 1 and "score" not in t and "physics" not in t
+
+
+def test_rule_of_corebench(tmp_path):
+    tasks = benchmarks.find("corebench").TASKS
+    said = {(f"{task}-001", i): "no" for task in tasks for i in range(2)}
+    said["R-LR-001", 0], said["C-MI-001", 1] = "Yes", '<think>no</think>\n"yes"'
+    said["R-HR-001", 0], said["R-HR-001", 1] = "yes", "unsure"   # the answered ones count
+    t, _, counts = scored("corebench", tmp_path, said)
+    assert counts["unparsed"] == 1 and t["R-HR"] == 100 and t["R-LR"] == t["C-MI"] == 50
+    assert t["reasoning"] == pytest.approx(150 / 8) and t["score"] == pytest.approx(200 / 12)
+
+
+def test_rule_of_imgedit(tmp_path):
+    said = {("10", "marks"): "Brief reasoning: good.\nA: 5\nB & C: 4\nD: 4",     # add: 4.33
+            ("11", "marks"): "A: 1\nB: 2\nC: 3",                                 # alter: 2
+            ("12", "marks"): "A: 3\nB: 3\nC: 3"}                                 # add: 3
+    t, _, _ = scored("imgedit", tmp_path, said)
+    assert t["add"] == pytest.approx((4.33 + 3) / 2) and t["alter"] == 2
+    assert t["score"] == pytest.approx((t["add"] + t["alter"]) / 2)
+    said["11", "marks"] = "A: 1\nB: 2\nC: 5."
+    t, _, counts = scored("imgedit", tmp_path / "2", said)
+    assert counts["unparsed"] == 1 and "alter" not in t
+
+
+def test_rule_of_gedit(tmp_path):
+    said = {("key0", "SC"): '{"score": [4, 9], "reasoning": ""}',
+            ("key0", "PQ"): '{"score": [9, 9]}',
+            ("key1", "SC"): '{"score": [0, 10]}', ("key1", "PQ"): 'so {"score": 7} it is',
+            ("key3", "SC"): '{"score": [8, 8]}', ("key3", "PQ"): '{"score": [2, 5]}'}
+    t, _, _ = scored("gedit", tmp_path, said)
+    assert t["color_alter"] == pytest.approx((6 + 4) / 2) and t["subject-add"] == 0
+    assert t["score"] == pytest.approx(2.5) and t["SC"] == 3 and t["PQ"] == (5.5 + 7) / 2
+    for odd in ('{"score": [11, 1]}', '{"score": [1', "[1, 2]", '{"score": "high"}',
+                '{"mark": [1]}', '{"score": []}', '{"score": [NaN, 1]}'):
+        said["key1", "SC"] = odd
+        t, _, counts = scored("gedit", tmp_path / f"{abs(hash(odd))}", said)
+        assert counts["unparsed"] == 1 and "subject-add" not in t and t["score"] == 5
+
+
+def test_rule_of_rise(tmp_path):
+    """Right is a picture where every mark that applies is 5; of logic marks are 0 or 1."""
+    bench = benchmarks.find("rise")
+    items = bench.items(str(releases.write("rise", tmp_path / "r")))
+    asked = {item["id"]: set(item["asked"]) for item in items}
+    three, logical = {"consistency", "reasoning", "quality"}, {"consistency", "reasoning"}
+    assert [asked[i["id"]] for i in items] == [three, three, three - {"consistency"}, three, three,
+                                               logical, logical]
+    assert [re.sub(" .*", "", i["asked"]["reasoning"]) for i in items] == [
+        "reasoning", "reasoning_w_input", "reasoning", "spatial_ref_img", "spatial_ref_w_input",
+        "logical_txt", "logical_img"]
+    assert [i["beside"] for i in items] == [False, True, False, True, True, False, True]
+    said = {(i["id"], q): f"**Final Score:** **{1 if 'logical' in i['tag'] else 5}**"
+            for i in items for q in i["asked"]}
+    said[items[0]["id"], "quality"] = "Final Score: 4"
+    said[items[1]["id"], "reasoning"] = "Final Scores: **1**"
+    said[items[5]["id"], "consistency"] = "**Final Score**: 0"
+    t, rows, _ = scored("rise", tmp_path, said)
+    assert t["score"] == pytest.approx(400 / 7) and t["temporal"] == 0 and t["causal"] == 50
+    assert t["spatial"] == 100 and t["logical"] == 50
+    marks = [4.8, max(1, (1.5 + 0.5 + 1) / 2), 5, 5, 5, 0.3 * 1 + 0.7 * 5, 5]
+    assert [r["marks"] for r in rows] == pytest.approx([25 * (m - 1) for m in marks])
+    said[items[5]["id"], "reasoning"] = "Final Score: 5"                        # off its scale
+    assert scored("rise", tmp_path / "2", said)[2]["unparsed"] == 1
+
+
+def test_rule_of_uniredit(tmp_path):
+    said = {("0", "consistency"): "Final Score: 5", ("0", "reasoning"): "Final Score: 3",
+            ("0", "quality"): "Final Score: 4", ("1", "consistency"): "Final Score: 5",
+            ("1", "reasoning"): "Final Score: 5", ("1", "quality"): "Final Score: 5"}
+    said |= {("2", q): "Final Score: none" for q in ("consistency", "reasoning", "quality")}
+    t, _, _ = scored("uniredit", tmp_path, said)
+    mark = 25 * (0.3 * 5 + 0.5 * 3 + 0.2 * 4 - 1)
+    assert t["real"] == t["physics"] == pytest.approx(mark) and t["games"] == 100
+    assert t["score"] == pytest.approx((mark + 100) / 2) and t["right"] == 50
+
+
+def test_rule_of_cvtg(monkeypatch, tmp_path):
+    bench = benchmarks.find("cvtg")
+    items = bench.items(str(releases.write("cvtg", tmp_path)))[:2]
+    monkeypatch.setattr(bench, "clip", lambda images, rows: np.array(
+        [0.3 if rows[0]["prompt"].startswith("A photo depicts a sign") else 9]))
+    lines = iter([["BIG", "sale shop 2"], ["bog"]])
+    monkeypatch.setattr(bench, "read_lines", lambda images: [next(lines)])
+    shots = drawing.shots_of(bench, items, 1)
+    verdicts = bench.measure(shots, [np.zeros((64, 64, 3), np.uint8)] * 2)
+    t = bench.table([dict(v, prompt=i["prompt"], tag=i["tag"]) for v, i in zip(verdicts, items)])
+    assert [v["score"] for v in verdicts] == [1, 0] and t["score"] == 0.5
+    near = [1, 1, 1, 1] + [2 / 3, 0, 0.25, 0]     # big ~ bog; sale, 2: nothing alike; shop ~ bog
+    assert t["ned"] == pytest.approx(sum(near) / 8) and t["clip"] == pytest.approx(0.75)
