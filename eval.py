@@ -356,9 +356,9 @@ class Args:
     max_failed: float = flag(0.0, "share of questions that may stay without an answer", "[0, 1]")
     score_only: str = flag("", "a folder of anybody's pictures in the official layout: nothing is "
                            "drawn", FILE)
-    detections: str = flag("", "of geneval, another detector's boxes: .jsonl of {file, detections: "
-                           "[{class, score, box}]}", FILE)
-    thresholds: str = flag("", "its least score, and that for counting: 0.3,0.9")
+    detections: str = flag("", "of geneval, another detector's boxes, as results.jsonl has ours",
+                           FILE)
+    thresholds: str = flag("", "its least score, and that for counting, such as 0.3,0.9")
     table: tuple = flag((), "a folder of a run: all that are given are joined to one table beside "
                         "the papers' rows, as Markdown; may be given again", FILE)
 
@@ -380,9 +380,9 @@ def check_args(args, bench, out):
     about = bench.ABOUT
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
+    read_flag(args, "guidances", read_guidances)
     if args.guidances and not (args.bench == "shapes-edit" and out):
         fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
-    read_flag(args, "guidances", read_guidances)
     if hasattr(bench, "run") and args.score_only:
         fail(f"--score-only: {args.bench} has no pictures in an official layout")
     if not hasattr(bench, "run") and not out:

@@ -12,6 +12,7 @@ ABOUT = About("{tag}/{id}-{k}.png", "composition and reasoning, by questions wit
               "github.com/KwaiVGI/T2I-CoReBench", "Gemini-2.5-Flash, or Qwen3-VL", 13_536,
               tokens=8192, partial=True)
 TASKS = "C-MI C-MA C-MR C-TR R-LR R-BR R-HR R-PR R-GR R-AR R-CR R-RR".split()
+read = yes_or_no
 
 
 def items(release):
@@ -24,10 +25,6 @@ def items(release):
 def questions(item, image):
     return {i: ([image], f'Prompt: "{item["prompt"]}"\nQuestion: "{q}"')
             for i, q in enumerate(item["ask"])}
-
-
-def read(item, name, answer):
-    return yes_or_no(answer)
 
 
 def verdict(item, values):

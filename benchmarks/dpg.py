@@ -11,6 +11,7 @@ from benchmarks.tables import metrics
 ABOUT = About("{id}.png", "long prompts, by questions with yes or no", 4260,
               "github.com/TencentQQGYLab/ELLA", "mPLUG-large VQA", 53_000, n=4, tokens=16,
               grid=True)
+read = yes_or_no
 
 
 def items(release):
@@ -27,10 +28,6 @@ def items(release):
 
 def questions(item, image):
     return {q: ([image], f"{text} Answer only yes or no.") for q, text in item["questions"].items()}
-
-
-def read(item, name, answer):
-    return yes_or_no(answer)
 
 
 def verdict(item, values):

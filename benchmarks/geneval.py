@@ -9,7 +9,8 @@ from benchmarks import About
 from benchmarks.drawing import Shot
 from common.run import fail
 from data.shapes.bench import geneval_table
-from rewards.geneval import check
+from rewards.geneval import check, is_photo
+from rewards.photos import COCO_THRESHOLDS, detect_coco, judge_photo, look
 from rewards.prompts import geneval_prompts, read_prompts
 
 ABOUT = About("{id}/samples/{k:04d}.png", "things, counts, colours, places, by a detector", 2212,
@@ -42,8 +43,17 @@ def shots_in(folder):
 
 
 def measure(shots, images):
-    return [check(x, shot.item, shot.found, shot.item.get("thresholds"))
-            for shot, x in zip(shots, images)]
+    return [seen(shot, image) for shot, image in zip(shots, images)]
+
+
+def seen(shot, image):
+    """-> GenEval's verdict of a picture, and what it was found on"""
+    if not is_photo(shot.item):
+        return check(image, shot.item)
+    found = detect_coco(image[None])[0] if shot.found is None else shot.found
+    things = look(image, shot.item, found)
+    return judge_photo(things, shot.item, shot.item.get("thresholds") or COCO_THRESHOLDS) | dict(
+        detections=[{k: v for k, v in t.items() if k != "mask"} for t in things])
 
 
 def table(rows):

@@ -17,11 +17,9 @@ def is_photo(meta):
     return any(want["class"] not in SHAPES for want in meta["include"])
 
 
-def check(image, meta, found=None, thresholds=None):
-    """One image (H,W,3) -> dict(correct, strict, partial, extra). found: what another detector sees
-    in a photo, thresholds: its own; see check_photos."""
-    return check_photos(image[None], [meta], found and [found], thresholds)[0] if is_photo(
-        meta) else check_shapes(image, meta)
+def check(image, meta):
+    """One image (H,W,3) -> dict(correct, strict, partial, extra)."""
+    return check_photos(image[None], [meta])[0] if is_photo(meta) else check_shapes(image, meta)
 
 
 def checked(images, rows, what):

@@ -38,8 +38,9 @@ class Judge:
     model: str = ""           # folder or owner/repo, at an endpoint its name; empty: MODELS
     url: str = ""             # OpenAI-compatible, http://host:8000/v1; empty: the model runs here
     tokens: int = 64          # longest answer
-    system: str = ""          # what it is told before every question
-    text_first: bool = False  # does a question's text stand before its images?
+    # What it is told before every question; and does a question's text stand before its images?
+    system: str = field(default="", repr=False)
+    text_first: bool = field(default=False, repr=False)
     timeout: float = 120.0    # seconds that a question has at the endpoint, with all its attempts
     retries: int = 3          # more attempts after a failure,
     pause: float = 1.0        # the first so many seconds later, each next one twice as long

@@ -117,18 +117,24 @@ def name_colors(image, things):
         t["color"] = COLORS[k]
 
 
-def check_photos(images, rows, found=None, thresholds=None):
-    """Real images, uint8 (N,H,W,3), and what each should show -> N dicts, as check, with what was
-    detected. found: another detector's N lists of {class, score, box}, perhaps with color or mask,
-    in place of ours; thresholds: its least score, and that for counting. Without a mask CLIP names
-    the color of all that is in the box."""
-    out, thresholds = [], thresholds or COCO_THRESHOLDS
-    for image, meta, things in zip(images, rows, found or detect_coco(images)):
-        for want in meta["include"]:
-            mine = [t for t in things if t["class"] == want["class"] and "color" not in t]
-            if "color" in want and mine:
-                name_colors(image, mine)
-        out.append(dict(evaluate(things, meta, thresholds),
-                        extra=extra_objects(things, meta, thresholds[0]), detections=[
-                            {k: v for k, v in t.items() if k != "mask"} for t in things]))
-    return out
+def look(image, meta, things):
+    """What a detector has found in a photo (H,W,3): {class, score, box}, perhaps with mask or color
+    -> the same, the colors that `meta` asks for named. Without a mask CLIP sees all of the box."""
+    bare = [t for t in things if "color" not in t]
+    for want in meta["include"]:
+        mine = [t for t in bare if t["class"] == want["class"]]
+        if "color" in want and mine:
+            name_colors(image, mine)
+    return things
+
+
+def judge_photo(things, meta, thresholds=COCO_THRESHOLDS):
+    """-> dict, as check. thresholds: the detector's least score, and that for counting"""
+    extra = extra_objects(things, meta, thresholds[0])
+    return dict(evaluate(things, meta, thresholds), extra=extra)
+
+
+def check_photos(images, rows):
+    """Real images, uint8 (N,H,W,3), and what each should show -> N dicts, as check."""
+    return [judge_photo(look(image, meta, things), meta)
+            for image, meta, things in zip(images, rows, detect_coco(images))]

@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["pretrain.py", "sft.py", "grpo.py", "cycle_edit.py", "reflect.py"]
 FILES = {f.relative_to(ROOT).as_posix(): ast.parse(f.read_text()) for folder in (
-    ".", "common", "data", "data/shapes", "docs", "labs", "rewards")
+    ".", "benchmarks", "common", "data", "data/shapes", "docs", "labs", "rewards")
     for f in (ROOT / folder).glob("*.py")}
-ROOMS = ["eval.py", "rewards/", "data/shapes/", "model.py", "common/"]   # behind the scripts
+# Behind the scripts:
+ROOMS = ["eval.py", "benchmarks/", "rewards/", "data/shapes/", "model.py", "common/"]
 STEPS = {"main", "check", "encode", "preview", "bench"}  # each script's own, under the same names
 
 
@@ -116,9 +117,9 @@ def room(file):
 
 
 def test_arrows_run_one_way():
-    """scripts -> eval -> rewards/ -> data/shapes/ -> model -> common/: a file imports from its own
-    room or from those behind it; a script no script, but that RL and the labs have grpo.py; and no
-    file comes back to itself."""
+    """scripts -> eval -> benchmarks/ -> rewards/ -> data/shapes/ -> model -> common/: a file
+    imports from its own room or from those behind it; a script no script, but that RL and the labs
+    have grpo.py; and no file comes back to itself."""
     arrows = {file: imported(tree) for file, tree in FILES.items()}
     for file, those in arrows.items():
         for other in those:
@@ -126,7 +127,7 @@ def test_arrows_run_one_way():
             rl = other == "grpo.py" and file in ("cycle_edit.py", "reflect.py")
             lab = other in ("grpo.py", "labs/begin.py") and file.startswith("labs/")
             assert room(other) or rl or lab, f"{file} imports {other}, a script"
-    assert {room(f) for f in FILES} == {*range(6)} and arrows["rewards/__init__.py"]
+    assert {room(f) for f in FILES} == {*range(7)} and arrows["rewards/__init__.py"]
 
     def walk(file, way):
         assert file not in way, " -> ".join([*way, file])

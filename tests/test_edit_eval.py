@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 
 import data.shapes.edits as edits_py
 import data.shapes.captions as captions_py
+import benchmarks.drawing as drawing_py
 import eval as eval_py
 import sft
 from common.show import mean_and_error, show_table
@@ -230,7 +231,7 @@ def test_command_line(held_out, tmp_path, monkeypatch, capsys):
         asked.append((guidance, image_guidance, tuple(seeds)))
         return edit(says, images, seeds) if guidance > 1 else torch.stack([x for (x,) in images])
     monkeypatch.setattr(eval_py, "Unified", Painter)
-    monkeypatch.setattr(eval_py, "draw_edits", edits)
+    monkeypatch.setattr(drawing_py, "draw_edits", edits)
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["eval.py", "--bench", "shapes-edit", *flags])

@@ -19,9 +19,10 @@ from PIL import Image
 
 import common.layouts as layouts
 import common.shards as shards
+from benchmarks import geneval
+from benchmarks.judging import score_all
 from common.run import one_line
 import cycle_edit
-import eval as eval_py
 import reflect
 import sample
 import sft
@@ -431,16 +432,18 @@ def test_pictures_of_the_command_line(bad_home, monkeypatch, source):
 
 
 def test_pictures_of_geneval(bad_home, tmp_path):
+    def score(folder):
+        score_all(geneval, geneval.shots_in(folder), folder, None, folder / "answers.jsonl")
     (tmp_path / "00000/samples").mkdir(parents=True)
     (tmp_path / "00000/metadata.jsonl").write_text(json.dumps(dict(
         tag="single_object", prompt="a", include=[THING])))
     for name in ("cut.png", "bomb.png", "nothing.png", "a.eps"):
         file = tmp_path / "00000/samples/0000.png"
         file.write_bytes((bad_home / name).read_bytes())
-        assert "0000.png cannot be read" in complaint(eval_py.score_geneval, tmp_path)
+        assert "0000.png cannot be read" in complaint(score, tmp_path)
     file.unlink()
     os.mkfifo(file)
-    assert "0000.png cannot be read" in complaint(eval_py.score_geneval, tmp_path)
+    assert "0000.png cannot be read" in complaint(score, tmp_path)
 
 
 def test_numbers_of_32_bits_are_read_by_their_range(tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import sys
+from types import SimpleNamespace
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,9 @@ from test_cli import complaint
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 import common.presets as presets_py
+import benchmarks.drawing as drawing_py
+from benchmarks import geneval as bench_py
+from benchmarks.judging import score_all
 import eval as eval_py
 import model
 import rewards.geneval as geneval_py
@@ -388,7 +392,7 @@ def test_colors_of_a_photo(real, monkeypatch):
     a, b, c = (painted(*about, image, size=16) for about in [
         ("square", "green", 4, 4), ("circle", "pink", 36, 4), ("circle", "purple", 36, 40)])
     found, name_colors = [a, b], photos_py.name_colors
-    monkeypatch.setattr(photos_py, "detect_coco", lambda images: [list(found) for _ in images])
+    monkeypatch.setattr(photos_py, "detect_coco", lambda images: [[dict(t) for t in found] for _ in images])
     monkeypatch.setattr(photos_py, "name_colors", lambda image, things: (
         asked.extend(t["class"] for t in things), name_colors(image, things)))
 
@@ -526,13 +530,23 @@ def four(monkeypatch):
     """GenEval of four prompts, one per line."""
     lines = eval_py.geneval_prompts()
     lines = [lines[i] for i in (0, 200, 300, 500)]
-    monkeypatch.setattr(eval_py, "geneval_prompts", lambda: lines)
+    monkeypatch.setattr(bench_py, "geneval_prompts", lambda: lines)
     return lines
 
 
-def painter(prompts, seeds, log):
-    log.extend(zip(prompts, seeds))
-    return torch.from_numpy(np.stack([blocks(64, 64, s) for s in seeds])).permute(0, 3, 1, 2)
+class Painter(drawing_py.Tested):
+    """Who draws blocks, another for each seed."""
+
+    def __init__(self, log, recipe):
+        self.args, self.log, self.drawn = SimpleNamespace(seed=5), log, recipe
+
+    def draw(self, prompts, numbers):
+        seeds = self.keys(numbers)
+        self.log.extend(zip(prompts, seeds))
+        return torch.from_numpy(np.stack([blocks(64, 64, s) for s in seeds])).permute(0, 3, 1, 2)
+
+    def recipe(self):
+        return self.drawn
 
 
 def test_folders_and_resume(tmp_path, monkeypatch):
@@ -541,8 +555,8 @@ def test_folders_and_resume(tmp_path, monkeypatch):
 
     def draw(out, rank=0, world=1, **changes):
         drawn.clear()
-        eval_py.draw_geneval(lambda p, s: painter(p, s, drawn), out, 5, rank, world,
-                            recipe | changes)
+        drawing_py.draw_all(bench_py, bench_py.items(""), 4, Painter(drawn, recipe | changes), out,
+                            rank, world)
     out = tmp_path / "a"
     draw(out)
     names = {f"{i:05d}/samples/{j:04d}.png" for i in range(4) for j in range(4)}
@@ -598,11 +612,30 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     assert {(p["steps"], p["size"], p["init"]) for p in plan} == {(2, 64, str(parts / "sft"))}
     images = {f: f.read_bytes() for f in out.glob("*/samples/*.png")}
     assert len(images) == 16 and len(set(images.values())) == 16
-    assert "another run" in complaint(lambda: run(out, "--init", ""))
-    (out / "results.json").unlink()
-    again = run(out, "--init", "")
-    assert again.items() <= first.items() and "steps" not in again and again["images"] == 16
+    assert first["thresholds"] == [0.3, 0.9] and len(plan[0]["weights"]) == 32
+    assert "another run" in complaint(lambda: run(out, "--score-only", out))
+    again = run(tmp_path / "again", "--score-only", out)
+    assert again.keys() - first.keys() == set() and "steps" not in again and again["images"] == 16
+    assert {k: first[k] for k in again if k != "score_only"}.items() <= again.items()
     assert "geneval" in capsys.readouterr().out
+    # Exactly our boxes, as if another detector's, say the same; a higher threshold does not.
+    rows = [json.loads(line) for line in (out / "results.jsonl").open()]
+    assert sum(len(r["detections"]) for r in rows) > 16
+    theirs = run(tmp_path / "theirs", "--score-only", out, "--detections", out / "results.jsonl")
+    assert theirs | dict(score_only="") == again | dict(score_only="")
+    strict = run(tmp_path / "strict", "--score-only", out, "--detections", out / "results.jsonl",
+                 "--thresholds", "0.99,0.995")
+    assert strict["thresholds"] == [0.99, 0.995] and strict["extra_rate"] < theirs["extra_rate"]
+    for bad, words in (("1", "two numbers"), ("0.3,2", "two numbers")):
+        assert words in complaint(lambda: run(tmp_path / "x", "--score-only", out, "--thresholds",
+                                              bad))
+    (tmp_path / "few.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert "has nothing of 00000/samples/0001.png" in complaint(lambda: run(
+        tmp_path / "x", "--score-only", out, "--detections", tmp_path / "few.jsonl"))
+    (tmp_path / "few.jsonl").write_text('{"file": "a", "detections": [{"class": "cat"}]}\n')
+    assert "few.jsonl, line 1: not {file" in complaint(lambda: run(
+        tmp_path / "x", "--score-only", out, "--detections", tmp_path / "few.jsonl"))
+    assert not (tmp_path / "x").exists()
     (out / "results.json").unlink()
     assert "drawn otherwise" in complaint(lambda: run(out, *mine, "--guidance", 3))
     assert {f: f.read_bytes() for f in out.glob("*/samples/*.png")} == images
@@ -628,19 +661,22 @@ def test_scores_are_those_of_the_images(small, tmp_path):
             Image.fromarray(image).save(home / f"samples/{k:04d}.png")
         Image.fromarray(image).save(home / "grid.png")
     (tmp_path / "notes").mkdir()
-    r = eval_py.score_geneval(tmp_path)
+    def scored():
+        out = tmp_path / "notes"
+        rows, _ = score_all(bench_py, bench_py.shots_in(tmp_path), tmp_path, None, out / "a")
+        return rows, dict(images=len(rows)) | bench_py.table(rows)
+    rows, r = scored()
     assert r["images"] == 5 and r["two_object"] == 0.75 and r["colors"] == 0
     assert r["score"] == pytest.approx(0.375)                    # not 3 of 5
     e = np.array([0.5, -0.75, 0.25])                             # of three prompts, a drawn twice
     assert r["two_object_se"] == pytest.approx(np.sqrt((e**2).sum() / 16 * 3 / 2))
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     assert [x["correct"] for x in rows] == [True, True, False, True, False]
-    assert rows[2]["filename"].endswith("00001/samples/0000.png") and rows[2]["prompt"] == "b"
+    assert rows[2]["file"] == "00001/samples/0000.png" and rows[2]["prompt"] == "b"
     # A picture kept on its side (EXIF) is judged upright.
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.rot90(image).copy()).save(tmp_path / "00000/samples/0000.png", exif=exif)
-    assert eval_py.score_geneval(tmp_path) == r
+    assert scored()[1] == r
 
 
 def test_bad_folders(tmp_path, monkeypatch):
@@ -648,20 +684,22 @@ def test_bad_folders(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["eval.py", "--bench", "geneval", *map(str, flags)])
         return complaint(eval_py.main)
     out, home = tmp_path / "x", tmp_path / "x/00000"
-    assert "needs --out" in run("--init", "")
-    assert "holds no images in GenEval's layout" in run("--init", "", "--out", out)
+    assert "needs --out" in run()
+    assert "--score-only FOLDER" in run("--init", "", "--out", out)
     assert not out.exists()
-    home.mkdir(parents=True)
+    out.mkdir()
+    assert "holds no images in GenEval's layout" in run("--score-only", out)
+    home.mkdir()
     good = json.dumps(row("single_object", ("cat", 1), prompt="a cat"))
     for text, words in [("{", "line 1"), ("", "metadata.jsonl"), (f"{good}\n{good}", "metadata"),
                         (good, "no samples"), ('{"prompt": "a"}', "no tag or include")]:
         (home / "metadata.jsonl").write_text(text)
-        said = run("--init", "", "--out", out)
+        said = run("--score-only", out)
         assert words in said and "00000" in said
     (home / "metadata.jsonl").write_text(good)
     (home / "samples").mkdir()
     (home / "samples/0000.png").write_bytes(b"not a picture")
-    assert "0000.png cannot be read" in run("--init", "", "--out", out)
+    assert "0000.png cannot be read" in run("--score-only", out)
     assert not (out / "results.json").exists()
 
 

@@ -24,6 +24,7 @@ import data.shapes.world as world_py
 import data.shapes.bench as bench_py
 import data.shapes.prepare as prepare_py
 import eval as eval_py
+from benchmarks import find
 import sample
 import data.shapes.looks as looks_py
 import sft
@@ -305,8 +306,8 @@ def test_benches_from_the_shell(parts, cfg, tmp_path, monkeypatch, bench, capsys
     argv = ["eval.py", "--bench", bench, "--init", parts / "sft", "--limit", 3, "--steps", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--out", tmp_path / "o"])))
     if bench == "shapes-think":                             # n_per_prompt is its own
-        monkeypatch.setattr(eval_py, "bench_think",
-                            lambda d, t, png, f=bench_think: f(d, t, 1, 12, png))
+        monkeypatch.setattr(find("shapes-think"), "bench_think",
+                            lambda d, t, n, png, f=bench_think: f(d, t, 1, 12, png))
     eval_py.main()
     kept = json.loads((tmp_path / "o/results.json").read_text())
     assert kept["bench"] == bench and len(list((tmp_path / "o").glob("*.png"))) == 1
