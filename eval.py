@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import NAMES
+from benchmarks import NAMES, listing
 from benchmarks import find as find_benchmark
 from benchmarks.drawing import Tested, draw_all, shots_of
 from benchmarks.judging import score_all
@@ -472,7 +472,7 @@ def official(bench, args, out, tested, rank, world):
 def main():
     if sys.argv[1:2] == ["--write-prompts"]:
         return write_prompts(*sys.argv[2:])
-    args = parse(Args, __doc__)
+    args = parse(Args, f"{__doc__}\nBenchmarks:\n{listing()}")
     if args.table:
         return print(joined(args.table))
     bench, out = find_benchmark(args.bench), Path(args.out or args.score_only) if (

@@ -23,7 +23,7 @@ from importlib import import_module
 
 NAMES = ("shapes", "geneval", "dpg", "unigenbench", "wise", "corebench", "cvtg", "imgedit", "gedit",
          "rise", "uniredit", "reconstruction", "shapes-edit", "shapes-think", "shapes-reflect",
-         "shapes-answer")
+         "shapes-answer", "layers")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,17 @@ class About:
     grid: bool = False         # are a prompt's pictures the quarters of one file?
     partial: bool = False      # does a picture count by those of its questions that were answered?
     higher: bool = True        # is a higher score better?
+
+
+def listing():
+    """-> what --help says of each: what it measures, pictures, judge and its questions, release"""
+    lines = []
+    for name in NAMES:
+        about = find(name).ABOUT
+        judge = f"; {about.judge}, {about.calls:,} questions" if about.judge else ""
+        lines.append(f"  {name:15} {about.measures}; {about.images:,} pictures{judge}"
+                     + f"\n{'':18}--bench-dir: {about.release}" * bool(about.release))
+    return "\n".join(lines)
 
 
 def find(name):

@@ -4,6 +4,7 @@ puts it. Judges' templates are read from there, since several come without a lic
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from common.layouts import all_records
@@ -37,6 +38,7 @@ def table_of(release, *paths):
         fail(e)
 
 
+@cache
 def parsed(release, *paths):
     """-> all nodes of the syntax of a Python file of a release, which is never run"""
     file = located(release, *paths)

@@ -392,7 +392,8 @@ def test_colors_of_a_photo(real, monkeypatch):
     a, b, c = (painted(*about, image, size=16) for about in [
         ("square", "green", 4, 4), ("circle", "pink", 36, 4), ("circle", "purple", 36, 40)])
     found, name_colors = [a, b], photos_py.name_colors
-    monkeypatch.setattr(photos_py, "detect_coco", lambda images: [[dict(t) for t in found] for _ in images])
+    monkeypatch.setattr(photos_py, "detect_coco", lambda images: [
+        [dict(t) for t in found] for _ in images])
     monkeypatch.setattr(photos_py, "name_colors", lambda image, things: (
         asked.extend(t["class"] for t in things), name_colors(image, things)))
 
