@@ -23,7 +23,8 @@ FORKS = {name: (re.findall(r"```diff\n(.*?)\n```", part, re.S),
 @pytest.fixture
 def copy(tmp_path):
     """The scripts, with links to the classroom's weights."""
-    for pattern in ("*.py", "common/*.py", "common/*.html", "rewards/*.py", "data/shapes/*.py"):
+    for pattern in ("*.py", "benchmarks/*.py", "common/*.py", "common/*.html", "rewards/*.py",
+                    "data/shapes/*.py"):
         for file in ROOT.glob(pattern):
             place = tmp_path / file.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
