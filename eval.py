@@ -45,6 +45,7 @@ from rewards import find
 from rewards.judge import Judge
 from rewards.photos import COCO_THRESHOLDS
 from rewards.prompts import geneval_prompts, read_prompts, write_prompts
+from rewards.shared import MODELS
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
 
@@ -450,8 +451,9 @@ def official(bench, args, out, tested, rank, world):
         if rank:
             return
     shots = shots_of(bench, items, n) if items else bench.shots_in(folder)
-    judge = Judge(args.judge, args.judge_url, tokens=about.tokens, parallel=args.parallel,
-                  system=shots[0].item.get("system", ""), text_first=about.text_first)
+    judge = Judge(args.judge or MODELS["judge"], args.judge_url, tokens=about.tokens,
+                  parallel=args.parallel, system=shots[0].item.get("system", ""),
+                  text_first=about.text_first)
     thresholds = read_flag(args, "thresholds", read_thresholds)
     for shot in shots:
         shot.item["thresholds"] = thresholds
@@ -460,10 +462,10 @@ def official(bench, args, out, tested, rank, world):
     out.mkdir(parents=True, exist_ok=True)
     rows, counts = score_all(bench, shots, folder, judge, out / "answers.jsonl", args.max_failed)
     write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    contact_sheet(bench, shots, folder, rows, out / "sheet.png")
     if not any("score" in row or "correct" in row for row in rows):
         fail(f"no picture could be scored: {counts['unparsed']} of {counts['questions']} answers "
              f"say nothing usable; {out / 'answers.jsonl'} has them")
+    contact_sheet(bench, shots, folder, rows, out / "sheet.png")
     asked = dict(judge=judge.name(), **counts) if about.judge else {}
     return dict(images=len(rows)) | asked | bench.table(rows) | (
         dict(thresholds=thresholds or COCO_THRESHOLDS) if args.bench == "geneval" else {})

@@ -1,11 +1,12 @@
-"""Benchmarks by name. Each is a module of at most forty lines that says, and does nothing else:
+"""Benchmarks by name. Each is a module of at most forty lines of code that says, and no more:
 
     ABOUT                     what it measures, who judges, how many pictures: an About
     items(release)            the folder of the official release -> its prompts, a dict each: `id`,
                               `prompt`, `tag` (its category) and, of edits, `source` (a picture)
-    files(item)               what else it wants to find there: {path: bytes}    (may be missing)
+    files(item)               what else the official scorer wants to find: {path: bytes}; optional
+    shots_in(folder)          anybody's pictures, where their number differs; optional
 
-then either  measure(items, images) -> [{column: number}], a picture each, without a judge
+then either  measure(shots, images) -> [{column: number}], a picture each, without a judge
 or           questions(item, image) -> {name: ([images], text)}, what its judge is asked of one
              read(item, name, answer) -> what an answer says, None where it says nothing usable
              verdict(item, values) -> {column: number}, of {name: what was read}
@@ -42,7 +43,6 @@ class About:
     edits: bool = False        # is each picture made from an item's `source`?
     grid: bool = False         # are a prompt's pictures the quarters of one file?
     partial: bool = False      # does a picture count by those of its questions that were answered?
-    higher: bool = True        # is a higher score better?
 
 
 def listing():

@@ -63,27 +63,30 @@ def weighted(rows, column, weights):
     return dict(sorted(out.items(), key=lambda kv: not kv[0].startswith("score")))
 
 
-def contact_sheet(bench, shots, folder, rows, png, column="score"):
+def contact_sheet(bench, shots, folder, rows, png):
     """A row per category: its four worst pictures and its four best, with their verdicts."""
-    images = {}
-    shown = [r for mine in by_tag(rows).values() for r in ends([rows[i] for i in mine], column)]
-    wanted = {r["file"] for r in shown}
+    column = "score" if any("score" in r for r in rows) else "partial"
+    shown = [r for its in by_tag(rows).values() for r in ends([rows[i] for i in its], column)]
+    wanted, images = {r["file"] for r in shown if r}, {}
     for its in by_file(shots):
         if its[0].file in wanted:
             images |= zip([(s.file, s.k) for s in its], pictures_of(bench, its, folder))
-    captions = [f"{r['tag']}: {r['prompt'][:90]}\n" + "  ".join(
-        f"{k} {v:.3g}" for k, v in r.items() if type(v) in (int, float, bool) and k != "k")
-        for r in shown]
-    squares = [np.array(ImageOps.pad(Image.fromarray(images[r["file"], r["k"]]), (192, 192),
-                                     color="white")) for r in shown]
-    if squares:
-        grid(np.stack(squares), captions, png)
+    squares, captions = [], []
+    for r in shown:
+        x = images[r["file"], r["k"]] if r else np.full((1, 1, 3), 255, np.uint8)
+        squares.append(np.array(ImageOps.pad(Image.fromarray(x), (192, 192), color="white")))
+        captions.append(f"{r['tag']}: {r['prompt'][:90]}\n" + "  ".join(
+            f"{k} {v:.3g}" for k, v in r.items() if type(v) in (int, float, bool) and k != "k")
+            if r else "")
+    grid(np.stack(squares), captions, png)
 
 
 def ends(rows, column, each=4):
-    """Of one category's rows the worst and the best, eight in all, if it has so many"""
+    """Of one category's rows the worst and the best -> eight, None where it has fewer,
+    or none"""
     known = sorted((r for r in rows if has(r, column)), key=lambda r: r[column])
-    return known if len(known) <= 2 * each else known[:each] + known[-each:]
+    some = known if len(known) <= 2 * each else known[:each] + known[-each:]
+    return some and some + [None] * (2 * each - len(some))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,24 +116,18 @@ def joined(folders):
 
 def one_table(name, runs):
     about = find(name).ABOUT
-    papers = [row for row in read_json(PUBLISHED) if row["bench"] == name]
     columns = [*dict.fromkeys(k for _, r in runs for k in r if k + "_se" in r)]
-    head = ["run", *(["judge"] if about.judge else []), "n", *columns,
-            *(["unparsed", "unanswered"] if about.judge else [])]
-    lines = [f"**{name}**: {about.measures}" + (f"; official judge: {about.judge}" if about.judge
-                                               else ""), "",
-             row_of(head), row_of(["---"] * len(head))]
-    for run, r in runs:
-        cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" if k in r else "" for k in columns]
-        lines.append(row_of([run, *([r["judge"]] if about.judge else []), r.get(
-            "images", r.get("answers", "")), *cells, *([r["unparsed"], r["unanswered"]]
-                                                      if about.judge else [])]))
-    for row in papers:
-        lines.append(row_of([f"{row['model']} ({row['paper']}, {row['where']})", *(
-            [row.get("judge", about.judge)] if about.judge else []), "", *(
-            f"{row['values'][k]:g}" if k in row["values"] else "" for k in columns), *(
-            ["", ""] if about.judge else [])]))
-    return "\n".join([*lines, ""])
+    asked = ["judge", "unparsed", "unanswered"] * bool(about.judge)
+    rows = [dict(run=run, n=r.get("images", r.get("answers", ""))) | {k: r[k] for k in asked} | {
+        k: f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in columns if k in r} for run, r in runs]
+    for paper in read_json(PUBLISHED):
+        if paper["bench"] == name:
+            rows.append(dict(run=f"{paper['model']} ({paper['paper']}, {paper['where']})",
+                             judge=paper.get("judge", about.judge)) | paper["values"])
+    head = ["run", *asked[:1], "n", *columns, *asked[1:]]
+    title = f"**{name}**: {about.measures}" + f"; official judge: {about.judge}" * bool(about.judge)
+    return "\n".join([title, "", row_of(head), row_of(["---"] * len(head)),
+                      *(row_of([row.get(k, "") for k in head]) for row in rows), ""])
 
 
 def row_of(cells):

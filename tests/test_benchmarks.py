@@ -53,7 +53,7 @@ def run(parts, monkeypatch):
         **json.loads((parts / "config.json").read_text())))
     monkeypatch.setattr(model, "has_bf16", lambda: False)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr(eval_py, "Judge", partial(Judge, timeout=2.0, retries=4, pause=0.01))
+    monkeypatch.setattr(eval_py, "Judge", partial(Judge, timeout=8.0, retries=4, pause=0.01))
 
     def main(out, *flags):
         flags = ["--init", parts / "sft", "--steps", 1, "--out", out, *flags]
@@ -113,7 +113,8 @@ def test_from_release_to_table(name, run, serve, tmp_path, capsys):
     a table beside the papers' rows. A second run of the same folder draws and asks nothing."""
     replies = [lambda h: h.reply(429, b"", Retry_After="0"), lambda h: h.reply(500, b"oops"),
                lambda h: h.reply(200, says('{"score": [3, I would rather ')),
-               lambda h: h.reply(200, GOOD[: len(GOOD) // 2]), lambda h: time.sleep(2.3)]
+               lambda h: h.reply(200, GOOD[: len(GOOD) // 2]),
+               lambda h: well(h, 4) if name != "wise" else time.sleep(8.3)]
     server = serve(lambda h, k: replies[k](h) if k < len(replies) else well(h, k))
     release, out = releases.write(name, tmp_path / "release"), tmp_path / "out"
     flags = ("--bench", name, "--bench-dir", release, "--judge-url", server.url, "--judge", "m",
