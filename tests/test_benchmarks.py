@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from test_foreign import complaint
 from test_judges import GOOD, Server
+from test_rewards import ocr_folders  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import benchmarks
@@ -29,6 +30,8 @@ import benchmarks.tables as benchmarks_tables
 import common.presets as presets_py
 import eval as eval_py
 import model
+import rewards.ocr as ocr_py
+import rewards.shared as shared_py
 import sample
 from benchmarks.judging import score_all
 from benchmarks.layers import heard
@@ -143,6 +146,45 @@ def test_from_release_to_table(name, run, serve, tmp_path, capsys):
     kinds = [p["type"] for p in body[-1]["content"]]
     assert kinds[0 if bench.ABOUT.text_first else -1] == "text" and "image_url" in kinds
     assert (body[0]["role"] == "system") == ("system" in items[0])
+
+
+@pytest.mark.parametrize("name", ["cvtg", "reconstruction"])
+def test_from_release_to_table_without_a_judge(name, run, ocr_folders,  # noqa: F811
+                                               tmp_path, monkeypatch):
+    """A thin reader, and the classroom's CLIP; --score-only says the same of the same pictures."""
+    for part in ("det", "rec"):
+        monkeypatch.setitem(shared_py.MODELS, f"ocr-{part}", str(ocr_folders / part))
+    monkeypatch.setattr(ocr_py, "text_boxes", lambda p, h, w: [(2, 2, 62, 20), (2, 30, 62, 50)])
+    release, out = releases.write(name, tmp_path / "release"), tmp_path / "out"
+    result = run(out, "--bench", name, "--bench-dir", release)
+    assert result["images"] == (8 if name == "cvtg" else 3) == len(drawn(out))
+    assert "judge" not in {k for k in result if result[k]} and 0 <= result["score"] <= 1
+    assert {"clip", "ned" if name == "cvtg" else "psnr"} <= result.keys()
+    again = run(tmp_path / "again", "--bench", name, "--bench-dir", release, "--score-only", out)
+    assert {k: again[k] for k in again if k not in ("score_only", "bench")}.items() <= (
+        result.items())
+    next(iter(drawn(out))).unlink()
+    assert "--n says how many" in complaint(lambda: run(
+        tmp_path / "b", "--bench", name, "--bench-dir", release, "--score-only", out))
+    assert f"**{name}**" in joined([out])
+
+
+def test_what_a_release_lacks(run, tmp_path):
+    for name in releases.NAMES[:-1]:
+        (tmp_path / name).mkdir()
+        said = complaint(lambda: run(tmp_path / "out", "--bench", name, "--bench-dir",
+                                     tmp_path / name, "--judge-url", "http://localhost:9/v1"))
+        assert f"--bench-dir {tmp_path / name} has no " in said, (name, said)
+        said = complaint(lambda: run(tmp_path / "out", "--bench", name, "--judge-url",
+                                     "http://localhost:9/v1"))
+        assert "needs --bench-dir, its official release: " in said
+        assert benchmarks.find(name).ABOUT.release in said
+    release = releases.write("imgedit", tmp_path / "broken")
+    (release / "Benchmark/Basic/basic_edit.json").write_text('{"1": {"id": "animal/0.png"}}')
+    assert "is no release of imgedit as it is known here: KeyError, 'prompt'" in complaint(
+        lambda: run(tmp_path / "out", "--bench", "imgedit", "--bench-dir", release, "--judge-url",
+                    "http://localhost:9/v1"))
+    assert not [*tmp_path.glob("out/*.json")]
 
 
 def test_what_has_no_answer_ends_the_run_and_is_asked_again(run, serve, tmp_path):
