@@ -395,7 +395,9 @@ def check_args(args, bench, out):
     if not args.score_only and not args.init and not args.preset:
         fail("--init '' draws from the weights of --preset, which is missing; --score-only FOLDER "
              "scores pictures that are there")
-    if about.judge and not args.judge_url and not there(args.judge, HUB):
+    if args.judge_url:
+        Judge(args.judge, args.judge_url)                        # says what is wrong with it
+    elif not there(args.judge, HUB):
         fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
     if out:
         read_flag(args, "out", can_hold)
@@ -474,7 +476,7 @@ def official(bench, args, out, tested, rank, world):
 def main():
     if sys.argv[1:2] == ["--write-prompts"]:
         return write_prompts(*sys.argv[2:])
-    args = parse(Args, f"{__doc__}\nBenchmarks:\n{listing()}")
+    args = parse(Args, __doc__, more=f"Benchmarks:\n{listing()}")
     if args.table:
         return print(joined(args.table))
     bench, out = find_benchmark(args.bench), Path(args.out or args.score_only) if (

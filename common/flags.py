@@ -256,19 +256,19 @@ def recipe_of(name, Args):
     return base | own
 
 
-def parse(Args, description, stage=None, tasks=None, not_here=None):
+def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
     """A dataclass of `flag`s as a command line: typos die, booleans get --no-x, all are grouped.
     Precedence: the dataclass < `tasks`[--task] < the preset's values for `stage` < its recipe's, or
     --recipe's < a flag. What papers alone set is no flag: a recipe sets it, or a .json of settings
     that is given as --recipe. not_here: {task: settings of recipes that it goes without, which it
-    says}; others that the script lacks are an error."""
+    says}; others that the script lacks are an error. more: a last group for --help"""
     known = {f.name: f for f in in_order(Args)}
     settings = [f for f in known.values() if f.metadata["setting"]]
     said = [f"  {f'{f.name} {kind_of(f)}':30}  {about(f)}" for f in settings]
     p = command_line(
         description, "\n".join([
             "Settings of recipes; to change one, give a .json as --recipe, such as {\"recipe\": "
-            "\"fast\", \"wd\": 0.01}:", *said]) if settings else "",
+            "\"fast\", \"wd\": 0.01}:", *said]) if settings else more,
         [flag_of(name) for name, f in known.items() if f not in settings],
         [f.name for f in settings])
     add_flags(p, Args)

@@ -346,7 +346,8 @@ def test_storms(serve, plan):
     """So many failures in a row as are asked at once end it, in every copy of the judge. After a
     while the endpoint is asked anew."""
     server = serve(plan)
-    judge, images = judge_at(server), torch.zeros(150, 3, 8, 8, dtype=torch.uint8)
+    judge = judge_at(server, timeout=2.0)
+    images = torch.zeros(150, 3, 8, 8, dtype=torch.uint8)
     begin = time.monotonic()
     scores = score(images, [dict(prompt="a")] * 150, {"*": dict(judge=1.0)}, judge)
     seconds = time.monotonic() - begin
