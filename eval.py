@@ -497,6 +497,9 @@ def main():
     if rank:
         return
     show_table(shown_as)
+    if "thresholds" in results:
+        print("a detection counts above {:g}, for counting above {:g}".format(
+            *results["thresholds"]))
     if out:
         about = asdict(args) if tested else dict(bench=args.bench, score_only=args.score_only)
         write(out / "results.json", json.dumps(about | results, indent=1))

@@ -618,7 +618,8 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     again = run(tmp_path / "again", "--score-only", out)
     assert again.keys() - first.keys() == set() and "steps" not in again and again["images"] == 16
     assert {k: first[k] for k in again if k != "score_only"}.items() <= again.items()
-    assert "geneval" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "geneval" in said and "counts above 0.3, for counting above 0.9" in said
     # Exactly our boxes, as if another detector's, say the same; a higher threshold does not.
     rows = [json.loads(line) for line in (out / "results.jsonl").open()]
     assert sum(len(r["detections"]) for r in rows) > 16

@@ -686,6 +686,21 @@ def test_names_of_special_tokens_are_letters_to_a_judge(vlm, monkeypatch):
     assert R.shape == (2,)
 
 
+def test_what_a_judge_is_told_first(vlm, monkeypatch):
+    """A system's words before every question; text before its images, where a benchmark says so."""
+    monkeypatch.setattr(judge_py, "has_bf16", lambda: False)
+    _, feed = judge_py.judge_model(str(vlm))
+    x = pictures(1, 48, 64).permute(0, 2, 3, 1).numpy()[0]
+    ids = judge_py.turns(feed, [([x], "a circle?")], "be strict", True)["input_ids"][0]
+    said = feed.tokenizer.decode(ids)
+    assert said.startswith("<|im_start|>system\nbe strict<|im_end|>\n<|im_start|>user\na circle?"
+                           "<|vision_start|>"), said
+    plain, told = Judge(str(vlm), tokens=4), Judge(str(vlm), tokens=4, system="be strict")
+    heard = []
+    assert told.ask_all([([x], "a?")], lambda i, a: heard.append((i, a))) == [heard[0][1]]
+    assert heard[0][0] == 0 and plain.name() == told.name() == str(vlm)
+
+
 def test_the_classroom_judge_sees():
     """The shipped VLM, asked about right and wrong pictures, is right more often than a coin."""
     rng = random.Random(0)
