@@ -333,6 +333,14 @@ def before_and_after(args, trained, out, bench):
 # Benchmarks
 
 
+def read_thresholds(text):
+    """ "0.3,0.9" -> (0.3, 0.9); ValueError"""
+    values = tuple(number(x) for x in text.split(",")) if text else ()
+    if text and not (len(values) == 2 and all(inside(x, "[0, 1]") for x in values)):
+        raise ValueError("must be two numbers in [0, 1], such as 0.3,0.9")
+    return values
+
+
 @dataclass
 class Args:
     bench: str = flag("shapes", "which benchmark: {}", NAMES, group="What matters most")
@@ -359,12 +367,13 @@ class Args:
                            "drawn", FILE)
     detections: str = flag("", "of geneval, another detector's boxes, as results.jsonl has ours",
                            FILE)
-    thresholds: str = flag("", "its least score, and that for counting, such as 0.3,0.9")
+    thresholds: str = flag("", "its least score, and that for counting, such as 0.3,0.9",
+                           read_thresholds)
     table: tuple = flag((), "a folder of a run: all that are given are joined to one table beside "
                         "the papers' rows, as Markdown; may be given again", FILE)
 
     guidances: str = flag("", "of edits, several such as 1,3,5,7: their trade-off, as a picture",
-                          group="More of the classroom's benchmarks")
+                          read_guidances, group="More of the classroom's benchmarks")
     temperature: float = flag(1.0, "of drawing words, as in training; 0: the likeliest ones",
                               "0 or [0.01, 100]")
     limit: int = flag(64, "most tokens that a thought or an answer may have", "[1, 10000]")
@@ -381,7 +390,6 @@ def check_args(args, bench, out):
     about = bench.ABOUT
     if out and (out / "results.json").exists():
         fail(f"{out} holds the results of another run: choose another --out")
-    read_flag(args, "guidances", read_guidances)
     if args.guidances and not (args.bench == "shapes-edit" and out):
         fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
     if hasattr(bench, "run") and args.score_only:
@@ -401,14 +409,6 @@ def check_args(args, bench, out):
         fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
     if out:
         read_flag(args, "out", can_hold)
-
-
-def read_thresholds(text):
-    """ "0.3,0.9" -> (0.3, 0.9); ValueError"""
-    values = tuple(number(x) for x in text.split(",")) if text else ()
-    if text and not (len(values) == 2 and all(inside(x, "[0, 1]") for x in values)):
-        raise ValueError("must be two numbers in [0, 1], such as 0.3,0.9")
-    return values
 
 
 def read_detections(args, shots):
@@ -456,7 +456,7 @@ def official(bench, args, out, tested, rank, world):
     judge = Judge(args.judge or MODELS["judge"], args.judge_url, tokens=about.tokens,
                   parallel=args.parallel, system=shots[0].item.get("system", ""),
                   text_first=about.text_first)
-    thresholds = read_flag(args, "thresholds", read_thresholds)
+    thresholds = read_thresholds(args.thresholds)
     for shot in shots:
         shot.item["thresholds"] = thresholds
     if args.detections:

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import About
 from benchmarks.geneval import items
+from benchmarks.tables import metrics
 from common.layouts import all_records
 from common.run import fail, replacing
 from common.show import spread
@@ -64,9 +65,9 @@ def run(tested, args, out):
         with heard(model, part, seen if arm == "all" else None):
             images = torch.cat([tested.draw([r["prompt"] for r in rows[a : a + 32]], range(
                 a, min(a + 32, len(rows)))).cpu() for a in range(0, len(rows), 32)])
-        values = {name: torch.as_tensor(find(name)(images, rows)) for name in names}
-        results[arm] = {name: v.mean().item() for name, v in values.items()} | {
-            f"{name}_se": v.std().item() / len(rows) ** 0.5 for name, v in values.items()}
+        values = zip(*(torch.as_tensor(find(name)(images, rows)).tolist() for name in names))
+        results[arm] = metrics([r | dict(zip(names, v)) for r, v in zip(rows, values)],
+                               **{name: name for name in names})
     tokens = F.normalize(torch.cat(seen, 1).flatten(1, 2), dim=-1)               # (all,N,d)
     like = torch.einsum("ind,jnd->ij", tokens, tokens) / tokens.shape[1]
     draw_figures(results, names, layers, like, out / "layers.png")

@@ -1,7 +1,7 @@
 """The classroom's 300 held-out edits: is the edit there, and is all else as it was?"""
 
 from benchmarks import About
-from common.flags import inside, number, read_flag
+from common.flags import inside, number
 from common.show import plot_trade_off
 from data.shapes.edits import bench_edit
 
@@ -18,7 +18,7 @@ def read_guidances(text):
 
 def run(tested, args, out):
     """With --guidances once for each, and their trade-off as a picture."""
-    guidances = read_flag(args, "guidances", read_guidances) or [args.guidance]
+    guidances = read_guidances(args.guidances) or [args.guidance]
     runs = {}
     for g in guidances:
         runs[f"guidance {g:g}"] = bench_edit(
