@@ -2,10 +2,11 @@
 
     python tests/race.py --seconds 900 --search 225     # one core; what was run is not run again
     python tests/race.py --seconds 900 --arms fast,nft --seeds 0     # a part of it
+    python tests/race.py --seconds 900 --arms guard,moving,dpm,cps --rate 2e-4   # no search
 
 Every arm is a script as users run it, from the same checkpoint, on the same prompts and reward. Its
 learning rate is the one of RATES that scores best in --search seconds at seed 100; then each seed
-has --seconds. An arm's updates are those that fit, by the time of its first ones, so that its rate
+has --seconds. An arm's updates are those that fit, by the time of six in a trial, so that its rate
 has come down to a tenth by the end. Seconds are those of training (s_* of the log), the pictures
 that are looked at left out; a gain counts when two looks in a row show it. In the end the whole
 benchmark, and of the winner a control whose rewards are shuffled. Everything is kept under --out.
@@ -32,31 +33,45 @@ ARMS = {
     "flow-grpo": "grpo.py --recipe flow-grpo --B 16 --G 8 --lora-rank 0 --clip 2e-3 --ema 0.95 "
                  "--eval-T 10",
 }
+PATCHES = dict(guard="labs/guard.diff", moving="labs/moving.diff", dpm="labs/dpm.diff")
+MORE = dict.fromkeys(PATCHES, "grpo.py") | dict(cps="grpo.py --kind cps")    # if --arms says so
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 SEARCHED = 100                                           # the seed of the search
+
+
+def tree_of(arm, out):
+    """-> where an arm's script is run: a patch has a copy of all to itself"""
+    tree = out.resolve() / arm / "tree"
+    if arm in PATCHES and not tree.exists():
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "out", "tests", "docs"))
+        subprocess.run(["git", "init", "-q"], cwd=tree, check=True)          # or paths are ROOT's
+        subprocess.run(["git", "apply", ROOT / PATCHES[arm]], cwd=tree, check=True)
+    return tree if arm in PATCHES else ROOT
 
 
 def play(home, arm, rate, seed, seconds, more, bench=False):
     """One run of an arm, unless it is there already. more: flags. -> rows of its log"""
     if not (home / "done").exists():
-        common = [*ARMS[arm].split(), "--reward", "geneval", "--init", "data/shapes/sft",
+        tree = tree_of(arm, home.parent.parent)
+        common = [*(ARMS | MORE)[arm].split(), "--reward", "geneval", "--init", "data/shapes/sft",
                   "--lr", str(rate), "--seed", str(seed), *more.split()]
-        trial = run([*common, "--steps", "6", "--eval-every", "1000", "--no-final-bench"],
-                    home.with_name(home.name + "-trial"))
+        trial = home.with_name("trial")
+        trial = rows_of(trial) if (trial / "ckpt").exists() else run(
+            [*common, "--steps", "6", "--eval-every", "1000", "--no-final-bench"], trial, tree)
         each = np.median([trained(row) for row in trial[2:]])
         steps = max(10, round(seconds / each))
         run([*common, "--steps", str(steps), "--eval-every", str(max(1, steps // 12)),
-             "--final-bench" if bench else "--no-final-bench"], home)
+             "--final-bench" if bench else "--no-final-bench"], home, tree)
         (home / "done").touch()
     return rows_of(home)
 
 
-def run(command, home):
+def run(command, home, tree):
     if home.exists():                                    # a run that was cut short begins again
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{home}.txt", "w") as said:
-        subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=ROOT,
+        subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=tree,
                        check=True, stdout=said, stderr=said,
                        env=dict(OMP_NUM_THREADS="1") | os.environ)
     return rows_of(home)
@@ -96,18 +111,19 @@ def main():
     p.add_argument("--search", type=float, default=225, help="of training, for each rate")
     p.add_argument("--arms", default=",".join(ARMS))
     p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--rate", type=float, help="for all: no search, no control")
     p.add_argument("--more", default="", help="flags of every run, such as '--B 32'")
     p.add_argument("--out", type=Path, default=Path("out/race"))
     a = p.parse_args()
     seeds, table = [int(seed) for seed in a.seeds.split(",")], {}
     for arm in a.arms.split(","):
         found = {}
-        for rate in RATES:
+        for rate in () if a.rate else RATES:
             rows = play(a.out / arm / f"search-{rate:g}", arm, rate, SEARCHED, a.search,
                         a.more)
             found[rate] = late(rows)
             print(f"{arm} at {rate:g}: {found[rate]:.3f}", flush=True)
-        best = max(found, key=found.get)
+        best = a.rate or max(found, key=found.get)
         results, logs = [], []
         for seed in seeds:
             home = a.out / arm / f"seed-{seed}"
@@ -124,7 +140,7 @@ def main():
         if score == max(table.values()):
             winner = arm, best
     arm, rate = winner
-    for seed in seeds:
+    for seed in () if a.rate else seeds:
         home = a.out / arm / f"shuffled-{seed}"
         play(home, arm, rate, seed, a.seconds, a.more + " --shuffle", bench=True)
         after = json.loads((home / "results.json").read_text())["after"]
