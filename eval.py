@@ -400,6 +400,8 @@ def check_args(args, bench, out):
         fail(f"--bench {args.bench} needs --bench-dir, its official release: {about.release}")
     if (args.detections or args.thresholds) and args.bench != "geneval":
         fail("--detections and --thresholds are of --bench geneval")
+    if args.detections and not args.score_only:
+        fail("--detections is of pictures that are there: --score-only FOLDER")
     if not args.score_only and not args.init and not args.preset:
         fail("--init '' draws from the weights of --preset, which is missing; --score-only FOLDER "
              "scores pictures that are there")

@@ -125,8 +125,9 @@ def draw_all(bench, items, n, tested, out, rank, world):
             (out / p["file"]).parent.mkdir(parents=True, exist_ok=True)
         for item in items:
             for name, content in files_of(bench, item):
-                with replacing(out / name) as fresh:
-                    fresh.write_bytes(content)
+                if not (out / name).exists():
+                    with replacing(out / name) as fresh:
+                        fresh.write_bytes(content())
         write(manifest, text)
     all_mean([0])
     todo = [its for its in files[rank::world] if not (out / its[0].file).exists()]
@@ -143,6 +144,7 @@ def draw_all(bench, items, n, tested, out, rank, world):
 
 
 def files_of(bench, item):
+    """What a scorer wants beside an item's pictures -> names, each with a function that makes it"""
     return bench.files(item).items() if hasattr(bench, "files") else ()
 
 

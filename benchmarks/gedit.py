@@ -8,6 +8,7 @@ picture is not scored.
 import io
 import json
 import math
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -36,9 +37,13 @@ def items(release):
 
 
 def files(item):
+    return {f"fullset/{item['tag']}/en/{item['id']}_SRCIMG.png": partial(source_png, item)}
+
+
+def source_png(item):
     png = io.BytesIO()
     Image.fromarray(source_array(item)).save(png, "PNG")
-    return {f"fullset/{item['tag']}/en/{item['id']}_SRCIMG.png": png.getvalue()}
+    return png.getvalue()
 
 
 def questions(item, image):

@@ -23,7 +23,7 @@ def items(release):
 
 
 def files(item):
-    return {f"{item['id']}/metadata.jsonl": item["line"].encode()}
+    return {f"{item['id']}/metadata.jsonl": lambda: item["line"].encode()}
 
 
 def shots_in(folder):

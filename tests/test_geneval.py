@@ -628,6 +628,8 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     strict = run(tmp_path / "strict", "--score-only", out, "--detections", out / "results.jsonl",
                  "--thresholds", "0.99,0.995")
     assert strict["thresholds"] == [0.99, 0.995] and strict["extra_rate"] < theirs["extra_rate"]
+    assert "--score-only FOLDER" in complaint(lambda: run(
+        tmp_path / "x", "--detections", out / "results.jsonl"))
     for bad, words in (("1", "two numbers"), ("0.3,2", "two numbers")):
         assert words in complaint(lambda: run(tmp_path / "x", "--score-only", out, "--thresholds",
                                               bad))
