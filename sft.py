@@ -55,7 +55,7 @@ class Args(FlowFlags):
     columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file",
                         columns_of)
     out: str = flag("out/sft", "folder of the run")
-    steps: int = flag(3000, "optimiser steps", "[1, 1e7]")
+    steps: int = flag(5000, "optimiser steps", "[1, 1e7]")
     batch: int = flag(64, "images per step, over all ranks", "[1, 1e5]")
     train: str = flag("both", "{}; the bridge with its queries", ("dit", "bridge", "both"))
     lr: float = flag(7e-4, "peak learning rate", "[0, 10]")

@@ -118,13 +118,15 @@ def one_table(name, runs):
     about = find(name).ABOUT
     columns = [*dict.fromkeys(k for _, r in runs for k in r if k + "_se" in r)]
     asked = ["judge", "unparsed", "unanswered"] * bool(about.judge)
-    rows = [dict(run=run, n=r.get("images", r.get("answers", ""))) | {k: r[k] for k in asked} | {
+    world = ["world"] * any("world" in r for _, r in runs)       # the classroom's version
+    rows = [dict(run=run, n=r.get("images", r.get("answers", ""))) | {
+        k: r.get(k, "") for k in world + asked} | {
         k: f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in columns if k in r} for run, r in runs]
     for paper in read_json(PUBLISHED):
         if paper["bench"] == name:
             rows.append(dict(run=f"{paper['model']} ({paper['paper']}, {paper['where']})",
                              judge=paper.get("judge", about.judge)) | paper["values"])
-    head = ["run", *asked[:1], "n", *columns, *asked[1:]]
+    head = ["run", *world, *asked[:1], "n", *columns, *asked[1:]]
     title = f"**{name}**: {about.measures}" + f"; official judge: {about.judge}" * bool(about.judge)
     return "\n".join([title, "", row_of(head), row_of(["---"] * len(head)),
                       *(row_of([row.get(k, "") for k in head]) for row in rows), ""])

@@ -51,6 +51,7 @@ class Config:
     null_prompt: str = ""             # turn (turn), or zeros after the connector (zeros)
     null_edit: str = ""               # the prompt for edits, which keep their images
     # flow
+    world: int = 0                    # the classroom's version that stages 1 and 2 learned, or 0
     size: int = 64                    # pixels
     vae_factor: int = 4               # pixels per latent, one side
     t_dist: str = "logit-normal"      # training times: sigmoid(N(t_mean, 1)) | uniform
@@ -155,8 +156,8 @@ PRESETS = {c.preset: c for c in (
     # The classroom: every part is the real class at small size, trained by data/shapes/prepare.py
     Config(
         preset="shapes", vlm="data/shapes/vlm", dit="data/shapes/dit", vae="data/shapes/vae",
-        text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=1.2,
-        sample_shift=3.0,
+        text_encoder="data/shapes/clip", bridge="scb", layers=(6, 4, 2), t_mean=1.8,
+        sample_shift=3.0, world=2,
         mmdit=dict(sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=6,
                    attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128,
                    joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=16,
@@ -165,7 +166,7 @@ PRESETS = {c.preset: c for c in (
     Config(
         preset="shapes-sana", vlm="data/shapes/vlm", dit="data/shapes/sana/dit",
         vae="data/shapes/vae", text_encoder="data/shapes/clip", bridge="lim",
-        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=1.2, sample_shift=3.0,
+        layers=(1, 2, 3, 4, 5, 6), keep="query", n_query=16, t_mean=1.2, sample_shift=3.0, world=1,
         sana=dict(sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=8,
                   num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
                   cross_attention_head_dim=32, cross_attention_dim=128, caption_channels=128,

@@ -117,7 +117,8 @@ def show_table(runs):
                for kind, r in [("", results), *results.items()] if isinstance(r, dict)]
     keys = dict.fromkeys(k for _, r in columns for k in r if k + "_se" in r)
     wide = max([15, *(len(k) + 1 for k in keys)])
-    print(f"{'':{wide}}" + "".join(f"{name:>17}" for name, _ in columns))
+    world = next((f"world {r['world']}" for _, r in columns if "world" in r), "")
+    print(f"{world:{wide}}" + "".join(f"{name:>17}" for name, _ in columns))
     for k in keys:
         cells = [f"{r[k]:9.3f} ± {r[k + '_se']:5.3f}" if k in r else "" for _, r in columns]
         print(f"{k:{wide}}" + "".join(f"{c:>17}" for c in cells))

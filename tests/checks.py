@@ -316,9 +316,9 @@ def parity(m, folder, limit):
     model = Unified.from_preset("shapes", "data/shapes/sft").to(m.device)
     score = bench_shapes(partial(model.draw, steps=10), *m.big((4, None), (1, 6)))["score"]
     return Verdict(
-        worst[0] <= 1e-3 and half[0] <= 2e-2 and m.big(abs(score - 0.537) < 0.026, True),
+        worst[0] <= 1e-3 and half[0] <= 2e-2 and m.big(abs(score - 0.596) < 0.026, True),
         "gradient norms off by {:.1e} in fp32 ({}), {:.1e} in bf16 ({}); ".format(*worst, *half)
-        + m.big(f"score {score:.3f}, .537 +- .013 on a CPU", f"score: {NEEDS}"),
+        + m.big(f"score {score:.3f}, .596 +- .013 on a CPU", f"score: {NEEDS}"),
         dict(cpu=want, fp32=fp32, bf16=bf16, score=score))
 
 

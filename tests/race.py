@@ -36,6 +36,7 @@ ARMS = {
 PATCHES = dict(guard="labs/guard.diff", moving="labs/moving.diff", dpm="labs/dpm.diff")
 MORE = dict.fromkeys(PATCHES, "grpo.py") | dict(cps="grpo.py --kind cps")    # if --arms says so
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+ONE_CORE = dict(OMP_NUM_THREADS="1") | os.environ
 SEARCHED = 100                                           # the seed of the search
 
 
@@ -49,12 +50,16 @@ def tree_of(arm, out):
     return tree if arm in PATCHES else ROOT
 
 
+def command_of(arm, rate, seed, more=""):
+    return [*(ARMS | MORE)[arm].split(), "--reward", "geneval", "--init", "data/shapes/sft",
+            "--lr", str(rate), "--seed", str(seed), *more.split()]
+
+
 def play(home, arm, rate, seed, seconds, more, bench=False):
     """One run of an arm, unless it is there already. more: flags. -> rows of its log"""
     if not (home / "done").exists():
         tree = tree_of(arm, home.parent.parent)
-        common = [*(ARMS | MORE)[arm].split(), "--reward", "geneval", "--init", "data/shapes/sft",
-                  "--lr", str(rate), "--seed", str(seed), *more.split()]
+        common = command_of(arm, rate, seed, more)
         trial = home.with_name("trial")
         trial = rows_of(trial) if (trial / "ckpt").exists() else run(
             [*common, "--steps", "6", "--eval-every", "1000", "--no-final-bench"], trial, tree)
@@ -72,8 +77,7 @@ def run(command, home, tree):
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{home}.txt", "w") as said:
         subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=tree,
-                       check=True, stdout=said, stderr=said,
-                       env=dict(OMP_NUM_THREADS="1") | os.environ)
+                       check=True, stdout=said, stderr=said, env=ONE_CORE)
     return rows_of(home)
 
 

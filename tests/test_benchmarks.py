@@ -442,8 +442,8 @@ def test_tables_join_runs(run, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     eval_py.main()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("**shapes**") and [line[:4] for line in said[2:6]] == [
-        "| ru", "| --", "| a ", "| b "]
+    assert said[0].startswith("**shapes**") and said[2].startswith("| run | world | n |")
+    assert [line[:4] for line in said[2:6]] == ["| ru", "| --", "| a ", "| b "]
     assert f"{found[0]['score']:.3f} ± {found[0]['score_se']:.3f}" in said[4]
     (tmp_path / "c").mkdir()
     monkeypatch.setattr(sys, "argv", ["eval.py", "--table", str(tmp_path / "c")])

@@ -25,7 +25,7 @@ from data.shapes.edits import (KINDS, bench_edit, check_edit, edit_scene, edit_t
                                scored_edit)
 from data.shapes.prepare import CHAT, HERE, to_tensor, tokenizer
 from data.shapes.captions import scene_for
-from data.shapes.world import render
+from data.shapes.world import VERSION, render
 from eval import main, score
 from rewards import find
 from rewards.edit import EditReward, read_scored, spearman
@@ -189,7 +189,7 @@ def test_bench_edit(held_out, tmp_path, capsys):
     assert full["preservation"] == 1 and full["preservation_se"] == 0 < full["success_se"]
     assert full["both"] == pytest.approx(math.sqrt(full["success"]))
     assert full["both_se"] == pytest.approx(full["success_se"] / (2 * full["both"]))
-    assert full["images"] == len(set(drawn)) == 80
+    assert full["images"] == len(set(drawn)) == 80 and full["world"] == VERSION
     still, new = full["identity"], full["redrawn"]
     assert [still[k] for k in ("success", "preservation", "both", "both_se")] == [0, 1, 0, 0]
     assert new["success"] > 0.9 and new["preservation"] < 0.3 and new["both"] < full["both"]

@@ -12,10 +12,10 @@ from scipy import ndimage
 import data.shapes.bench as bench_py
 import eval as eval_py
 from common.show import grid, mean_and_error, spread
-from data.shapes.bench import bench_shapes
+from data.shapes.bench import bench_shapes, seam
 from data.shapes.judge import check, evaluate, extra_objects, read_sign, text_match
 from data.shapes.captions import sample_meta, scene_for
-from data.shapes.world import SHAPES, TAGS, place, relation, render
+from data.shapes.world import SHAPES, TAGS, VERSION, place, relation, render
 from eval import Scores, check_scored, held_out_score, main, parse_weights, read_weights, score
 from rewards.prompts import read_prompts
 from rewards import REWARDS
@@ -289,6 +289,13 @@ def test_parse_weights():
 # The benchmark
 
 
+def test_seams():
+    tiles = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((16, 16)))            # a chess board
+    board = np.repeat((255 * tiles)[..., None], 3, 2).astype(np.uint8)
+    assert seam(board) == 1 and seam(np.roll(board, 8, (0, 1))) < 0 == seam(0 * board)
+    assert 0 < seam((board // 255 + 127).astype(np.uint8)) < 0.01
+
+
 def test_mean_and_error():
     def rows(*names):                                            # "a1" is prompt 1 of tag a
         return [dict(tag=n[0], prompt=n) for n in names]
@@ -327,10 +334,12 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
     full = bench_shapes(draw, png=tmp_path / "grid.png")
     right = [["square" not in m["prompt"] for m in prompts["eval"] if m["tag"] == t] for t in TAGS]
     assert full["score"] == full["strict"] == pytest.approx(np.mean(right))
+    assert full["world"] == VERSION
     assert full["position"] == pytest.approx(np.mean(right[TAGS.index("position")]))
     assert full["images"] == 30 * 4 and full["unseen"]["images"] == 2 * 4
     assert full["unseen"]["counting"] == 1 and full["extra_rate"] == 0
     assert full["score_se"] > 0 and 0 < full["diversity"] < 1 and 0.3 < full["jpeg_kb"] < 5
+    assert 0.45 < full["brightness"] < 0.55             # of a ground of 128
     assert len(set(drawn)) == len(drawn) == 128 and (tmp_path / "grid.png").stat().st_size > 1000
 
     class Painter:
@@ -340,7 +349,8 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_py, "Unified", Painter)
     monkeypatch.setattr("sys.argv", ["eval.py", "--out", str(tmp_path / "run")])
     main()                                               # the command line finds the same
-    assert "extra_rate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"world {VERSION} ") and "extra_rate" in said
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved | full == saved and saved["guidance"] == 1
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"results.json", "samples.png"}

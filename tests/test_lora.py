@@ -490,7 +490,7 @@ def test_vae_takes_a_few_at_a_time(cfg, monkeypatch):
             seen.append(len(x)), real(x, **k)][1])
     assert (model.to_latents(images) - z).abs().max() < 1e-3       # another batch, other rounding
     assert (model.to_images(z).int() - x.int()).abs().max() <= 1
-    assert seen == [4, 1, 4, 1]
+    assert seen == [4, 1] + [1] * 5                      # a CPU decodes fewer
 
 
 def test_memory_of_sd35_medium():

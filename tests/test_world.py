@@ -22,6 +22,8 @@ import data.shapes.prepare as prepare_py
 import data.shapes.talk as talk_py
 import data.shapes.captions as captions_py
 import data.shapes.world as world_py
+from common.checkpoint import read_about
+from common.presets import PRESETS
 from data.shapes.bench import bench_shapes
 from data.shapes.judge import check, detect_shapes
 from data.shapes.prepare import (ASSISTANT, HERE, TASKS, USER, canonical, make_edits, make_prompts,
@@ -353,8 +355,8 @@ def test_cold_starts_are_drawn_as_told(monkeypatch):
         asked.append(meta)
         return picture(meta, *more)
     monkeypatch.setattr(prepare_py, "split_picture", spy)
-    right = 0
-    for _ in range(300):
+    right, n = 0, 1500
+    for _ in range(n):
         asked.clear()
         row = prepare_py.reflect_example(rng)
         first, refined = row["image.png"], row["refined.png"]
@@ -363,7 +365,7 @@ def test_cold_starts_are_drawn_as_told(monkeypatch):
         assert check(render(refined), asked[0])["correct"] and not held(first)
         assert yes or row["json"]["critique"] == f"no, the image shows {talk_py.caption(first)}"
         right += yes
-    assert abs(right / 300 - prepare_py.RIGHT_SHARE) < 0.08
+    assert abs(right / n - prepare_py.RIGHT_SHARE) < 0.05        # 4.5 standard errors
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,7 +494,13 @@ def test_every_question_has_its_answer():
             assert text.endswith(ASSISTANT) or task == "text"
 
 
-@pytest.mark.parametrize("folder, least", [("sft", 0.38), ("sana/sft", 0.26)])
+def test_weights_name_their_world():
+    for folder in ("sft", "sft-edit"):
+        assert read_about(f"data/shapes/{folder}")["world"] == world_py.VERSION
+    assert PRESETS["shapes"].world == world_py.VERSION
+
+
+@pytest.mark.parametrize("folder, least", [("sft", 0.44), ("sana/sft", 0.26)])
 def test_what_ships_draws(folder, least):
     """The checkpoints of stage 2, from which RL starts: 96 images, standard error 0.05."""
     model = Unified.load(f"data/shapes/{folder}")

@@ -10,7 +10,7 @@ from common.layouts import all_records
 from common.read import arrays, jpeg_kb
 from common.show import by_tag, grid, mean_and_error, spread
 from data.shapes.judge import check
-from data.shapes.world import SIDE, render
+from data.shapes.world import LATTICE, SIDE, VERSION, render
 
 PROMPTS = Path(__file__).parent / "prompts"
 
@@ -48,7 +48,19 @@ def summary(rows, images):
         flat = images.reshape(P, n, -1) / np.float32(255)
         add("diversity", np.stack([np.sqrt(((f[i] - f[j]) ** 2).mean(1)) for f in flat]))
     add("jpeg_kb", np.array([[jpeg_kb(x) for x in xs] for xs in images]))
+    # What long runs against a reward are known to do to pictures
+    add("brightness", images.mean((2, 3, 4)) / 255)
+    add("seams", np.array([[seam(x) for x in xs] for xs in images]))
     return out, right
+
+
+def seam(image):
+    """By how much more colour changes, from a pixel to the next, across the borders of the DiT's
+    patches than within them: a grid in the picture. uint8 (64,64,3) -> -1 ... 1"""
+    x = image / np.float32(255)
+    steps = [np.abs(np.diff(x, axis=axis)).mean((1 - axis, 2)) for axis in (0, 1)]   # (63,) each
+    border = np.arange(1, SIDE) % LATTICE == 0
+    return float(np.mean([s[border].mean() - s[~border].mean() for s in steps]))
 
 
 def draw_rows(draw, rows, chosen, n, name=""):
@@ -72,7 +84,7 @@ def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
     number among n_per_prompt only, so a limited run draws some of the full run's very images.
     limit: at most so many images, equally many per tag, and no unseen split; n_per_prompt=1 then
     gives the smallest error.  png: a grid of four prompts per tag, right framed green."""
-    results = {}
+    results = dict(world=VERSION)
     for split in ["eval"] if limit else ["eval", "unseen"]:
         rows = [row for _, row, _ in all_records(PROMPTS / f"{split}.jsonl")]
         k = limit // n_per_prompt // len(by_tag(rows)) if limit else len(rows)

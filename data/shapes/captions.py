@@ -172,7 +172,7 @@ def holds(meta, scene):
 
 
 # Share of each kind of caption among the training images.
-MIXTURE = dict(single_object=1, two_object=2, counting=3, colors=2, position=4, color_attr=4,
+MIXTURE = dict(single_object=1, two_object=3, counting=4, colors=3, position=10, color_attr=6,
                scene=2, text=1.5, reason=0.5)  # fmt: skip
 
 

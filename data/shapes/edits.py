@@ -18,8 +18,8 @@ from common.show import by_tag, grid, mean_and_error, spread
 from data.shapes.bench import PROMPTS
 from data.shapes.captions import CAPTION_ERROR, article, make_meta, scene_for
 from data.shapes.judge import SHAPES_THRESHOLDS, detect_shapes, evaluate, extra_objects
-from data.shapes.world import (SHAPES, SIDE, SIZES, box, named, place, relation, render,
-                               seen_color)
+from data.shapes.world import (SHAPES, SIDE, SIZES, VERSION, box, named, place, relation,
+                               render, seen_color)
 
 # ---------------------------------------------------------------------------------------------
 # A source scene, a target scene that differs in exactly one thing, and how to say it.
@@ -235,7 +235,7 @@ def edit_table(rows, judged):
     its error is that of its linear part, for the two means correlate."""
     s, p = (np.array([[v[k] for v in vs] for vs in judged]) for k in ("success", "preservation"))
     units = [dict(tag=row["tag"], prompt=str(i)) for i, row in enumerate(rows)]   # each its own
-    out = dict(images=s.size)
+    out = dict(world=VERSION, images=s.size)
     for kind, mine in {"": range(len(rows)), **by_tag(rows)}.items():
         a, b, who = s[mine], p[mine], [units[i] for i in mine]
         (ms, es), (mp, ep) = mean_and_error(a, who), mean_and_error(b, who)

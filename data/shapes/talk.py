@@ -17,7 +17,7 @@ from data.shapes.captions import (article, holds, mistaken, phrase, plural, samp
 from data.shapes.edits import held
 from data.shapes.judge import check
 from data.shapes.world import (COLORS, MIXES, NUMBERS, RELATIONS, SHAPES, SIDE, SIDES,
-                               UNSEEN_COUNT, UNSEEN_PAIRS, box, named, relation)
+                               UNSEEN_COUNT, UNSEEN_PAIRS, VERSION, box, named, relation)
 
 IMAGE = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"  # 64 px: 4x4 merged patches
 DRAW = "Generate an image: {}"
@@ -176,7 +176,7 @@ def bench_think(draw, think, n_per_prompt=4, limit=None, png=None):
         grid(np.stack([drawn[0][show], drawn[1][show]], 1).reshape(-1, SIDE, SIDE, 3),
              [t for i in show for t in (prompts[i], said[i])], png,
              [f[i] for i in show for f in (raw, right)])
-    return dict(images=len(said)) | word_table(
+    return dict(world=VERSION, images=len(said)) | word_table(
         rows, raw=raw, score=right, format=[spans(t)["ok"] for t in said],
         answer=[answer_of(t) == row["answer"] for t, row in zip(said, rows_n)],
         words=[len(t.split()) for t in said])
@@ -211,7 +211,7 @@ def bench_reflect(reflect, n_per_row=1, limit=None, png=None, name="reflect"):
         grid(np.stack([arrays(firsts[show]), last[show]], 1).reshape(-1, SIDE, SIDE, 3),
              [t for i in show for t in (prompts[i], " / ".join(said[i]))], png,
              [f[i] for i in show for f in (truth, good)])
-    out = dict(images=len(looks)) | word_table(
+    out = dict(world=VERSION, images=len(looks)) | word_table(
         rows, accuracy=told, caught=told[~truth], spared=told[truth], corrected=good[~truth],
         damaged=~good[truth], score=good, format=form, words=[len(t[0].split()) for t in said])
     told = told.reshape(len(rows), -1)
@@ -244,7 +244,7 @@ def bench_answer(answer, name="vqa", n_per_row=1, limit=None, png=None):
     elif png:
         grid(torch.stack([images[i][0] for i in show]),
              [f"{questions[i]} {said[i]}" for i in show], png, right[show])
-    out = dict(answers=len(said)) | word_table(rows, accuracy=right)
+    out = dict(world=VERSION, answers=len(said)) | word_table(rows, accuracy=right)
     right = right.reshape(len(rows), -1)
     for tag, mine in by_tag(rows).items():
         out |= word_table([rows[i] for i in mine], **{tag: right[mine]})
