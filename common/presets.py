@@ -51,12 +51,12 @@ class Config:
     null_prompt: str = ""             # turn (turn), or zeros after the connector (zeros)
     null_edit: str = ""               # the prompt for edits, which keep their images
     # flow
-    world: int = 0                    # the classroom's version that stages 1 and 2 learned, or 0
     size: int = 64                    # pixels
     vae_factor: int = 4               # pixels per latent, one side
     t_dist: str = "logit-normal"      # training times: sigmoid(N(t_mean, 1)) | uniform
     t_mean: float = 0.0               # > 0 favours noisy times
     train_shift: float = 1.0          # time shift while training the flow
+    world: int = 0                    # the classroom's version that it learned; 0: not told
     sample_shift: float = 1.0
     grid: str = "uniform"             # times to step on: uniform | diffusers, see sigmas
     solver: str = "euler"             # of the ODE: euler | dpm, see dpm_step; RL steps by Euler

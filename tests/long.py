@@ -9,20 +9,12 @@ brighter, emptier (jpeg_kb), gridded (seams), full of what nobody asked for (ext
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from race import ONE_CORE, ROOT, command_of, spread, tree_of
+from race import ROOT, call, command_of, spread, tree_of
 
 COLUMNS = ("score", "extra_rate", "diversity", "brightness", "jpeg_kb", "seams")
-PARTS = 9                                                # of a run: after each one it is looked at
-
-
-def call(said, tree, *command):
-    with open(said, "a") as file:
-        subprocess.run([sys.executable, *map(str, command)], cwd=tree, check=True, stdout=file,
-                       stderr=file, env=ONE_CORE)
+LOOKS = 9                                                # at a run, evenly spaced
 
 
 def go_on(home, arm, rate, seed, steps):
@@ -30,13 +22,13 @@ def go_on(home, arm, rate, seed, steps):
     tree = tree_of(arm, home.parent.parent)
     home.parent.mkdir(parents=True, exist_ok=True)
     said = f"{home}.txt"
-    call(said, tree, *command_of(arm, rate, seed), "--steps", steps, "--eval-every", steps // PARTS,
-         "--keep", PARTS, "--no-final-bench", "--resume", "auto", "--out", home)
+    call([*command_of(arm, rate, seed), "--steps", steps, "--eval-every", steps // LOOKS, "--keep",
+          LOOKS, "--no-final-bench", "--resume", "auto", "--out", home], tree, said)
     found = {}
     for weights in sorted((home / "ckpt").glob("step_*")):
         out = home / "bench" / weights.name
         if not (out / "results.json").exists():
-            call(said, tree, "eval.py", "--init", weights, "--n", 2, "--out", out)
+            call(["eval.py", "--init", weights, "--n", 2, "--out", out], tree, said)
         found[int(weights.name[5:])] = json.loads((out / "results.json").read_text())
     return found
 

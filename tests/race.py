@@ -36,7 +36,6 @@ ARMS = {
 PATCHES = dict(guard="labs/guard.diff", moving="labs/moving.diff", dpm="labs/dpm.diff")
 MORE = dict.fromkeys(PATCHES, "grpo.py") | dict(cps="grpo.py --kind cps")    # if --arms says so
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-ONE_CORE = dict(OMP_NUM_THREADS="1") | os.environ
 SEARCHED = 100                                           # the seed of the search
 
 
@@ -75,10 +74,15 @@ def run(command, home, tree):
     if home.exists():                                    # a run that was cut short begins again
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{home}.txt", "w") as said:
-        subprocess.run([sys.executable, *command, "--out", str(home.resolve())], cwd=tree,
-                       check=True, stdout=said, stderr=said, env=ONE_CORE)
+    call([*command, "--out", home.resolve()], tree, f"{home}.txt")
     return rows_of(home)
+
+
+def call(command, tree, said):
+    """A script of ours in the folder `tree`, on one core; what it says is added to a file."""
+    with open(said, "a") as file:
+        subprocess.run([sys.executable, *map(str, command)], cwd=tree, check=True, stdout=file,
+                       stderr=file, env=dict(OMP_NUM_THREADS="1") | os.environ)
 
 
 def rows_of(home):
