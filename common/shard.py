@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.stop import fail
+from common.stop import fail, this_rank
 
 
 def share_out(model, device):
@@ -56,15 +56,18 @@ def by_kind(params):
 
 
 def whole(value):
-    """A copy of a tensor on the CPU, of a sharded one all of it; of dicts and lists of them; what
-    is none as it is. Every rank calls it."""
+    """A copy of a tensor on rank 0's CPU, of a sharded one all of it, and None on other ranks,
+    whose host has no room for as many copies; of dicts and lists of tensors; what is none as it is.
+    Every rank calls it."""
     if isinstance(value, dict):
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [*map(whole, value)]
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return None if this_rank() else value.to("cpu", copy=True)
+    return value
 
 
 def local(tensor):

@@ -6,8 +6,14 @@ import shutil
 import pytest
 import ranks
 import tiny
+import torch
 from safetensors.torch import load_file
 from test_reflect import teach
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from common.run import setup
+from common.shard import whole
 
 
 FLAGS = ["--steps", 4, "--eval-every", 2, "--batch", 4]
@@ -91,6 +97,18 @@ def test_what_cannot_be_shared_is_refused(parts, tmp_path):
     with pytest.raises(SystemExit, match="torchrun"):
         tiny.play(parts, tmp_path / "x", "--shard")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_saved_is_copied_on_one_rank(tmp_path):
+    """A host has no room for as many copies as it has GPUs."""
+    def held():
+        rank, _, _ = setup()
+        part = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+        got = whole(dict(part=part, more=[torch.ones(2)], step=3))
+        assert got["step"] == 3 and part.to_local().tolist() == [[0, 1], [2, 3]][rank]
+        assert [got["part"], *got["more"]] == [None, None] if rank else (
+            got["part"].tolist() == [0, 1, 2, 3] and got["more"][0].tolist() == [1, 1])
+    ranks.together(2, held, tmp_path / "said")
 
 
 def test_going_on_with_what_others_have_saved(photos, tmp_path):
