@@ -215,7 +215,8 @@ def to_rgb(image):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    image.load()                                         # now, while its file is open
+    return image if image.mode == "RGB" else image.convert("RGB")        # which copies its own kind
 
 
 def bucket(width, height, cfg):
