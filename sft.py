@@ -7,50 +7,39 @@ cannot suffer, or learns by a LoRA, as DeepGen's (--vlm-lora-rank 64).
     python sft.py --init data/shapes/sft --lr 2e-4  # the control of every RL run: just more of it
     python sft.py --init data/shapes/sft --task cot --steps 900 --lr 2e-4 --out out/sft-cot
                                                     # a cold start: the DiT learns to heed words
-    python sft.py --task reward --out out/reward --lr 1e-3  # a judge of edits: --reward edit_model
     torchrun --nproc-per-node 8 sft.py ...          # one process per GPU
 """
 
-import copy
 import math
-import random
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from peft import inject_adapter_in_model
 
-from data.shapes.edits import scored_edit
 from data.shapes.looks import CURVES, preview, what_to_show
-from rewards.edit import EditReward, read_scored, spearman
 from common.cache import cache_latents
 from common.checkpoint import Trained, save_weights
 from common.flags import DATA, HUB, FlowFlags, flag, must_exist, parse
 from common.flow import condition, count_tokens, lm_loss, train_times
 from common.layouts import columns_of
 from common.presets import PRESETS, REFS, preset, reference_ways
-from common.data import Broken, mixture
-from common.read import UNREADABLE, read_image, to_bucket
+from common.data import mixture
 from common.record import Recorder, check_out
-from common.run import (PER_SAMPLE, Finite, adamw, clip_grads, fail, key, keyed, same_start, setup,
-                        slices, sum_grads)
-from common.stop import this_rank
-from common.weights import adapter, computed_again, start_model
+from common.run import (PER_SAMPLE, Finite, adamw, clip_grads, fail, key, keyed, setup, slices,
+                        sum_grads)
+from common.weights import adapter, start_model
 from model import Unified
 
 
 @dataclass
 class Args(FlowFlags):
     task: str = flag("flow", "what is taught: flow (pictures), cot or reflect (also pictures that "
-                     "words go with), reward (a judge of edits, see train_reward)",
-                     ("flow", "cot", "reflect", "reward"), group="What matters most")
+                     "words go with)", ("flow", "cot", "reflect"), group="What matters most")
     preset: str = flag("shapes", "which model, by its name in common/presets.py", PRESETS)
     init: str = flag("out/pretrain", "a checkpoint, or the folder of a diffusers DiT or peft "
                      "LoRA; empty: the preset's own weights", HUB)
     data: str = flag("data/shapes/train", "pictures with captions, in a layout of docs/data.md: a "
-                     "folder with metadata.jsonl, of shards (.tar) ...; of task reward: jsonl of "
-                     "scored edits", DATA)
+                     "folder with metadata.jsonl, of shards (.tar) ...", DATA)
     edits: str = flag("", "edits (source, target, instruction): docs/data.md; empty: none", DATA)
     columns: str = flag("", "the data's own names of columns: caption=my_text,image=my_file",
                         columns_of)
@@ -93,143 +82,11 @@ class Args(FlowFlags):
     vae: str = flag("", "folder, or owner/repo/subfolder on the Hub; empty: the preset's own", HUB)
 
 
-SCORE_NOISE = 0.1  # standard deviation: who scores edits by the thousand wavers
-HELD_OUT = 400     # edits, at most
-
-
-def scored_edits(args):
-    """-> scored edits to learn from, None = the classroom's, made anew; and held-out ones"""
-    if args.data == Args.data:
-        if not args.preset.startswith("shapes"):
-            fail(f"preset {args.preset!r} sees photos: --task reward needs --data of its own")
-        rng = random.Random("held out")
-        return None, [scored_edit(rng) for _ in range(HELD_OUT)]
-    try:
-        rows = read_scored(args.data)
-    except (OSError, ValueError) as e:
-        fail(e)
-    if len(rows) < 20:
-        fail(f"{args.data} holds {len(rows)} scored edits: too few, a tenth is held out")
-    random.Random(0).shuffle(rows)
-    n = min(len(rows) // 10, HELD_OUT)                   # they are kept in memory
-    return rows[n:], rows[:n]
-
-
-def opened(examples, cfg, broken):
-    """Examples whose images are arrays or files -> those that can be read, with arrays, of the size
-    that the preset draws; the others are named and counted."""
-    found = []
-    for old, new, *about in examples:
-        try:
-            if not isinstance(new, np.ndarray):
-                old, new = (x.permute(1, 2, 0).numpy() for x in to_bucket(
-                    [read_image(old), read_image(new)], cfg))
-        except UNREADABLE as e:
-            broken(f"the edit {new}", e)
-            continue
-        broken.good += 1
-        found.append((old, new, *about))
-    return found
-
-
-def draw_scored(rows, n, rng, cfg, broken):
-    """n examples (source, edited, instruction, score)"""
-    if not rows:
-        return [(*e, score + rng.gauss(0, SCORE_NOISE))
-                for *e, score in (scored_edit(rng) for _ in range(n))]
-    found = []
-    while len(found) < n:
-        found += opened(rng.choices(rows, k=n - len(found)), cfg, broken)
-    return found
-
-
-def predict(model, examples):
-    """-> the model's scores (n,) of examples, whose images are arrays"""
-    olds, news, says, _ = zip(*examples)
-    return model(list(olds), list(news), list(says))
-
-
-def reward_model(args, device):
-    """An EditReward of which the head and the VLM, or a LoRA on it, learn."""
-    model = EditReward(args.vlm or preset(args.preset).vlm).requires_grad_(False)
-    model.head.requires_grad_(True)
-    torch.manual_seed(args.seed)                         # all ranks start from the same adapter
-    if args.vlm_lora_rank:
-        inject_adapter_in_model(adapter("vlm", args.vlm_lora_rank, args.vlm_lora_alpha,
-                                        args.vlm_lora_dropout), model.vlm)
-    else:
-        model.vlm.model.requires_grad_(True)
-    if args.checkpoint:
-        computed_again(model.vlm.model.language_model.layers)
-    return same_start(model.to(device))
-
-
-def save_reward(model, ema, folder, step, score=None):
-    """-> a function for rank 0 that writes the reward model's own folder, of the averaged weights
-    as they are now"""
-    if this_rank() == 0:
-        with ema.applied():
-            return partial(copy.deepcopy(model).cpu().save, folder)
-
-
-def judged(model, held, file):
-    """-> the order that the model gives to held-out edits, against that of their scores"""
-    model.eval()
-    with torch.no_grad():
-        said = torch.cat([predict(model, held[i : i + 64]).cpu() for i in range(0, len(held), 64)])
-    return dict(spearman=spearman(said.numpy(), [e[-1] for e in held]))
-
-
-def train_reward(args, rank, world, device):
-    """Skywork-EditReward (UniPic2): a VLM reads source, edited image and instruction, and learns
-    their score by regression. --data: jsonl of `source`, `edited`, `instruction`, `score`, a tenth
-    of it held out; else edits of the classroom, scored by its checker with noise. The VLM is
-    --vlm, else the preset's; it learns as a whole, or by --vlm-lora-rank."""
-    (rows, held), cfg, broken = scored_edits(args), preset(args.preset), Broken(args.data, 0.1)
-    held, model = opened(held, cfg, broken), reward_model(args, device)
-    opt = adamw(model, args)
-    trained = Trained(args, model, opt, partial(save_reward, model))
-    finite = Finite()
-    recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
-    for update in recorder.steps():
-        # 1  scored edits, and how far the model is from their scores
-        rng = random.Random(key(args.seed, update, 0))           # every rank draws alike
-        examples = draw_scored(rows, args.batch, rng, cfg, broken)[rank::world]
-        torch.manual_seed(key(args.seed, update, rank))
-        model.train()
-        score = torch.tensor([e[-1] for e in examples], device=device)           # (n,)
-        loss = 0.0
-        for i in slices(len(examples), args.micro):
-            part = (predict(model, examples[i]) - score[i]).square().sum() / args.batch
-            part.backward()
-            loss += part.detach()
-
-        # 2  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(trained.params.values()), [loss])
-        norm = clip_grads(trained.params.values())
-        ramp = min(1, (update + 1) / args.warmup)
-        for group in opt.param_groups:
-            group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * update / args.steps))
-        if finite(update, [norm], [e[2] for e in examples]):
-            opt.step()
-        opt.zero_grad(set_to_none=True)
-        trained.ema.update(update)
-
-        # 3  now and then the order it gives to held-out edits, and a place to restart
-        recorder.record(update, dict(loss=loss.item() * world),
-                        dict(grad_norm=norm, **finite.column()),
-                        [["loss"], ["grad_norm"], ["spearman"]])
-
-
-def main():
-    args = parse(Args, __doc__, "stage2")
-    rank, world, device = setup()
-    check_out(args)
+def check(args, world):
+    """Errors that a user can make, before anything is loaded or written. -> what learns, {part: its
+    LoRA or None}"""
     if args.batch % world:
         fail(f"--batch {args.batch} cannot be shared by {world} ranks")
-    if args.task == "reward":
-        return train_reward(args, rank, world, device)
-    n = args.batch // world
     cold = args.task in ("cot", "reflect")
     if cold and args.edits and args.share + args.edit_share > 1:
         fail(f"--share {args.share} and --edit-share {args.edit_share} are together at most 1")
@@ -243,6 +100,7 @@ def main():
         args.tuples = f"data/shapes/{args.task}"
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
+    must_exist(args, "data", "tuples")
     learns = {k: None for k in ("bridge", "dit") if args.train in (k, "both")}
     if args.lora_rank:
         learns["dit"] = adapter("dit", args.lora_rank, args.lora_alpha)
@@ -251,7 +109,15 @@ def main():
                                 args.vlm_lora_dropout)
     elif args.lm_loss:
         learns["vlm"] = None
-    must_exist(args, "data", "tuples")
+    return learns
+
+
+def main():
+    args = parse(Args, __doc__, "stage2")
+    rank, world, device = setup()
+    check_out(args)
+    learns = check(args, world)
+    n = args.batch // world
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, learns, rows, rows, rank, device)
     cache_latents(model, args.cache)

@@ -1,6 +1,6 @@
 """Rewards of edits: the classroom's strict checker, and a judge that learns (UniPic2's
 Skywork-EditReward): a VLM reads source, edited image and instruction; of the state after the last
-token a linear layer makes a score. sft.py --task reward trains it.
+token a linear layer makes a score. labs/edit_reward.py trains it.
 """
 
 import copy
@@ -9,15 +9,12 @@ import os
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from scipy import stats
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common.layouts import all_records, lookup, pictures_in
-from common.read import UNREADABLE, arrays, as_text, regular
+from common.read import arrays
 from common.run import fail, has_bf16, writing
 from common.weights import pretrained, read_safetensors
 from data.shapes.edits import check_edit
@@ -80,7 +77,7 @@ class EditReward(torch.nn.Module):
 @cache
 def edit_reward(folder):
     if not (Path(folder) / "head.safetensors").exists():
-        fail(f"no edit reward model at {folder}: python sft.py --task reward trains one")
+        fail(f"no edit reward model at {folder}: python labs/edit_reward.py trains one")
     return to_device(EditReward(folder))
 
 
@@ -93,30 +90,3 @@ def edit_model(images, rows):
             sources(rows, some), list(arrays(images[some])),
             [rows[i]["instruction"] for i in some]).cpu()
     return R
-
-
-def read_scored(path):
-    """jsonl of source, edited (images beside it), instruction, score -> list of examples, as
-    scored_edit's but with what read_image takes for images; a bad line raises ValueError with its
-    number."""
-    rows = []
-    for where, row, folder in all_records(path):
-        try:
-            files = [*pictures_in(lookup(row, "source"), folder),
-                     *pictures_in(lookup(row, "edited"), folder)]
-            [regular(f) for f in files if isinstance(f, Path)]
-            score = row.get("score")
-            if len(files) != 2 or type(score) not in (int, float) or not abs(score) < 1e9:
-                raise ValueError("`score` is a number, `source` and `edited` are a picture each")
-            rows.append((*files, as_text(lookup(row, "instruction"), "instruction"), score))
-        except (*UNREADABLE, LookupError) as e:
-            raise ValueError(f"{where}: not a JSON object with `source` and `edited`, files in its "
-                             f"folder, `instruction` and a number `score` ({e})") from None
-    return rows
-
-
-def spearman(a, b):
-    """Rank correlation in [-1,1]; equal values share their mean rank, 0 where all are equal."""
-    if not (np.ptp(a) and np.ptp(b)):
-        return 0.0
-    return float(stats.spearmanr(a, b).statistic)

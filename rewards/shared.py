@@ -19,7 +19,7 @@ MODELS = {  # a folder, or owner/repo on the Hub; edit to judge by another versi
     "ocr-det": "PaddlePaddle/PP-OCRv5_mobile_det_safetensors",
     "ocr-rec": "PaddlePaddle/PP-OCRv5_mobile_rec_safetensors",
     "judge": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "edit_model": "out/reward/ckpt",   # what sft.py --task reward leaves; no public one is known
+    "edit_model": "out/reward/ckpt",   # what labs/edit_reward.py leaves; no public one is known
     "clip-shapes": str(CLASSROOM / "clip"),
     "judge-shapes": str(CLASSROOM / "vlm"),
 }

@@ -26,6 +26,8 @@ import pretrain
 import reflect
 import sft
 from common.record import read_log
+from labs import edit_reward
+from rewards import scored
 
 FORK = multiprocessing.get_context("fork")
 THREE = "--steps 3 --eval-every 3".split()
@@ -33,7 +35,7 @@ FLOW = [*THREE, "--batch", 4]
 MAINS = {          # --init "": the bridge is drawn, not loaded
     "pretrain": (pretrain.main, lambda f: [*FLOW, "--init", "", "--data", f / "photos"]),
     "sft": (sft.main, lambda f: [*FLOW, "--init", "", "--data", f / "photos"]),
-    "reward": (sft.main, lambda f: [*FLOW, "--task", "reward", "--vlm", "data/shapes/vlm"]),
+    "edit_reward": (edit_reward.main, lambda f: [*FLOW, "--vlm", "data/shapes/vlm"]),
     "grpo": (grpo.main, lambda f: [*THREE, "--init", "", "--train", "both"]),
     "cycle_edit": (cycle_edit.main, lambda f: [*THREE, "--init", "", "--train", "both"]),
     "reflect": (reflect.main, lambda f: [*THREE, "--init", "", "--lr", 1e-3]),
@@ -109,7 +111,7 @@ def photos_of(parts):
 def play(folder, out, name, *flags):
     main, own = MAINS[name]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sft, "HELD_OUT", 8)
+        m.setattr(scored, "HELD_OUT", 8)
         return tiny.play(folder, out, *own(folder), *flags, main=main)
 
 
@@ -123,7 +125,7 @@ def main(folder, out):
         return start(m)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(weights_py, "same_start", remember)   # start_model's
-        m.setattr(sft, "same_start", remember)
+        m.setattr(edit_reward, "same_start", remember)
         for name in MAINS:
             play(folder, out / name, name)
             save_file({k: p.detach().clone() for k, p in built[-1].named_parameters()},

@@ -28,7 +28,7 @@ COMMANDS = {
     "sft, edits": "sft.py --init data/shapes/sft --edits data/shapes/edits --lora-rank 4",
     "sft, cot": "sft.py --init data/shapes/sft --task cot --lr 2e-4",
     "sft, reflect": "sft.py --init data/shapes/sft-edit --task reflect --lm-loss 1",
-    "sft, reward": "sft.py --task reward --batch 16",
+    "edit_reward": "labs/edit_reward.py --batch 16",
     "grpo": "grpo.py --reward geneval",
     "grpo, sana": "grpo.py --preset shapes-sana",
     "flow-grpo": f"grpo.py --recipe flow-grpo {PAPER}",

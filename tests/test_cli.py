@@ -177,7 +177,7 @@ def test_help_holds_each_text_and_default(script, monkeypatch, capsys):
             kind=KERNELS, norm=["group", "joint", "global"], refs=["vlm", "dit", "both"],
             kl=["mean", "flow-grpo", "velocity"], reverse=["auto", "yes", "no"],
             train=["lm", "dit", "both"] if script is reflect else ["dit", "bridge", "both"],
-            task=reflect.TASKS if script is reflect else ["flow", "cot", "reflect", "reward"],
+            task=reflect.TASKS if script is reflect else ["flow", "cot", "reflect"],
             bench=judges.NAMES).items():
         if name in flags:
             assert set(choices) <= set(re.findall(r"[\w-]+", flags[name])), (name, flags[name])

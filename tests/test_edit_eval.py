@@ -19,7 +19,6 @@ import data.shapes.edits as edits_py
 import data.shapes.captions as captions_py
 import benchmarks.drawing as drawing_py
 import eval as eval_py
-import sft
 from common.show import mean_and_error, show_table
 from data.shapes.edits import (KINDS, bench_edit, check_edit, edit_scene, edit_table, sample_edit,
                                scored_edit)
@@ -27,9 +26,11 @@ from data.shapes.prepare import CHAT, HERE, to_tensor, tokenizer
 from data.shapes.captions import scene_for
 from data.shapes.world import VERSION, render
 from eval import main, score
-from rewards import find
-from rewards.edit import EditReward, read_scored, spearman
+from labs import edit_reward
+from rewards import find, scored
+from rewards.edit import EditReward
 from rewards.judge import Judge
+from rewards.scored import read_scored, spearman
 from rewards.shared import MODELS, must_score
 
 
@@ -355,8 +356,8 @@ def test_spearman():
 
 
 def judge_of(parts, out, *flags):
-    return tiny.play(parts, out, "--task", "reward", "--steps", 3, "--batch", 4, "--eval-every", 2,
-                     *flags, main=sft.main)
+    return tiny.play(parts, out, "--steps", 3, "--batch", 4, "--eval-every", 2, *flags,
+                     main=edit_reward.main)
 
 
 @pytest.fixture
@@ -365,7 +366,7 @@ def eye(parts, monkeypatch):
     Qwen2_5_VLProcessor(Qwen2VLImageProcessor.from_pretrained(parts / "vlm"),
                         tokenizer("<|im_end|>"), Qwen2VLVideoProcessor(patch_size=8),
                         CHAT).save_pretrained(parts / "vlm")
-    monkeypatch.setattr(sft, "HELD_OUT", 20)
+    monkeypatch.setattr(scored, "HELD_OUT", 20)
 
 
 def test_names_of_special_tokens_are_letters_to_the_reward_model(parts, eye):
@@ -411,7 +412,7 @@ def test_train_reward(parts, eye, tmp_path, monkeypatch, rank):
     assert R.dtype == torch.float32 and R.std() > 0.02
 
     # Stopped after two of three updates and resumed: the same weights.
-    with tiny.killed_at(sft, "scored_edit", 20 + 2 * 4):
+    with tiny.killed_at(scored, "scored_edit", 20 + 2 * 4):
         judge_of(parts, tmp_path / "again", *flags)
     judge_of(parts, tmp_path / "again", *flags, "--resume")
     again = load_file(tmp_path / "again/ckpt/model.safetensors")
@@ -437,7 +438,7 @@ def test_reward_of_a_file(parts, eye, tmp_path):
         assert words in complaint(judge_of, parts, tmp_path / f"bad{i}", "--data", file)
         assert not (tmp_path / f"bad{i}").exists()
     file.write_text(json.dumps(rows[0]) + "\n")
-    for flags, words in [(["--data", file], "too few"), (["--task", "rewards"], "reflect, reward"),
+    for flags, words in [(["--data", file], "too few"), (["--preset", "deepgen"], "--data"),
                          (["--data", tmp_path / "none"], "must be a file")]:
         assert words in complaint(judge_of, parts, tmp_path / "bad", *flags)
 
@@ -445,7 +446,7 @@ def test_reward_of_a_file(parts, eye, tmp_path):
 def test_no_model_of_edits(monkeypatch, tmp_path):
     monkeypatch.setitem(MODELS, "edit_model", str(tmp_path))
     images, metas = batch(1)
-    assert "sft.py --task reward" in complaint(find("edit_model"), images, metas)
+    assert "labs/edit_reward.py" in complaint(find("edit_model"), images, metas)
 
 
 def test_it_reads_all_three():

@@ -25,15 +25,14 @@ from common.run import one_line
 import cycle_edit
 import reflect
 import sample
-import sft
 from common.data import Broken, pairs
 from common.presets import Config, preset
 from common.read import (FORMATS, MOST_TEXT, UNREADABLE, as_text, inside, lines, raw_records,
                          read_image, record)
 from data.shapes.edits import source_picture
-from rewards.edit import read_scored
 from rewards.ocr import wanted_text
 from rewards.prompts import read_prompts
+from rewards.scored import opened, read_scored
 from test_cli import complaint
 
 CFG = Config(mmdit=tiny.MMDIT)
@@ -71,7 +70,7 @@ def pool(path):
 
 
 def scored(path):
-    return sft.opened(read_scored(path), CFG, Broken(path, 0))
+    return opened(read_scored(path), CFG, Broken(path, 0))
 
 
 READERS = dict(

@@ -15,6 +15,7 @@ import common.weights as weights_py
 import pretrain
 import sft
 from common.presets import Config
+from labs import edit_reward
 
 ONE = ["--steps", 1, "--eval-every", 1, "--ema", 0]
 TASKS = {name: (name, []) for name in ranks.MAINS} | {
@@ -51,7 +52,7 @@ def gradients(photos, out, script, flags):
             found.append([p.grad.clone() for p in params])
         return summed
     with pytest.MonkeyPatch.context() as m:
-        for module in (rl_py, pretrain, sft):
+        for module in (rl_py, pretrain, sft, edit_reward):
             m.setattr(module, "sum_grads", keep(module.sum_grads))
         ranks.play(photos, out, script, *ONE, *flags)
     return [g for update in found for g in update]
@@ -70,7 +71,7 @@ def test_gradients_are_equal(photos, tmp_path, again, task):
         assert len(parts) == len(whole)
         for a, b in zip(parts, whole):
             assert (a - b).abs().max() <= 1e-6 * max(1, most), more
-    assert again["vlm" if task in ("reward", "reflect") else "dit"]
+    assert again["vlm" if task in ("edit_reward", "reflect") else "dit"]
     assert again["vlm"] or script in ("grpo", "cycle_edit")
 
 

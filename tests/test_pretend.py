@@ -34,7 +34,9 @@ import sample
 import sft
 from common.checkpoint import save_checkpoint
 from common.sana import SanaDiT
+from labs import edit_reward
 from model import Unified
+from rewards import scored
 
 # name: script, its flags. Words in capitals are files and folders; a name's first word may be that
 # of the folder of another model.
@@ -71,7 +73,7 @@ RUNS = {
     "sft, thoughts": (sft, "--task cot --data PHOTOS --tuples COT --share 1 --lm-loss 0.3"),
     "sft, critiques": (sft, "--task reflect --data PHOTOS --tuples REFLECT --share 1 --lm-loss 0.3 "
                             "--checkpoint"),
-    "sft, reward": (sft, "--task reward --vlm data/shapes/vlm"),
+    "edit_reward": (edit_reward, "--vlm data/shapes/vlm"),
 }
 
 # Where the host waits for the GPU in steps 2 and 4 of grpo.py's loop, how often in an iteration of
@@ -112,10 +114,10 @@ def play(homes, out, name, *more, bf16=True):
     script, flags = RUNS[name]
     flags = [homes[word] if word in homes and word.isupper() else word for word in flags.split()]
     own = "--B 2 --G 2 --T 4 --window 2 --window-stop 1".split()
-    if script in (pretrain, sft):
+    if script in (pretrain, sft, edit_reward):
         own = ["--batch", 4]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sft, "HELD_OUT", 8)
+        m.setattr(scored, "HELD_OUT", 8)
         m.setattr(Unified, "draw", partialmethod(Unified.draw, steps=2))       # looks are short
         for look in ("draw_edits", "draw_thinking", "draw_reflecting"):
             m.setattr(looks_py, look, partial(getattr(looks_py, look), steps=2))

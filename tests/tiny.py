@@ -215,7 +215,8 @@ def play(folder, out, *flags, bf16=False, main=grpo.main):
         rl = {grpo.main: [*FLAGS, "--prompts", folder / "prompts.jsonl"],
               cycle_edit.main: [*FLAGS, "--data", folder / "edits.jsonl"],
               reflect.main: [*FLAGS, *first]}.get(main, [])
-        argv = ["--init", folder / "sft", "--out", out, *rl, *flags]
+        init = ["--init", folder / "sft"] if hasattr(script.Args, "init") else []
+        argv = [*init, "--out", out, *rl, *flags]
         m.setattr(sys, "argv", ["x.py", *as_recipe(script.Args, argv, recipe)])
         try:
             main()
