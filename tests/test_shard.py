@@ -16,7 +16,8 @@ from common.run import setup
 from common.shard import whole
 
 
-FLAGS = ["--steps", 4, "--eval-every", 2, "--batch", 4]
+FIVE = ["--steps", 5]
+FLAGS = [*FIVE, "--eval-every", 2, "--batch", 4]
 ANCHORED = ["--beta", 0.1, "--updates", 2, "--final-bench"]
 RL = {"grpo": ("grpo", ANCHORED), "grpo, LoRA": ("grpo", ["--lora-rank", 2, *ANCHORED]),
       "grpo, DiT alone": ("grpo", ["--train", "dit", "--ema", 0]),
@@ -79,7 +80,7 @@ def test_rows_of_reinforcement_learning(parts, talker, tmp_path, case):
     First pictures are redrawn where a rank's model says no."""
     name, flags = RL[case]
     folder = talker if case == "reflect" else parts
-    flags = ["--init", folder / "sft", *flags]
+    flags = ["--init", folder / "sft", *FIVE, *flags]
     known = []
     for world in (1, 2, 4) if case in ("grpo", "reflect") else (1, 2):
         shard = ["--shard"] if world > 1 else []
