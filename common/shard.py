@@ -25,8 +25,10 @@ def share_out(model, device):
     if not dist.is_initialized():
         fail("--shard shares out over ranks: start the script by torchrun")
     world, near = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shape = (world // near, near) if 1 < near < world else (world,)
-    mesh = init_device_mesh(device.type, shape)
+    if 1 < near < world:
+        mesh = init_device_mesh(device.type, (world // near, near), mesh_dim_names=("node", "rank"))
+    else:
+        mesh = init_device_mesh(device.type, (world,))
     for part in (model.dit, model.bridge):
         blocks = (part.transformer_blocks if part is model.dit else
                   part.connector["layers"] if hasattr(part, "connector") else ())

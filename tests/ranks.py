@@ -68,18 +68,18 @@ def child(run, said):
     return process
 
 
-def together(world, run, said):
+def together(world, run, said, near=0):
     """run() in so many ranks, children that find each other as torchrun's do, in a tenth of its
-    time. said: a folder for what they write."""
+    time. said: a folder for what they write. near: of these so many are on one node, 0: all."""
     said.mkdir(parents=True, exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
 
     def as_rank(rank):
-        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}",
-                          LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=f"{port}", OMP_NUM_THREADS="1")
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank % (near or world)}",
+                          WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{near or world}",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}", OMP_NUM_THREADS="1")
         run()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()    # os._exit leaves nothing to atexit
@@ -90,9 +90,9 @@ def together(world, run, said):
         assert process.exitcode == 0, (said / f"{rank}.txt").read_text()[-3000:]
 
 
-def rows(out, run, world=2):
-    """run() in two ranks, or `world` -> rows of the log in `out`"""
-    together(world, run, out.with_name(f"{out.name} said"))
+def rows(out, run, world=2, near=0):
+    """run() in two ranks, or `world` -> rows of the log in `out`. near: see together"""
+    together(world, run, out.with_name(f"{out.name} said"), near)
     return read_log(out)
 
 

@@ -40,9 +40,9 @@ def talker(parts, tmp_path_factory):
     return teach(parts, tmp_path_factory.mktemp("shard") / "talker")
 
 
-def run(photos, out, name, world, *flags):
-    """A script's main in so many processes -> its rows"""
-    return ranks.rows(out, lambda: ranks.play(photos, out, name, *flags), world)
+def run(photos, out, name, world, *flags, near=0):
+    """A script's main in so many processes, `near` on a node -> its rows"""
+    return ranks.rows(out, lambda: ranks.play(photos, out, name, *flags), world, near)
 
 
 def numbers(rows):
@@ -72,6 +72,20 @@ def test_rows_are_those_of_one_process(photos, tmp_path, case):
         a, b = weights(tmp_path / "one"), weights(out)
         assert a.keys() == b.keys()
         assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+
+
+@pytest.mark.parametrize("name, flags", [("sft", FLAGS), ("grpo", [*FIVE, *ANCHORED])])
+def test_nodes_have_all_parts_each(photos, tmp_path, name, flags):
+    """HSDP: two nodes of two; what they have saved a single process goes on with."""
+    more = ["--init", photos / "sft"] if name == "grpo" else []
+    one = run(photos, tmp_path / "one", name, 1, *flags, *more)
+    four = run(photos, tmp_path / "four", name, 4, *flags, *more, "--shard", near=2)
+    near(numbers(four), numbers(one))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "four")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+    six = run(photos, tmp_path / "four", name, 1, *flags, *more, "--resume", "--change", "shard",
+              "--no-shard", "--steps", 6)
+    assert len(six) == len(four) + 1
 
 
 @pytest.mark.parametrize("case", RL)
