@@ -2,14 +2,15 @@
 
     python tests/race.py                             # one core; what was run is not run again
     python tests/race.py --arms fast,nft --seeds 0   # a part of it
-    python tests/race.py --arms guard,moving,dpm,cps --rate 2e-4    # no search
+    python tests/race.py --arms guard,moving,dpm,cps --rates 2e-4
 
-Every arm is a script as users run it, from the same checkpoint, on the same prompts and reward. Its
-learning rate is the one of RATES that scores best in --search seconds at seed 100; then each seed
-has --seconds. What an update of an arm costs is measured once, in a trial of six, and says how many
-fit into these seconds; so its rate has come down to a tenth by the end, and a machine that is slow
-for a while does no arm wrong. A gain counts when two looks in a row show it. In the end the whole
-benchmark, and of the winner a control whose rewards are shuffled. Everything is kept under --out.
+Every arm is a script as users run it, from the same checkpoint, on the same prompts and reward, and
+each run has --seconds of training. The first seed is run at every rate; the one whose last looks
+score best is the arm's, and the other seeds run at that. What an update of an arm costs is measured
+once, in a trial of six, and says how many fit into these seconds; so its rate has come down to a
+tenth by the end, and a machine that is slow for a while does no arm wrong. A gain counts when two
+looks in a row show it. In the end the whole benchmark, without guidance and with what an arm was
+trained with; of the winner a control whose rewards are shuffled. Everything is kept under --out.
 """
 
 import argparse
@@ -36,8 +37,7 @@ ARMS = {
 }
 PATCHES = dict(guard="labs/guard.diff", moving="labs/moving.diff", dpm="labs/dpm.diff")
 MORE = dict.fromkeys(PATCHES, "grpo.py") | dict(cps="grpo.py --kind cps")    # if --arms says so
-RATES = (1e-4, 2e-4, 4e-4)
-SEARCHED = 100                                           # the seed of the search
+RATES = "2e-4,4e-4"
 
 
 def tree_of(arm, out):
@@ -69,20 +69,23 @@ def pace(folder, arm, more=""):
     """Seconds of an update of this arm: the median of a trial's last four, kept beside its runs."""
     trial = folder / "trial"
     if not (trial / "done").exists():
-        run([*command_of(arm, RATES[0], SEARCHED, more), "--steps", "6", "--eval-every", "1000"],
-            trial, arm)
+        run([*command_of(arm, 1e-4, 0, more), "--steps", "6", "--eval-every", "1000"], trial, arm)
         (trial / "done").touch()
     return np.median([sum(row.get(f"s_{part}", 0) for part in PARTS)
                       for row in rows_of(trial)[3:]])
 
 
 def bench(home, arm):
-    """The whole benchmark of what a run has learned, unless it is there already -> results"""
-    out = home.resolve() / "bench"
-    if not (out / "results.json").exists():
-        call(["eval.py", "--init", home.resolve() / "ckpt", "--out", out],
-             tree_of(arm, home.parent.parent), f"{home}.txt")
-    return json.loads((out / "results.json").read_text())
+    """The whole benchmark of what a run has learned, unless it is there already
+    -> {guidance: results}"""
+    found = {}
+    for guidance in {1.0, json.loads((home / "config.json").read_text())["guidance"]}:
+        out = home.resolve() / f"bench-{guidance:g}"
+        if not (out / "results.json").exists():
+            call(["eval.py", "--init", home.resolve() / "ckpt", "--guidance", guidance, "--out",
+                  out], tree_of(arm, home.parent.parent), f"{home}.txt")
+        found[guidance] = json.loads((out / "results.json").read_text())
+    return found
 
 
 def run(command, home, arm):
@@ -125,43 +128,42 @@ def spread(values, digits=3):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seconds", type=float, default=900, help="of training, for each seed")
-    p.add_argument("--search", type=float, default=150, help="of training, for each rate")
+    p.add_argument("--seconds", type=float, default=900, help="of training, for each run")
     p.add_argument("--arms", default=",".join(ARMS))
+    p.add_argument("--rates", default=RATES, help="learning rates; with a single one no control")
     p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--rate", type=float, help="for all: no search, no control")
     p.add_argument("--more", default="", help="flags of every run, such as '--B 32'")
     p.add_argument("--out", type=Path, default=Path("out/race"))
     a = p.parse_args()
-    seeds, table = [int(seed) for seed in a.seeds.split(",")], {}
+    seeds, rates = a.seeds.split(","), [float(rate) for rate in a.rates.split(",")]
+
+    def played(arm, rate, seed):
+        home = a.out / arm / f"{rate:g}-{seed}"
+        return home, play(home, arm, rate, seed, a.seconds, a.more)
+    means = {}
     for arm in a.arms.split(","):
-        found = {}
-        for rate in () if a.rate else RATES:
-            rows = play(a.out / arm / f"search-{rate:g}", arm, rate, SEARCHED, a.search, a.more)
-            found[rate] = late(rows)
-            print(f"{arm} at {rate:g}: {found[rate]:.3f}", flush=True)
-        best = a.rate or max(found, key=found.get)
-        results, curves = [], []
-        for seed in seeds:
-            home = a.out / arm / f"seed-{seed}"
-            curves.append(curve(play(home, arm, best, seed, a.seconds, a.more),
-                                pace(home.parent, arm, a.more)))
-            results.append(bench(home, arm))
-        table[arm] = score = np.mean([r["score"] for r in results])
-        print(f"| {arm} | {best:g} | {spread([r['score'] for r in results])} | "
-              f"{spread([r['unseen']['score'] for r in results])} | "
-              f"{spread([r['extra_rate'] for r in results])} | "
-              f"{spread([r['diversity'] for r in results])} | "
-              f"{pace(a.out / arm, arm):.1f} | "
-              + " | ".join(spread([reached(c, g) for c in curves], 0) for g in GAINS)
-              + " |", flush=True)
-        if score == max(table.values()):
-            winner = arm, best
-    arm, rate = winner
-    for seed in () if a.rate else seeds:
+        found = {rate: late(played(arm, rate, seeds[0])[1]) for rate in rates}
+        rate = max(found, key=found.get)
+        print(f"{arm}: " + ", ".join(f"{score:.3f} at {r:g}" for r, score in found.items()))
+        runs = [played(arm, rate, seed) for seed in seeds]
+        each = pace(a.out / arm, arm, a.more)
+        curves = [curve(rows, each) for _, rows in runs]
+        gains = [spread([reached(c, gain) for c in curves], 0) for gain in GAINS]
+        benches = [bench(home, arm) for home, _ in runs]
+        for guidance in sorted(benches[0]):
+            its = [found[guidance] for found in benches]
+            print(f"| {arm}, guidance {guidance:g} | {rate:g} | "
+                  f"{spread([r['score'] for r in its])} | "
+                  f"{spread([r['unseen']['score'] for r in its])} | "
+                  f"{spread([r['extra_rate'] for r in its])} | "
+                  f"{spread([r['diversity'] for r in its])} | {each:.1f} | "
+                  + " | ".join(gains) + " |", flush=True)
+        means[arm] = np.mean([found[1]["score"] for found in benches]), rate
+    arm = max(means, key=means.get)
+    for seed in seeds if len(rates) > 1 else ():
         home = a.out / arm / f"shuffled-{seed}"
-        play(home, arm, rate, seed, a.seconds, a.more + " --shuffle")
-        after = bench(home, arm)
+        play(home, arm, means[arm][1], seed, a.seconds, a.more + " --shuffle")
+        after = bench(home, arm)[1]
         print(f"{arm}, rewards shuffled, seed {seed}: {after['score']:.3f} ± "
               f"{after['score_se']:.3f}", flush=True)
 
