@@ -8,6 +8,7 @@ before an iteration (`gather`), ranks compute alone, and their gradients are add
 not."""
 
 import os
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +25,8 @@ def share_out(model, device):
     outside of their module, stay whole. Of several nodes each has all parts (HSDP). -> model"""
     if not dist.is_initialized():
         fail("--shard shares out over ranks: start the script by torchrun")
+    # A Linear's output is a view; the warning is of writing into it, which nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     world, near = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if 1 < near < world:
         mesh = init_device_mesh(device.type, (world // near, near), mesh_dim_names=("node", "rank"))
