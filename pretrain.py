@@ -7,7 +7,6 @@ Only the bridge and its query tokens learn (DeepGen section 3.2, stage 1; OpenUn
     torchrun --nproc-per-node 8 pretrain.py ...     # one process per GPU
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,8 +20,7 @@ from common.layouts import columns_of
 from common.presets import PRESETS, REFS, reference_ways
 from common.data import mixture
 from common.record import Recorder, check_out
-from common.run import (PER_SAMPLE, Finite, adamw, clip_grads, fail, key, keyed, setup, slices,
-                        sum_grads)
+from common.run import PER_SAMPLE, Finite, adamw, descend, fail, key, keyed, setup, slices
 from common.weights import start_model
 from data.shapes.looks import CURVES, preview, what_to_show
 from model import Unified
@@ -75,8 +73,7 @@ def main():
     rows = args.micro or n                               # images per backward
     model = start_model(Unified, args, dict(bridge=None), rows, rows, rank, device)
     cache_latents(model, args.cache)
-    opt = adamw(model, args)
-    trained = Trained(args, model, opt, partial(save_weights, model))
+    trained = Trained(args, model, adamw(model, args), partial(save_weights, model))
     cfg, finite = model.cfg, Finite()
     if args.edits:
         reference_ways(cfg, model.dit)
@@ -114,15 +111,7 @@ def main():
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0
-        sum_grads(list(trained.params.values()), [loss])
-        norm = clip_grads(trained.params.values())
-        ramp = min(1, (step + 1) / args.warmup)
-        for group in opt.param_groups:
-            group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))
-        if finite(step, [norm], prompts):
-            opt.step()
-        opt.zero_grad(set_to_none=True)
-        trained.ema.update(step)
+        norm = descend(trained, finite, args, step, loss, prompts)
 
         # 5  one row per step; a look at the pictures and a place to restart, now and then
         name = {(0, 0): "loss", (1, 0): "edit_loss", (0, 1): "cot_loss", (1, 1): "reflect_loss"}[

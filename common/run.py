@@ -244,6 +244,22 @@ class Finite:
         return dict(skipped=skipped) if skipped else {}
 
 
+def descend(trained, finite, args, step, loss, told):
+    """One step by the gradients summed over ranks: the rate warms up and then falls as a cosine to
+    a 25th. Where loss or gradient are not finite it is left out; told: what the batch was of, for
+    the message then. The average follows. -> the gradient's norm before it was clipped"""
+    sum_grads(list(trained.params.values()), [loss])
+    norm = clip_grads(trained.params.values())
+    ramp = min(1, (step + 1) / args.warmup)
+    for group in trained.opt.param_groups:
+        group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))
+    if finite(step, [norm], told):
+        trained.opt.step()
+    trained.opt.zero_grad(set_to_none=True)
+    trained.ema.update(step)
+    return norm
+
+
 # The `index` of key: sample n's are PER_SAMPLE n, its initial noise, and those behind it, the noise
 # on its steps; from OF_PAIRS on, two for each pair of a fine-tuning loss; OF_LDAM is LDAM's. What
 # all ranks draw alike, such as the prompts, has 0.

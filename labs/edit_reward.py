@@ -16,7 +16,6 @@ pictures to draw, flow matching and guidance.
 """
 
 import copy
-import math
 import random
 import sys
 from functools import partial
@@ -32,8 +31,8 @@ from common.data import Broken  # noqa: E402
 from common.flags import DATA, flag, fork, parse  # noqa: E402
 from common.presets import preset  # noqa: E402
 from common.record import Recorder, check_out  # noqa: E402
-from common.run import (Finite, adamw, clip_grads, fail, key, same_start, setup,  # noqa: E402
-                        slices, sum_grads)
+from common.run import (Finite, adamw, descend, fail, key, same_start, setup,  # noqa: E402
+                        slices)
 from common.stop import this_rank  # noqa: E402
 from common.weights import adapter, computed_again  # noqa: E402
 from rewards.edit import EditReward  # noqa: E402
@@ -98,8 +97,7 @@ def main():
     cfg, broken = preset(args.preset), Broken(args.data, 0.1)
     rows, held = scored_edits(args.data, args.preset)
     held, model = opened(held, cfg, broken), reward_model(args, device)
-    opt = adamw(model, args)
-    trained = Trained(args, model, opt, partial(save_reward, model))
+    trained = Trained(args, model, adamw(model, args), partial(save_reward, model))
     finite = Finite()
     recorder = Recorder(args, rank, trained, partial(judged, model, held), "spearman", first=False)
     for step in recorder.steps():
@@ -116,15 +114,7 @@ def main():
             loss += part.detach()
 
         # 2  one step, warm-up then cosine down to a 25th; the average follows
-        sum_grads(list(trained.params.values()), [loss])
-        norm = clip_grads(trained.params.values())
-        ramp = min(1, (step + 1) / args.warmup)
-        for group in opt.param_groups:
-            group["lr"] = args.lr * ramp * (0.52 + 0.48 * math.cos(math.pi * step / args.steps))
-        if finite(step, [norm], [e[2] for e in examples]):
-            opt.step()
-        opt.zero_grad(set_to_none=True)
-        trained.ema.update(step)
+        norm = descend(trained, finite, args, step, loss, [e[2] for e in examples])
 
         # 3  now and then the order that it gives to held-out edits, and a place to restart
         recorder.record(step, dict(loss=loss.item() * world),

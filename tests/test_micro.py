@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import common.layers as layers_py
 import common.rl as rl_py
+import common.run as run_py
 import common.weights as weights_py
-import pretrain
-import sft
 from common.presets import Config
-from labs import edit_reward
 
 ONE = ["--steps", 1, "--eval-every", 1, "--ema", 0]
 TASKS = {name: (name, []) for name in ranks.MAINS} | {
@@ -52,7 +50,7 @@ def gradients(photos, out, script, flags):
             found.append([p.grad.clone() for p in params])
         return summed
     with pytest.MonkeyPatch.context() as m:
-        for module in (rl_py, pretrain, sft, edit_reward):
+        for module in (rl_py, run_py):
             m.setattr(module, "sum_grads", keep(module.sum_grads))
         ranks.play(photos, out, script, *ONE, *flags)
     return [g for update in found for g in update]

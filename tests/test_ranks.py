@@ -15,6 +15,7 @@ from test_cli import complaint
 
 import common.presets as presets_py
 import common.rl as rl_py
+import common.run as run_py
 import common.weights as weights_py
 import model as ours
 from common.checkpoint import Ema
@@ -131,10 +132,10 @@ def weights(out):
 
 def play(photos, out, name, *flags, **patches):
     script = sys.modules[ranks.MAINS[name][0].__module__]
-    script = script if hasattr(script, "sum_grads") else rl_py           # of RL: see Optimiser
+    home = run_py if hasattr(script, "descend") else rl_py               # of RL: see Optimiser
     with pytest.MonkeyPatch.context() as m:
         for where, value in patches.items():
-            m.setattr(script if where == "sum_grads" else torch.optim.AdamW, where, value)
+            m.setattr(home if where == "sum_grads" else torch.optim.AdamW, where, value)
         return ranks.play(photos, out, name, *flags)
 
 
