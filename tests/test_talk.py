@@ -210,7 +210,7 @@ def test_loss_of_words(parts, tmp_path, model):
 
 def test_cold_starts_refuse(parts, tmp_path):
     both = ["--edits", tmp_path, "--share", 0.6]
-    for flags, words in ((["--task", "think"], "there are: flow, cot, reflect, reward"),
+    for flags, words in ((["--task", "think"], "there are: flow, cot, reflect"),
                          (["--task", "cot", "--share", 1.2], "--share 1.2: must be a number in"),
                          (["--task", "cot", *both], "together at most 1"),
                          (["--lm-loss", 1.0], "belong to --task cot or reflect"),
