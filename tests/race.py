@@ -10,7 +10,8 @@ score best is the arm's, and the other seeds run at that. What an update of an a
 once, in a trial of six, and says how many fit into these seconds; so its rate has come down to a
 tenth by the end, and a machine that is slow for a while does no arm wrong. A gain counts when two
 looks in a row show it. In the end the whole benchmark, without guidance and with what an arm was
-trained with; of the winner a control whose rewards are shuffled. Everything is kept under --out.
+trained with; of the winner a control whose rewards are shuffled. Everything is kept under --out,
+and the curves in race.png there.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from bench import GAINS, PARTS, reached
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 ARMS = {
@@ -117,6 +119,21 @@ def late(rows):
     return float(np.mean([row["score"] for row in rows if "score" in row][-3:]))
 
 
+def draw(path, curves):
+    """curves {arm: [curve of a seed, ...]} -> a picture: thin lines are seeds, thick ones their
+    means, since seeds of an arm look at the same updates."""
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (arm, its) in enumerate(curves.items()):
+        x, y = np.array(its).transpose(2, 0, 1)                          # (seeds,looks)
+        axes.plot(x.T, y.T, color=f"C{i}", alpha=0.3, linewidth=0.8)
+        axes.plot(x[0], y.mean(0), color=f"C{i}", linewidth=2, label=arm)
+    axes.set(xlabel="seconds of training", ylabel="held-out score (flow-grpo with its guidance)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def spread(values, digits=3):
     values = [v for v in values if v is not None]
     if not values:
@@ -140,14 +157,15 @@ def main():
     def played(arm, rate, seed):
         home = a.out / arm / f"{rate:g}-{seed}"
         return home, play(home, arm, rate, seed, a.seconds, a.more)
-    means = {}
+    means, all_curves = {}, {}
     for arm in a.arms.split(","):
         found = {rate: late(played(arm, rate, seeds[0])[1]) for rate in rates}
         rate = max(found, key=found.get)
         print(f"{arm}: " + ", ".join(f"{score:.3f} at {r:g}" for r, score in found.items()))
         runs = [played(arm, rate, seed) for seed in seeds]
         each = pace(a.out / arm, arm, a.more)
-        curves = [curve(rows, each) for _, rows in runs]
+        curves = all_curves[arm] = [curve(rows, each) for _, rows in runs]
+        draw(a.out / "race.png", all_curves)
         gains = [spread([reached(c, gain) for c in curves], 0) for gain in GAINS]
         benches = [bench(home, arm) for home, _ in runs]
         for guidance in sorted(benches[0]):
