@@ -28,7 +28,7 @@ from common.layouts import all_records, lookup
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
 from common.read import as_text, record
 from common.record import Recorder
-from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window,
+from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup
 from common.show import grid, spread
@@ -67,18 +67,19 @@ class Args(RunFlags):
     data: str = flag("data/shapes/prompts/edit_train.jsonl",
                      "jsonl of sources and instructions, or a folder with metadata.jsonl", FILE)
     out: str = flag("out/cycle", "folder of the run")
-    steps: int = flag(150, "updates", "[1, 1e7]")
-    B: int = flag(8, "sources per update, over all ranks", "[1, 10000]")
+    steps: int = flag(150, "iterations: a rollout and what is learned from it", "[1, 1e7]")
+    B: int = flag(8, "sources per iteration, over all ranks", "[1, 10000]")
     G: int = flag(8, "edits per source: the group", "[2, 1000]")
-    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
+    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+                     "[0, 10]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T",
                   "[1, 1000]", group="Sampling and exploration")
     grid: str = flag("", "times of the rollout: {}; empty: the preset's", GRIDS, setting=True)
     window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
-    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
-    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    window_start: int = flag(0, "earliest first step of the window", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "latest first step; it is drawn anew each iteration", "[0, 1000]")
     kind: str = flag("flow", "kernel of the random steps: {}", KERNELS)
     eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
@@ -121,7 +122,7 @@ class Args(RunFlags):
     shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
-    eval_every: int = flag(20, "updates between quick scores on held-out edits", "[1, 1e7]",
+    eval_every: int = flag(20, "iterations between quick scores on held-out edits", "[1, 1e7]",
                            group="Evaluation")
     eval_data: str = flag("", "held-out edits of photos, as --data; empty: none, no score", FILE)
     eval_T: int = flag(10, "ODE steps of an edit", "[1, 1000]")
@@ -332,7 +333,7 @@ def main():
         scores = score_both(drawn, edits, weights, judge)                        # values (N,K)
         scored = check_scored(scores, args.max_failed, step, args.data)
         if args.shuffle:
-            scores.values = scores.values[torch.randperm(len(edits), generator=rng)]
+            deal_out(scores, rng)
         advantage = group_advantage(scores.values, scores.weights, G, args.norm)     # (N,), mean 0
         if args.norm == "group":
             advantage = batch_score(advantage)
@@ -341,13 +342,13 @@ def main():
 
         # 4  climb the clipped surrogate over both windows. An update takes its share of the
         #    samples, drawn over all ranks
-        share = torch.randperm(args.B * G, generator=rng)[samples] % args.updates      # (N,)
+        turn = torch.randperm(args.B * G, generator=rng)[samples] % args.updates       # (N,)
         total = len(paths) * args.B * G * args.window / args.updates
         seen = [[] for _ in range(args.updates)]
         for update in range(args.updates):
             if update and "bridge" in learns:            # the bridge has learned: encode once more
                 legs = [encode(model, args, learns, *inputs) for inputs in asked]
-            chosen = kept[share[kept] == update].to(device)
+            chosen = kept[turn[kept] == update].to(device)
             for leg, path in enumerate(paths) if len(chosen) else ():
                 leaf = legs[leg].leaf()                  # where micro-batches add their gradients
                 owner = chosen * len(asked[leg][0]) // len(edits)        # chosen // G, or chosen

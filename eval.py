@@ -35,7 +35,7 @@ from common.page import write_page
 from common.presets import PRESETS, SOLVERS
 from common.read import named, parse_json, read_json
 from common.rl import must_be_drawn
-from common.run import all_mean, fail, one_line, setup, slices, write
+from common.run import all_mean, category_of, fail, one_line, setup, slices, write
 from common.show import grid, show_table
 from common.stop import stopping, this_rank
 from common.weights import slim
@@ -72,8 +72,8 @@ class Scores:
     @staticmethod
     def cat(parts):
         """Scores by the same rewards, of one part of the images after another."""
-        answers = {name: sum((s.answers.get(name, []) for s in parts), []) for name in
-                   parts[0].names}
+        judged = {name for s in parts for name in s.answers}
+        answers = {name: sum((s.answers.get(name, []) for s in parts), []) for name in judged}
         return Scores(torch.cat([s.values for s in parts]), torch.cat([s.weights for s in parts]),
                       parts[0].names, answers, next((s.error for s in parts if s.error), ""))
 
@@ -110,14 +110,20 @@ def read_weights(text, short=()):
     for name, mix in dict(short).items():                # whole names: edit_judge is no judge
         mixes = {k: re.sub(rf"(^|,)(\s*){name}(?=\s*(?:[:,]|$))", rf"\1\2{mix}", str(m))
                  for k, m in mixes.items()}
-    return {kind: parse_weights(str(m))["*"] for kind, m in mixes.items()}
+    weights = {kind: parse_weights(str(m))["*"] for kind, m in mixes.items()}
+    names = {}                                           # in the log -> in the mixes
+    for name in (name for mix in weights.values() for name in mix):
+        if names.setdefault(column_of(name), name) != name:
+            raise ValueError(f"rewards {names[column_of(name)]!r} and {name!r} have one name in "
+                             "the log: give a function another")
+    return weights
 
 
 def weights_of(row, weights):
-    """{name: weight} for a row of this category (its `category`, or its `tag`)."""
-    category = row.get("category", row.get("tag"))
+    """{name: weight} for a row of this category."""
+    category = category_of(row)
     if category not in weights and "*" not in weights:
-        raise ValueError(f"no reward weights for category {category!r}, and no '*'")
+        raise ValueError(f"no mix for prompts of category {category!r}, and no '*'")
     return weights.get(category, weights.get("*"))
 
 
@@ -126,9 +132,8 @@ def must_be_mixed(rows, weights, reward):
     for row in rows:
         try:
             weights_of(row, weights)
-        except ValueError:
-            fail(f"{reward} has no mix for prompts of category "
-                 f"{row.get('category', row.get('tag'))!r}, and no '*'")
+        except ValueError as e:
+            fail(f"{reward}: {e}")
 
 
 def score(images, rows, weights, judge=None):
@@ -157,7 +162,7 @@ def score(images, rows, weights, judge=None):
             out.error = asked.error or out.error
         else:
             values = reward(*inputs)
-        values = torch.as_tensor(values, dtype=torch.float32)
+        values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
         if values.shape != (len(some),):
             fail(f"reward {names[k]!r} returned {tuple(values.shape)} for {len(some)} images: it "
                  "must return one number for each")
@@ -202,9 +207,12 @@ def check_scored(scores, most, step, where):
 
 
 def held_out_score(scores):
-    """-> dict(score=...), the weighted mean of the rewards that could be had; {} without any"""
+    """-> dict(score=...), the weighted mean of the rewards that could be had, in which what weighs
+    less than 0 counts against an image; {} without any"""
     W = scores.weights * ~scores.values.isnan()
-    return dict(score=((scores.values.nan_to_num() * W).sum() / W.sum()).item()) if W.any() else {}
+    if not W.any():
+        return {}
+    return dict(score=((scores.values.nan_to_num() * W).sum() / W.abs().sum()).item())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +272,8 @@ def must_be_held_out(rows, file, trained, where, same=lambda row: row["prompt"])
 
 
 def sixteen(rows):
-    """At most so many of them, evenly spaced, so that every tag is there."""
+    """At most so many of them, evenly spaced: of a file in the order of its tags, each tag that has
+    a sixteenth of it."""
     n = min(16, len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 
@@ -304,7 +313,7 @@ def preview_of(model, args, prompts, held, weights, judge, rank):
     if rank == 0 and photos and not held:
         print("no held-out prompts: pictures are of training ones; --eval-prompts FILE names some")
     rows = (held or prompts[:16]) if photos else None
-    return partial(preview_pictures, model, args, rows, held and weights, judge)
+    return partial(preview_pictures, model, args, rows, weights if held else None, judge)
 
 
 def bench_pictures(model, args, png):

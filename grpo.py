@@ -27,9 +27,9 @@ from common.flags import DATA, FILE, HUB, RunFlags, flag, parse, read_flag
 from common.layouts import columns_of
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS
 from common.record import Recorder
-from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, disagreeing, draw_rows,
-                       draw_steps, draw_window, fine_tune, latent_numbers, ldam_layers, noise_keys,
-                       ratio_stats, read_mix, set_up, wants_final_bench)
+from common.rl import (Anchor, Clock, Ldam, batch_std, check_flags, deal_out, disagreeing,
+                       draw_rows, draw_steps, draw_window, fine_tune, latent_numbers, ldam_layers,
+                       noise_keys, ratio_stats, read_mix, set_up, wants_final_bench)
 from common.run import all_mean, key, keyed, setup
 from common.weights import swapped
 from eval import (before_and_after, bench_pictures, check_prompts, check_scored,
@@ -56,19 +56,20 @@ class Args(RunFlags):
                        ".json of such by category")
     prompts: str = flag("data/shapes/prompts/train.jsonl", "jsonl (GenEval's), or .txt", FILE)
     out: str = flag("out/grpo", "folder of the run")
-    steps: int = flag(150, "updates", "[1, 1e7]")
-    B: int = flag(16, "prompts per update, over all ranks", "[1, 10000]")
+    steps: int = flag(150, "iterations: a rollout and what is learned from it", "[1, 1e7]")
+    B: int = flag(16, "prompts per iteration, over all ranks", "[1, 10000]")
     G: int = flag(8, "images per prompt: the group", "[2, 1000]")
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T", "[1, 1000]")
     window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
     eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
-    lr: float = flag(2e-4, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
-    eval_every: int = flag(20, "updates between quick scores on held-out prompts", "[1, 1e7]")
+    lr: float = flag(2e-4, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+                     "[0, 10]")
+    eval_every: int = flag(20, "iterations between quick scores on held-out prompts", "[1, 1e7]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
     kind: str = flag("flow", "kernel of the random steps: {}", KERNELS, group="Sampling")
-    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
-    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    window_start: int = flag(0, "earliest first step of the window", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "latest first step; it is drawn anew each iteration", "[0, 1000]")
     guidance: float = flag(1.0, "weight of the prompt in rollout and update; 1: off", "[0, 100]")
     grid: str = flag("", "times: {}; empty: the preset's", GRIDS, setting=True)
     shared_noise: bool = flag(True, "a group starts from one initial noise", setting=True)
@@ -109,7 +110,7 @@ class Args(RunFlags):
 
     micro: int = flag(64, "rows of the window per backward; 0: all. The gradients are equal",
                       "[0, 1e6]", group="Memory and speed")
-    checkpoint: bool = flag(False, "less memory: the DiT is computed again in the backward pass")
+    checkpoint: bool = flag(False, "less memory: the backward pass computes again what learns")
     shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
@@ -164,16 +165,16 @@ def batch_score(advantage):
 
 
 def surrogate(model, branches, owner, path, advantage, times, total, args, anchor=None,
-              steps=None):
+              window_steps=None):
     """The clipped objective (Flow-GRPO eq. 5); calls backward, once per micro-batch.
 
-    branches: conditions; owner (n,) says which one image b was drawn for. path: the images'
+    branches: conditions; owner (n,): which of them an image was drawn for. path: the images'
     Trajectory, window w; advantage (n,). The sum over rows is divided by the fixed global `total`:
-    neither micro-batches, ranks nor dropped groups change the gradient. steps: of the window, which
-    are trained, default all. -> (rows,2): each row's ratio and KL.
+    neither micro-batches, ranks nor dropped groups change the gradient. window_steps: which of the
+    window's are trained, default all. -> (rows,2): each row's ratio and KL.
 
     With one update per rollout the ratio is 1 and the clip cannot bind; it is for --updates 2."""
-    step = partial(sde_step, eta=args.eta, kind=args.kind)
+    kernel = partial(sde_step, eta=args.eta, kind=args.kind)
     device = advantage.device
     w, n = path.logp.shape
     # Fold the window into the batch: row (k, b) is step window[k] of image b.
@@ -187,18 +188,18 @@ def surrogate(model, branches, owner, path, advantage, times, total, args, ancho
     owner = owner.repeat(w)
     advantage = advantage.repeat(w)
     rows = torch.arange(w * n, device=device).view(w, n)
-    rows = rows[steps or slice(None)].flatten()
+    rows = rows[window_steps or slice(None)].flatten()
     seen = []
     for i in rows.split(args.micro or w * n):
         v = model.velocity(x[i], t[i], branches.rows(owner[i]))
-        _, logp, mean, std = step(v, x[i], t[i], s[i], x_next=x_next[i])
+        _, logp, mean, std = kernel(v, x[i], t[i], s[i], x_next=x_next[i])
         ratio = (logp - old[i]).exp()                                            # 1 at first
         clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
         gain = torch.min(ratio * advantage[i], clipped * advantage[i])
         loss = -gain.sum() / total   # Departs from Flow-GRPO, which divides by what is kept
         kl = torch.zeros_like(ratio)
         if anchor:
-            kl = anchor.kl(model, step, owner[i], x[i], t[i], s[i], v, mean, std)
+            kl = anchor.kl(model, kernel, owner[i], x[i], t[i], s[i], v, mean, std)
             loss = loss + anchor.beta * kl.sum() / total
         loss.backward()
         seen.append(torch.stack([ratio, kl], 1).detach())
@@ -214,10 +215,10 @@ def check(args, world):
     return weights, read_flag(args, "mix", read_mix), ldam_layers(args, weights)
 
 
-def encode(model, prompts, args, learns, noise=None):
+def encode(model, prompts, args, learns, layer_noise=None):
     """The conditions of B prompts, with gradient if the bridge learns. -> Branches"""
     with torch.set_grad_enabled("bridge" in learns):
-        cond = model.encode(prompts, layer_noise=noise)
+        cond = model.encode(prompts, layer_noise=layer_noise)
         return model.guided(cond, args.guidance)
 
 
@@ -241,7 +242,7 @@ def main():
                      optimiser.position.get("sft"), columns=args.columns)
         optimiser.data["sft"] = data
     ldam = Ldam(args, layers, model.cfg.layers)
-    noise = ldam.resumed(args.out, optimiser.start) if args.ldam else None
+    layer_noise = ldam.resumed(args.out, optimiser.start) if args.ldam else None
     preview = preview_of(model, args, prompts, held, weights, judge, rank)
     recorder = Recorder(args, rank, optimiser, preview)   # after all that can fail
 
@@ -260,18 +261,18 @@ def main():
         batch = batch[first : first + B]
         window = draw_window(args, rng)
         asked = [row["prompt"] for row in batch]
-        branches = encode(model, asked, args, learns, noise)
+        branches = encode(model, asked, args, learns, layer_noise)
         leaf = branches.leaf()           # a copy on which the micro-batches' gradients add up
         anchor = None
         if args.beta:
             own = leaf                   # the initial policy's conditions: as the bridge was
             if "bridge" in learns:
                 with swapped(model, initial):
-                    own = encode(model, asked, args, (), noise)
+                    own = encode(model, asked, args, (), layer_noise)
             anchor = Anchor(initial, own, args.beta, args.kl)
 
         # 2  roll out: Euler steps, except in the window, which steps at random
-        rows = [row | dict(group=i) for i, row in enumerate(batch)]
+        rows = [row | dict(group=i) for i, row in enumerate(batch)]      # some rewards compare one
         rows = [row for row in rows for _ in range(G)]                   # N = B G
         keys = noise_keys(args, step, samples, G)
         if args.judge_url:               # at once with step 3: an endpoint judges what is there
@@ -288,8 +289,7 @@ def main():
             scores = score(images, rows, weights, judge)                 # values (N,K)
         scored = check_scored(scores, args.max_failed, step, args.prompts)
         if args.shuffle:
-            order = torch.randperm(len(rows), generator=rng)
-            scores.values = scores.values[order]
+            deal_out(scores, rng)
         advantage = group_advantage(scores.values, scores.weights, G, args.norm)
         if args.norm == "group":
             advantage = batch_score(advantage)                           # (N,), mean 0
@@ -298,24 +298,24 @@ def main():
 
         # 4  climb the clipped surrogate. As in Flow-GRPO, an update takes its share of the images,
         #    drawn over all ranks
-        share = torch.randperm(args.B * G, generator=rng)[samples]
-        share = share % args.updates                                     # (N,)
-        steps = draw_steps(args, rng)
-        total = args.B * G * len(steps) / args.updates
+        order = torch.randperm(args.B * G, generator=rng)[samples]
+        turn = order % args.updates                                      # (N,)
+        window_steps = draw_steps(args, rng)
+        total = args.B * G * len(window_steps) / args.updates
         total = total / (1 - args.sft)                   # --sft has the rest
         advantage = advantage.to(device)
         seen = []
         taught = {}
         for update in range(args.updates):
             if update and "bridge" in learns:            # the bridge has learned: encode once more
-                branches = encode(model, asked, args, learns, noise)
+                branches = encode(model, asked, args, learns, layer_noise)
                 leaf = branches.leaf()
             seen.append([])
-            chosen = kept[share[kept] == update].to(device)
+            chosen = kept[turn[kept] == update].to(device)
             if len(chosen):
                 ratios = surrogate(
                     model, leaf, chosen // G, path.rows(chosen), advantage[chosen], times, total,
-                    args, anchor, steps)
+                    args, anchor, window_steps)
                 seen[update].append(ratios)
                 branches.pull(leaf)                      # into the bridge, if that learns
             if args.sft:
@@ -327,13 +327,13 @@ def main():
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
         if args.ldam:
-            taught["ldam"] = noise is not None
+            taught["ldam"] = layer_noise is not None
         stats = ratio_stats(seen, args.clip, D, args.beta)
         stats = stats | taught | dict(kept=len(kept) / len(rows))
         columns = scored | norms | optimiser.finite.column() | clock.row()
         row = recorder.record(step, stats, columns, CURVES)
         if args.ldam:
-            noise = ldam.after(row)                      # that the next iteration's bridge sees
+            layer_noise = ldam.after(row)                # that the next iteration's bridge sees
 
     if wants_final_bench(args):
         before_and_after(args, optimiser, recorder.out, bench_pictures)

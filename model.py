@@ -171,7 +171,8 @@ class Block(nn.Module):
 #     context_dim, pooled_dim       of the condition; pooled_dim 0: no summary of the prompt
 #     width                         of its tokens, for the memory plan
 #     most_refs                     reference latents a sample may have: 0, 1 or None = any number
-#     joint                         is the context part of its sequence? For the memory plan
+#     joint                         is the context part of its sequence? For the memory plan; True
+#                                   where it says nothing
 # docs/forking.md makes one of a diffusers transformer.
 
 
@@ -322,7 +323,7 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     t, s = (per_sample(a, x).view(-1, *[1] * (x.ndim - 1)) for a in (t, t_next))     # (B,1,1,1)
     d = t - s
     # Departs from eq. 9 and 15, which divide by 1-t = 0 at pure noise: there, and only in the
-    # divisor, t_next stands for t. Anything nearer to 1 explodes (10 steps: .9931 gives -2.55 x).
+    # divisor, t_next stands for t. With .9931, eta .7 and a first step of .1 x would become -2.55 x.
     room = 1 - torch.where(t < 1, t, s)
     if kind == "flow":
         g2 = eta**2 * t / room                                                       # g^2
@@ -330,9 +331,9 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
         std = (g2 * d).sqrt()
     elif kind == "unirl":
         # UniRL-Zero's eq. 1 has the v term's sign slipped; eq. 15 (its dt = -d < 0) is right.
-        D = d * eta**2 / 2
-        mean = x * (1 - D / room) - v * (d + D)
-        std = (2 * D * t / room).sqrt()
+        half = d * eta**2 / 2
+        mean = x * (1 - half / room) - v * (d + half)
+        std = (2 * half * t / room).sqrt()
     elif kind == "dance":
         mean = x - v * d - eta**2 * d / (2 * t) * (x + (1 - t) * v)
         std = eta * d.sqrt()
@@ -458,6 +459,7 @@ class Bridge(nn.Module):
         for name in ("meta_queries", "edit_queries") if cfg.edit_queries else ("meta_queries",):
             queries = torch.randn(cfg.n_query, cfg.vlm_dim) * cfg.vlm_dim**-0.5
             self.register_parameter(name, nn.Parameter(queries))
+        # DeepGen's names. 1: to the connector's width; 2: to the summary; 3: to the context
         self.projector_1 = nn.Identity() if d == D else nn.Linear(d, D)
         self.connector = nn.ModuleDict(dict(layers=nn.ModuleList(
             ConnectorLayer(D, cfg.c_ff, cfg.c_heads, cfg.c_style) for _ in range(cfg.c_layers))))
@@ -484,7 +486,8 @@ class Bridge(nn.Module):
             h = torch.cat([hidden[i] for i in cfg.layers])                       # (layers*B,L,d)
         else:
             h = hidden[-1]                                                       # (B,L,d)
-        lengths = lengths * (len(h) // B)
+        layers = len(h) // B                               # of lim, one after another; else 1
+        lengths = list(lengths) * layers                   # the same B lengths once more for each
         if cfg.keep == "query":                            # the last n_query tokens of each row
             at = torch.tensor([[n - cfg.n_query + i for i in range(cfg.n_query)] for n in lengths])
             at = at.to(h.device, non_blocking=True)[..., None]
@@ -645,11 +648,12 @@ class Unified(nn.Module):
         return cond, logp
 
     def tasks(self, prompts, images, task):
-        """Of each row; a null has none but to draw: an edit's where there are images (or only the
-        DiT is shown them), else T2I's"""
-        return [task if p is not None or images is None and task == "edit" else
-                "edit" if images is not None and len(images[b]) else "t2i"
-                for b, p in enumerate(prompts)]
+        """The task of each row. With a prompt it is `task`. A null (None) is only drawn from: as an
+        edit if its row has images (or if only the DiT is shown some: images None), else as T2I"""
+        def of_null(b):
+            edits = task == "edit" if images is None else len(images[b])
+            return "edit" if edits else "t2i"
+        return [of_null(b) if p is None else task for b, p in enumerate(prompts)]
 
     def sequence(self, prompts, images, task, words=None, queries=True):
         """What the VLM is to read: per row the chat, its `words` and the queries -> embeddings
@@ -932,19 +936,19 @@ class Trajectory:
 
 @torch.no_grad()
 def rollout(model, branches, times, window, keys, eta, kind="flow", shared=False):
-    """Draws N images for B conditions, N / B for each, in a row. -> Trajectory
+    """Draws N images for B conditions, G = N / B for each, in a row. -> Trajectory
 
     Steps of `window` add noise (sde_step); all others are Euler's. times: T+1 floats, 1 ... 0. keys
     (N): (initial noise, noise on the steps). shared: the images of one condition start from one
     noise; they are one image until the window tells them apart, and cost one forward."""
-    images = len(keys) // len(branches[0][1].ctx)                    # of one condition
-    copies = images if shared else 1                                 # of one image, at the window
-    x = model.noise([initial for initial, _ in keys[::copies]])                  # (N/copies,C,H,W)
-    branches, xs, logps = branches.repeat(images // copies), [], []
+    G = len(keys) // len(branches[0][1].ctx)             # images of one condition
+    same = G if shared else 1                            # images that are one until the window
+    x = model.noise([initial for initial, _ in keys[::same]])                    # (N/same,C,H,W)
+    branches, xs, logps = branches.repeat(G // same), [], []
     with model.autocast():                               # weights are cast once, not at each step
         for k, (t, s) in enumerate(zip(times, times[1:])):
             if k == window[0]:
-                x, branches = x.repeat_interleave(copies, 0), branches.repeat(copies)  # (N,C,H,W)
+                x, branches = x.repeat_interleave(same, 0), branches.repeat(same)      # (N,C,H,W)
                 xs.append(x)
             v = model.velocity(x, t, branches)
             if k in window:

@@ -36,7 +36,7 @@ from common.layouts import all_records, lookup
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
 from common.read import as_text, to_bucket
 from common.record import Recorder
-from common.rl import (Anchor, Clock, check_flags, disagreeing, draw_rows, draw_window,
+from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, must_be_drawn, noise_keys, ratio_stats, read_mix, set_up,
                        wants_final_bench)
 from common.run import PER_SAMPLE, fail, key, keyed, setup, slices
@@ -98,10 +98,11 @@ class Args(RunFlags):
     train: str = flag("both", "what learns: lm (by its tokens), dit (by its steps), or both and "
                       "the bridge between", TRAIN["reflect"])
     out: str = flag("out/reflect", "folder of the run")
-    steps: int = flag(200, "updates", "[1, 1e7]")
-    B: int = flag(128, "rows per update, over all ranks", "[1, 10000]")
+    steps: int = flag(200, "iterations: a rollout and what is learned from it", "[1, 1e7]")
+    B: int = flag(128, "rows per iteration, over all ranks", "[1, 10000]")
     G: int = flag(8, "samples per row: the group", "[2, 1000]")
-    lr: float = flag(8e-5, "peak rate of AdamW, after 5 updates; then down to a tenth", "[0, 10]")
+    lr: float = flag(8e-5, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+                     "[0, 10]")
     lm_lr: float = flag(7e-4, "as --lr, of the language model", "[0, 10]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
@@ -131,8 +132,8 @@ class Args(RunFlags):
                   "[1, 1000]", group="Sampling and exploration")
     grid: str = flag("", "times of the rollout: {}; empty: the preset's", GRIDS, setting=True)
     window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
-    window_start: int = flag(0, "first step at which a window may start", "[0, 1000]", setting=True)
-    window_stop: int = flag(3, "last step where a window may start, drawn anew", "[0, 1000]")
+    window_start: int = flag(0, "earliest first step of the window", "[0, 1000]", setting=True)
+    window_stop: int = flag(3, "latest first step; it is drawn anew each iteration", "[0, 1000]")
     kind: str = flag("flow", "kernel of the random steps: {}", KERNELS)
     eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
     shared_noise: bool = flag(True, "one initial noise per group: its members differ by actions",
@@ -173,7 +174,7 @@ class Args(RunFlags):
     shard: bool = flag(False, "each rank keeps a part of AdamW's state and of the average (FSDP2)")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
 
-    eval_every: int = flag(20, "updates between quick scores on held-out pictures", "[1, 1e7]",
+    eval_every: int = flag(20, "iterations between quick scores on held-out pictures", "[1, 1e7]",
                            group="Evaluation")
     eval_data: str = flag("", "held-out rows of photos, as --data; empty: none, and no score", FILE)
     eval_T: int = flag(10, "ODE steps of a drawing", "[1, 1000]")
@@ -571,11 +572,8 @@ def main():
         # 4  score words and pictures; compare a sample with the G of its row
         scores = score_samples(args, asked, words, says, able, images, weights, judge)  # (N M,K)
         scored = check_scored(scores, args.max_failed, step, args.data)
-        if args.shuffle:                                 # among those that have as many rewards
-            allowed = torch.tensor(able).repeat_interleave(M)
-            for some in (allowed.nonzero()[:, 0], (~allowed).nonzero()[:, 0]):
-                order = torch.randperm(len(some), generator=rng)
-                scores.values[some] = scores.values[some[order]]
+        if args.shuffle:
+            deal_out(scores, rng)
         advantage = group_advantage(scores.values, scores.weights, G * M, args.norm)
         if args.norm == "group":
             advantage = batch_score(advantage)
@@ -589,7 +587,7 @@ def main():
 
         # 5  climb both clipped surrogates. An update takes its share of the samples, drawn over all
         #    ranks; in the first every ratio is 1
-        share = torch.randperm(args.B * G, generator=rng)[samples] % args.updates      # (N,)
+        turn = torch.randperm(args.B * G, generator=rng)[samples] % args.updates       # (N,)
         weight = args.updates / args.B / (               # of a token: all groups are equal
             words.mask.view(B, -1).sum(1).repeat_interleave(G))                  # (N,)
         # A sample that might draw and does not gives no gradient, but counts.
@@ -597,7 +595,7 @@ def main():
         total = most * G * M * args.window / args.updates
         seen, spoken = ([[] for _ in range(args.updates)] for _ in range(2))
         for update in range(args.updates):
-            chosen = kept[share[kept] == update].tolist()
+            chosen = kept[turn[kept] == update].tolist()
             drew = [n for n in chosen if n in place]
             only_said = [n for n in chosen if speaks and n not in place]
             parts = [(drew[i], True) for i in slices(len(drew), args.micro)] if drew else []

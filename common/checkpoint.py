@@ -153,9 +153,12 @@ class Ema:
         # Without a decay the average is the weights themselves, and no copy of them
         self.mean = {k: p.detach().clone() if decay else p.detach() for k, p in params.items()}
 
-    @torch.no_grad()
     def update(self, step):
-        d = min(self.decay, (1 + step) / (10 + step))
+        self.follow(min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def follow(self, d):
+        """It keeps the share d of itself."""
         if d:
             mean, now = ([*map(local, x.values())] for x in (self.mean, self.params))
             torch._foreach_lerp_(mean, now, 1 - d)

@@ -343,7 +343,7 @@ def write_page(out):
     write(out / "index.html", page.replace("{{data}}", text, 1))
 
 
-def look(out, *curves):
-    """What is rewritten at each look. curves: panels of curves.png."""
+def redraw(out, *curves):
+    """curves.png and index.html anew, at each look. curves: panels of the first."""
     plot(out, *curves)
     write_page(out)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_about
 from common.data import all_positions
 from common.flags import can_hold, read_flag, script, settings_of
-from common.page import look
+from common.page import redraw
 from common.run import all_mean, check_ranks, fail, write
 from common.stop import SIGNALS, as_a_wish, at_once, end, heed, received, this_rank
 from common.track import Tracker, check_track
@@ -124,10 +124,15 @@ class Recorder:
         """trained: see Trained; preview(file for a picture) -> metrics of what is held out, `score`
         the main one; first: is there a look before the first update? Every rank makes one, after
         all that can fail."""
-        self.args, self.rank, self.trained, self.start = args, rank, trained, trained.start
-        self.preview, self.score, self.shown, self.names = preview, score, {}, set()
-        self.stopped, self.out, self.begin, self.last = [], Path(args.out), time.time(), {}
-        self.tracker = None
+        self.args, self.rank, self.trained = args, rank, trained
+        self.preview, self.score = preview, score
+        self.out, self.tracker = Path(args.out), None
+        self.start = trained.start                       # updates done before
+        self.began = time.time()                         # as if there had been no break
+        self.shown = {}                                  # metrics of the last look
+        self.names = set()                               # of all columns
+        self.last = {}                                   # the row that a resumed run goes on from
+        self.stopped = []                                # signals received, by any rank
         stale = self.start and saved_about(self.out / "ckpt").get("step") != self.start
         all_mean([0])                                    # every rank has looked at the folder
         if rank == 0:
@@ -158,7 +163,7 @@ class Recorder:
             print(f"{self.out}/log.jsonl lacks the rows up to update {self.start}: they are lost, "
                   "the weights are not", file=sys.stderr)
         if last is not None:
-            self.begin -= last["at"]                     # the clock goes on from there
+            self.began -= last["at"]                     # the clock goes on from there
         had = settings_of(self.out)
         if not had:
             write(self.out / "config.json", json.dumps(settings, indent=1))
@@ -186,6 +191,7 @@ class Recorder:
         heed(at_once)
 
     def look(self, step):
+        """Draws what is held out, by the average, and scores it."""
         with self.trained.averaged():
             if self.rank == 0:
                 self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
@@ -206,7 +212,7 @@ class Recorder:
         -> row. Every rank calls it."""
         stats = mean_row(stats | {which: which in received for which in SIGNALS})
         self.stopped = [which for which in SIGNALS if stats.pop(which)]          # on any rank
-        row = dict(step=step + 1, at=round(time.time() - self.begin, 1), **stats, **columns)
+        row = dict(step=step + 1, at=round(time.time() - self.began, 1), **stats, **columns)
         due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.args.steps or self.stopped
         if due:
             check_ranks(self.trained.ema.params, f"after update {step + 1}")
@@ -220,7 +226,7 @@ class Recorder:
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]
             panels = [[name for name in panel if name in self.names] for panel in curves]
-            look(self.out, *filter(None, [rewards, *panels]))
+            redraw(self.out, *filter(None, [rewards, *panels]))
         self.bar.set_postfix(self.progress(row), refresh=False)
         return row
 

@@ -17,9 +17,10 @@ from common.flow import flow_loss
 from common.layers import compile_blocks
 from common.presets import preset
 from common.record import check_out, read_log
-from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_mean, clip_grads, fail, key,
-                        keyed, learning, odds, on_gpu, slices, span, sum_grads, table)
+from common.run import (OF_LDAM, OF_PAIRS, PER_SAMPLE, Finite, all_gather, all_mean, clip_grads,
+                        fail, key, keyed, learning, odds, on_gpu, slices, span, sum_grads, table)
 from common.shard import add_up, by_kind, gather, share_out
+from common.stop import this_rank
 from common.weights import adapter, in_bf16, load_model, swapped
 
 
@@ -43,6 +44,14 @@ def check_window(args, world):
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
              "noise")
+    if args.window_stop + args.window >= PER_SAMPLE:     # so many noises has a sample, see key
+        fail(f"a window of {args.window} steps starting at {args.window_stop} ends behind step "
+             f"{PER_SAMPLE - 1}, up to which steps may be random")
+    if args.eta > 1 and args.kind.startswith("cps"):
+        fail(f"--eta {args.eta:g}: --kind {args.kind} replaces all of the noise at 1, and no more")
+    if args.beta and not args.eta and args.kl != "velocity":
+        fail("--beta: without noise on the steps, --eta 0, this KL is infinite; --kl velocity is "
+             "not")
     if args.B * args.G % args.updates:
         fail(f"--B {args.B} x --G {args.G} samples cannot be shared by --updates {args.updates}")
     if getattr(args, "trained", 0) > args.window:
@@ -107,7 +116,8 @@ def latent_numbers(model):
 
 class Optimiser(Trained):
     """AdamW over what learns. Each expert, the DiT with its bridge and the language model, has its
-    own rate and is clipped by its own norm. Rates rise over 5 updates and fall linearly to a tenth.
+    own rate and is clipped by its own norm. Rates rise over 5 iterations and, from the first on,
+    fall linearly to a tenth.
     Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate."""
 
     def __init__(self, args, model):
@@ -175,6 +185,16 @@ def noise_keys(args, step, samples, group, stride=PER_SAMPLE, leg=0):
              key(args.seed, step, n * stride + leg + 1)) for n in samples]
 
 
+def deal_out(scores, rng):
+    """The control --shuffle: what the images of all ranks got, with the rewards that they were
+    asked for, is dealt out at random over them. rng: every rank's alike"""
+    every = all_gather((scores.values, scores.weights))
+    values, weights = (torch.cat(of_ranks) for of_ranks in zip(*every))          # of all ranks
+    order = torch.randperm(len(values), generator=rng)
+    mine = order[this_rank() * len(scores.values) :][: len(scores.values)]
+    scores.values, scores.weights = values[mine], weights[mine]
+
+
 def disagreeing(advantage, G):
     """-> indices of the samples whose group of G has more than one score; the rest teach nothing"""
     spread = advantage.view(-1, G).abs().amax(1) > 0
@@ -196,12 +216,11 @@ class Anchor:
     beta: float
     form: str                                   # mean, flow-grpo or velocity: --kl
 
-    def kl(self, model, step, owner, x, t, s, v, mean, std):
-        """Rows of surrogate, what the learning policy said of them -> KL (rows,). step: sde_step
-        with its kernel."""
+    def kl(self, model, kernel, owner, x, t, s, v, mean, std):
+        """Of rows of surrogate, where v, mean and std are the learning policy's -> KL (rows,)"""
         with torch.no_grad(), swapped(model, self.policy):
             v_ref = model.velocity(x, t, self.branches.rows(owner))
-            mean_ref = step(v_ref, x, t, s, x_next=x)[2]         # not where it lands: its mean
+            mean_ref = kernel(v_ref, x, t, s, x_next=x)[2]       # any x_next: so no noise is drawn
         if self.form == "velocity":       # DeepGen eq. 4; its code divides by 2 std^2
             return (v - v_ref).square().mean((1, 2, 3))
         # In closed form between Gaussians of one std, mean over D
@@ -211,9 +230,10 @@ class Anchor:
 
 def ratio_stats(seen, clip, nats, beta, prefix=""):
     """seen: for each update of the iteration a list of (rows,2), ratio and KL -> columns of the
-    log, but for those that are constant by construction: the KL without a beta, and how far the
-    ratio gets from 1 where there is one update. clip: the ratio's range; nats: how many nats of the
-    sample a unit of log-ratio is."""
+    log. ratio_off is the largest |ratio - 1| of the first update, whose policy is still the one
+    that drew: rounding alone. kl: only with a beta; the others: only with several updates, since
+    in the first the ratio is 1. clip: the ratio's range; nats: how many nats of the sample a unit
+    of log-ratio is."""
     none = torch.tensor([[1.0, 0.0]], device=next((x.device for u in seen for x in u), "cpu"))
     ratio, kl = torch.cat([x for u in seen for x in u] or [none]).T
     stats = dict(ratio_off=(torch.cat([none, *seen[0]])[:, 0] - 1).abs().max())

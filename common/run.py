@@ -260,9 +260,9 @@ def descend(trained, finite, args, step, loss, told):
     return norm
 
 
-# The `index` of key: sample n's are PER_SAMPLE n, its initial noise, and those behind it, the noise
-# on its steps; from OF_PAIRS on, two for each pair of a fine-tuning loss; OF_LDAM is LDAM's. What
-# all ranks draw alike, such as the prompts, has 0.
+# The `index` of key: sample n's are PER_SAMPLE n, its initial noise, and the 99 behind it, the
+# noise on its steps; from OF_PAIRS on, two for each pair of a fine-tuning loss; OF_LDAM is LDAM's.
+# What all ranks draw alike, such as the prompts, has 0, as has the initial noise of sample 0.
 PER_SAMPLE, OF_PAIRS, OF_LDAM = 100, 500_000, 1_000_000
 
 
@@ -306,11 +306,16 @@ def span(text):
     return range(int(first), int(last or first) + 1)
 
 
+def category_of(row):
+    """-> what --reward and --mix go by: a row's `category`, or else its `tag`"""
+    return row.get("category", row.get("tag"))
+
+
 def odds(rows, mix):
-    """The weight of each prompt in the draw, by its category (a row's `category` or `tag`; "*" is
-    every other). {"text": 3, "*": 1}: each text prompt comes three times as often as any other
-    (DeepGen's proportional sampling), whatever share of the prompts they are. -> (rows,)"""
-    kinds = [row.get("category", row.get("tag")) for row in rows]
+    """The weight of each prompt in the draw, by its category ("*" is every other). {"text": 3,
+    "*": 1}: each text prompt comes three times as often as any other (DeepGen's proportional
+    sampling), whatever share of the prompts they are. -> (rows,)"""
+    kinds = map(category_of, rows)
     return torch.tensor([float(mix.get(k, mix.get("*", 0))) for k in kinds])
 
 

@@ -34,7 +34,7 @@ from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/awm", "folder of the run", group="Advantage Weighted Matching"),
-    times=flag(3, "random times per image, at which it teaches", "[1, 1000]"),
+    times=flag(3, "random times per image, at which it teaches", "[1, 49]"),
     near=flag(0.003, "weight of the KL to the average; 0: no average, fewer forwards", "[0, 1000]"),
     most=flag(5.0, "advantages, in standard deviations, are cut off there", "(0, 1000]"),
     old=flag(0.3, "most that the average keeps of itself per update", "[0, 1)"),

@@ -7,7 +7,7 @@ from common.checkpoint import Ema
 from common.flags import parse
 from common.flow import noised
 from common.record import Recorder
-from common.rl import disagreeing, draw_rows, set_up, wants_final_bench
+from common.rl import deal_out, disagreeing, draw_rows, set_up, wants_final_bench
 from common.run import PER_SAMPLE, key, setup
 from eval import (before_and_after, bench_pictures, check_scored, preview_of, read_prompts_of,
                   score)
@@ -77,7 +77,7 @@ class Lab:
         scores = score(images, rows, self.weights, self.judge)
         scored = check_scored(scores, args.max_failed, step, args.prompts)
         if args.shuffle:
-            scores.values = scores.values[torch.randperm(len(rows), generator=rng)]
+            deal_out(scores, rng)
         advantage = group_advantage(scores.values, scores.weights, args.G, args.norm)
         if args.norm == "group":
             advantage = batch_score(advantage)
@@ -112,10 +112,16 @@ class Follower(Ema):
     def __init__(self, optimiser, most, growth):
         super().__init__(optimiser.params, most)
         self.most, self.growth = most, growth
-        for name, mean in optimiser.ema.extra.get("old", {}).items():
-            self.mean[name].copy_(mean)                  # it goes on
+        if most:                                         # else it is the weights, no copy of them
+            for name, mean in optimiser.ema.extra.get("old", {}).items():
+                self.mean[name].copy_(mean)              # it goes on
         optimiser.ema.extra = dict(old=self.mean)
+        self.decay = self.keeps(optimiser.start)
+
+    def keeps(self, updates):
+        """-> the share of itself that it keeps after so many updates"""
+        return min(self.most, self.growth * updates)
 
     def update(self, step):
-        self.decay = min(self.most, self.growth * (step + 1))
-        super().update(step)
+        self.decay = self.keeps(step + 1)
+        self.follow(self.decay)

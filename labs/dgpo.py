@@ -36,7 +36,7 @@ from labs.begin import REMOVED, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/dgpo", "folder of the run", group="Direct Group Preference Optimization"),
-    times=flag(3, "random times per group, at which it teaches", "[1, 1000]"),
+    times=flag(3, "random times per group, at which it teaches", "[1, 49]"),
     sharp=flag(100.0, "how soon a group that is preferred weighs less", "[0.001, 1e6]"),
     most=flag(5.0, "advantages, in standard deviations, are cut off there", "(0, 1000]"))
 

@@ -34,7 +34,7 @@ from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/nft", "folder of the run", group="DiffusionNFT"),
-    times=flag(3, "random times per image, at which it teaches", "[1, 1000]"),
+    times=flag(3, "random times per image, at which it teaches", "[1, 49]"),
     strength=flag(1.0, "b: how far v+ and v- lie from the old velocity", "[0.001, 1000]"),
     most=flag(5.0, "advantage, in standard deviations, from which r is 0 or 1", "[0.001, 1000]"),
     old=flag(0.5, "most that the old policy keeps of itself per update", "[0, 1)"),

@@ -218,6 +218,32 @@ def test_a_reward_that_is_not_finite_has_failed(monkeypatch):
     assert held_out_score(Scores(R[:3], W[:3], scores.names)) == {}
 
 
+def test_a_weight_below_0_counts_against():
+    """A better policy has a better score, or ckpt/best keeps the worst."""
+    R = torch.tensor([[0.2, 0.5], [0.8, 0.5]])
+    for weights, want in (([-1.0, 0.0], -0.5), ([1.0, -1.0], 0.0), ([3.0, -1.0], 0.25)):
+        W = torch.tensor([weights] * 2)
+        assert held_out_score(Scores(R, W, ["f", "g"])) == dict(score=pytest.approx(want))
+
+
+def test_a_reward_gives_no_gradient(monkeypatch):
+    weight = torch.ones((), requires_grad=True)
+    monkeypatch.setitem(REWARDS, "net", lambda images, metas: images.float().mean((1, 2, 3))
+                        * weight)
+    scores = score(torch_images([np.ones((64, 64, 3), np.uint8)] * 2), [{}] * 2,
+                   {"*": dict(net=1.0)})
+    assert scores.values.tolist() == [[1.0], [1.0]] and not scores.values.requires_grad
+
+
+def test_an_endpoint_is_at_fault_for_its_own_rewards_alone():
+    """Also where images were scored a part at a time."""
+    part = Scores(torch.tensor([[math.nan, 1.0]] * 2), torch.ones(2, 2), ["geneval", "judge"],
+                  dict(judge=[("yes", 1.0)] * 2), "http://h gave HTTP 500")
+    for scores in (part, Scores.cat([part, part])):
+        with pytest.raises(SystemExit, match="failed for 100% .* does its.jsonl hold what it"):
+            check_scored(scores, 0.5, 0, "its.jsonl")
+
+
 def mixed(seed=0):
     """Prompts of every tag in groups of two; each third image shows another prompt."""
     metas = [m for tag in [*TAGS, "text"] for m in drawn(tag, 1, seed)[0] for _ in range(2)]
@@ -416,6 +442,10 @@ def test_a_reward_of_a_users_file(tmp_path):
                         (f"geneval,{file}:geneval", "'geneval' is given twice")):
         with pytest.raises(ValueError, match=words):
             parse_weights(text)
+    (tmp_path / "other.py").write_text("def dark(images, rows):\n    return [0.0]\n")
+    with pytest.raises(ValueError, match="'.*mine.py:dark' and '.*other.py:dark' have one name"):
+        read_weights(json.dumps({"text": f"{file}:dark", "*": f"{tmp_path}/other.py:dark"}))
+    assert read_weights(json.dumps({"text": f"{file}:dark:2", "*": f"{file}:dark"}))
 
 
 def test_a_short_name_is_a_whole_name():

@@ -143,9 +143,16 @@ def test_ranks_and_micro_batches_of_main(parts, tmp_path):
         assert a["kept"] == b["kept"] == 0.75
 
 
-def test_two_ranks_give_the_curve_of_one(parts, tmp_path):
-    """Five updates, all that is logged but the time, and what was learned."""
+@pytest.mark.parametrize("dealt", [False, True])
+def test_two_ranks_give_the_curve_of_one(parts, tmp_path, dealt):
+    """Five updates, all that is logged but the time, and what was learned. dealt: rewards by
+    category are dealt out at random, so that an image gets others than it was asked for."""
     flags = ["--steps", 5, "--train", "both", "--lr", 1e-3, "--eval-every", 1]
+    if dealt:
+        file = tmp_path / "mine.py"
+        file.write_text("def later(images, rows):\n    return range(len(rows))\n")
+        reward = json.dumps({"*": "blue", "color_attr": f"{file}:later"})
+        flags += ["--shuffle", "--reward", reward]
     one = tiny.play(parts, tmp_path / "one", *flags)
     two = ranks.rows(tmp_path / "two", lambda: tiny.play(parts, tmp_path / "two", *flags))
     assert len(one) == len(two) == 6 and len({r["grad_norm"] for r in one[1:]}) == 5

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -165,6 +166,27 @@ def test_a_lora_learns_alone(parts, tmp_path, lab):
     before, after = weights(parts / "sft"), weights(tmp_path / "run/ckpt")
     assert any("lora_" in k for k in after)
     assert all(torch.equal(after[k].float(), x.float()) for k, x in before.items())
+
+
+@pytest.mark.parametrize("most, growth", [(0.0, 0.1), (0.5, 0.0), (0.9, 1.0), (0.5, 0.1)])
+def test_an_old_policy_goes_on_as_if_never_stopped(most, growth):
+    """It keeps min(most, growth x updates) of itself, before and after a restart, which leaves the
+    learned weights alone."""
+    weight, want = torch.nn.Parameter(torch.zeros(())), 0.0
+    run = SimpleNamespace(params=dict(w=weight), ema=SimpleNamespace(extra={}), start=0)
+    follower = begin.Follower(run, most, growth)
+    for step in range(6):
+        torch.nn.init.constant_(weight, step + 1)
+        follower.update(step)
+        keeps = min(most, growth * (step + 1))
+        want = keeps * want + (1 - keeps) * (step + 1)
+        saved = {name: mean.clone() for name, mean in run.ema.extra["old"].items()}
+        run = SimpleNamespace(params=dict(w=weight), ema=SimpleNamespace(extra=dict(old=saved)),
+                              start=step + 1)
+        follower = begin.Follower(run, most, growth)
+        assert weight.item() == step + 1
+        with follower.applied():
+            assert weight.item() == pytest.approx(want)
 
 
 def test_what_was_removed_is_no_flag(parts, tmp_path, capsys):
