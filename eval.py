@@ -1,4 +1,5 @@
-"""Rewards by name, and benchmarks: what one trains on and what one reports are the same functions.
+"""Rewards by name, and benchmarks. One detector reads the pictures for both: the reward geneval is
+the share of what was asked that is there, the benchmark counts all or nothing.
 
     python eval.py --bench shapes --init data/shapes/sft --out out/eval
     python eval.py --bench geneval --init out/grpo --out out/geneval    # real images: draw, score

@@ -323,7 +323,7 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     t, s = (per_sample(a, x).view(-1, *[1] * (x.ndim - 1)) for a in (t, t_next))     # (B,1,1,1)
     d = t - s
     # Departs from eq. 9 and 15, which divide by 1-t = 0 at pure noise: there, and only in the
-    # divisor, t_next stands for t. With .9931, eta .7 and a first step of .1 x would become -2.55 x.
+    # divisor, t_next stands for t. With .9931, eta .7, a first step of .1 x turns to -2.55 x.
     room = 1 - torch.where(t < 1, t, s)
     if kind == "flow":
         g2 = eta**2 * t / room                                                       # g^2

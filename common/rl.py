@@ -30,6 +30,9 @@ def check_flags(args, world, what):
     if args.B % world:
         fail(f"--B {args.B} {what} cannot be shared by {world} ranks: choose a multiple")
     check_out(args)
+    if args.final_bench and not args.preset.startswith("shapes"):
+        fail("--final-bench is of the classroom; for photos, when the run is over: eval.py --bench "
+             "geneval --init OUT --out FOLDER")
     if args.lora_rank and args.train == "bridge":
         fail("--lora-rank adapts the DiT: --train dit or both")
     if not args.judge_url and not there(args.judge, HUB):        # of an address see Judge

@@ -62,6 +62,7 @@ def complaint(run, *args):
     ("--T 120 --window-stop 97", "up to which steps may be random"),
     ("--kind cps --eta 1.5", "--kind cps replaces all of the noise at 1"),
     ("--eta 0 --beta 0.1", "this KL is infinite"),
+    ("--preset deepgen --final-bench", "--final-bench is of the classroom"),
     ("--prompts BAD", "bad.jsonl, line 2: "),
     ("--prompts NONE", "must be a file or folder that exists"),
     ("--prompts EMPTY", "holds no prompts"),
