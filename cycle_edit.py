@@ -39,7 +39,7 @@ from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
 from model import Unified, rollout, sigmas
 from rewards.judge import Judge
-from rewards.prompts import check_meta
+from rewards.prompts import check_meta, without_nulls
 from rewards.shared import must_score
 
 TRAIN = dict(dit=["dit"], bridge=["bridge"], both=["dit", "bridge"])  # --train: parts that learn
@@ -163,8 +163,8 @@ def read_edits(path):
             say = as_text(lookup(row, "instruction"), "instruction", where)
             about, captions = {}, []
             for k in ("source", "target"):
-                about = row.get(f"{k}_meta") or {}               # in the end the target's
-                check_meta(record(about))
+                about = without_nulls(record(row.get(f"{k}_meta") or {}))  # in the end the target's
+                check_meta(about)
                 caption = about.get("prompt", row.get(f"{k}_prompt", row.get(CAPTIONS[k])))
                 captions.append(caption if caption is None else as_text(caption, f"{k}_prompt"))
             about = about | row | dict(

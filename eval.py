@@ -41,11 +41,12 @@ from common.show import grid, show_table
 from common.stop import stopping, this_rank
 from common.weights import slim
 from data.shapes.bench import bench_shapes
+from data.shapes.world import COLORS, SHAPES
 from model import Trajectory, Unified, rollout
 from rewards import find
 from rewards.judge import Judge
 from rewards.photos import COCO_THRESHOLDS
-from rewards.prompts import geneval_prompts, read_prompts, write_prompts
+from rewards.prompts import COCO, geneval_prompts, read_prompts, write_prompts
 from rewards.shared import MODELS
 
 # N images, P prompts, K rewards, C H W a torch image; numpy images are (H,W,3) uint8 RGB
@@ -410,6 +411,9 @@ def check_args(args, bench, out):
         fail(f"--bench {args.bench} needs --bench-dir, its official release: {about.release}")
     if (args.detections or args.thresholds) and args.bench != "geneval":
         fail("--detections and --thresholds are of --bench geneval")
+    if args.thresholds and not args.detections and (
+            min(read_thresholds(args.thresholds)) < COCO_THRESHOLDS[0]):
+        fail(f"--thresholds below {COCO_THRESHOLDS[0]} are for --detections: ours keeps no less")
     if args.detections and not args.score_only:
         fail("--detections is of pictures that are there: --score-only FOLDER")
     if not args.score_only and not args.init and not args.preset:
@@ -430,6 +434,10 @@ def read_detections(args, shots):
         file, its = row.get("file"), row.get("detections")
         if not isinstance(file, str) or not isinstance(its, list) or not all(map(is_found, its)):
             fail(f"{where}: not {{file, detections: [{{class, score, box}}]}}")
+        if odd := {thing["class"] for thing in its} - {*COCO, *SHAPES}:
+            fail(f"{where}: {min(odd)!r} is none of GenEval's 80 names: COCO in rewards/prompts.py")
+        if odd := {thing.get("color") for thing in its} - {None, *COLORS}:
+            fail(f"{where}: color {min(map(str, odd))!r} is none of {', '.join(COLORS)}")
         found[file] = its
     for shot in shots:
         if shot.file not in found:
@@ -439,9 +447,12 @@ def read_detections(args, shots):
 
 def is_found(thing):
     """Is this what a detector finds: a class, a score and a box?"""
-    return (isinstance(thing, dict) and isinstance(thing.get("class"), str)
+    if not (isinstance(thing, dict) and isinstance(thing.get("class"), str)
             and type(thing.get("score")) in (int, float) and isinstance(thing.get("box"), list)
-            and len(thing["box"]) == 4 and all(type(x) in (int, float) for x in thing["box"]))
+            and len(thing["box"]) == 4 and all(type(x) in (int, float) for x in thing["box"])):
+        return False
+    x0, y0, x1, y1 = thing["box"]
+    return x0 < x1 and y0 < y1 and all(map(math.isfinite, thing["box"]))
 
 
 def read_items(bench, args):

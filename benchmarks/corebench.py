@@ -1,7 +1,8 @@
 """T2I-CoReBench (arXiv 2509.03516): composition and reasoning, by questions with yes or no.
 
 DeepGen reports the mean of the eight dimensions of reasoning alone, R-..., and trained on this
-benchmark's prompts: its RL list of prompts names them.
+benchmark's prompts: its RL list of prompts names them. Departs from its script for Qwen, which
+looks for a yes in the judge's thoughts as well; here it is the answer behind them.
 """
 
 from benchmarks import About

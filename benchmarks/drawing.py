@@ -62,8 +62,9 @@ class Tested:
     def recipe(self):
         """-> what a manifest says of every picture alike"""
         args, cfg = self.args, self.model.cfg
-        return dict(size=cfg.size, steps=args.steps, guidance=args.guidance, preset=cfg.preset,
-                    init=args.init, weights=weights_hash(args.init),
+        of_image = dict(image_guidance=args.image_guidance) if args.image_guidance != 1 else {}
+        return dict(size=cfg.size, steps=args.steps, guidance=args.guidance, **of_image,
+                    preset=cfg.preset, init=args.init, weights=weights_hash(args.init),
                     **given_parts(args) | dict(solver=cfg.solver, grid=cfg.grid))
 
 
@@ -112,7 +113,8 @@ def draw_all(bench, items, n, tested, out, rank, world):
     for its in files:
         seeds = tested.keys([shot.number for shot in its])
         plan.append(dict(file=its[0].file, prompt=its[0].item["prompt"],
-                         seed=seeds[0] if len(seeds) == 1 else seeds, **recipe))
+                         seed=seeds[0] if len(seeds) == 1 else seeds, **recipe,
+                         **its[0].item.get("manifest", {})))
     manifest, text = out / "manifest.jsonl", "".join(json.dumps(p) + "\n" for p in plan)
     foreign = (manifest.read_text() != text if manifest.exists() else
                any((out / p["file"]).exists() for p in plan))
@@ -157,9 +159,11 @@ def draw_shots(bench, shots, tested):
 
 
 def tiled(images):
-    """Pictures (H,W,3) -> one, which they fill from left to right, two a row"""
+    """Pictures (H,W,3) -> one, which they fill from left to right, two a row; of an odd number the
+    last place is black"""
     if len(images) == 1:
         return images[0]
+    images = [*images, np.zeros_like(images[0])] if len(images) % 2 else images
     return np.concatenate([np.concatenate(images[i : i + 2], 1) for i in range(0, len(images), 2)])
 
 

@@ -4,6 +4,7 @@ judge whose answers are kept, so that a run that was cut short asks no question 
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ def pictures_of(bench, its, folder):
 
 
 def score_all(bench, shots, folder, judge, answers, most_failed=0.0):
-    """Shots -> a row for each picture: file, id, k, tag, prompt and what its verdict says; and
-    counts, of questions, of answers that say nothing usable (unparsed), and of questions without an
-    answer. answers: the file that keeps them; most_failed: the share that may stay without one."""
+    """Shots -> a row for each picture: file, id, k, tag, item (a name of what is drawn alone),
+    prompt and what its verdict says; and counts, of questions, of answers that say nothing usable
+    (unparsed), and of questions without an answer. answers: the file that keeps them; most_failed:
+    the share that may stay without one."""
     rows, counts = [], dict(questions=0, unparsed=0, unanswered=0)
     files = by_file(shots)
     size = 8 if hasattr(bench, "measure") else 32                # files that are held at once
@@ -50,7 +52,8 @@ def score_all(bench, shots, folder, judge, answers, most_failed=0.0):
         verdicts = (bench.measure(some, images) if said is None else
                     judged(bench, some, images, said, counts))
         rows += [dict(file=shot.file, id=shot.item["id"], k=shot.k, tag=shot.item["tag"],
-                      prompt=shot.item["prompt"]) | v for shot, v in zip(some, verdicts)]
+                      item=f"{shot.item['tag']}/{shot.item['id']}", prompt=shot.item["prompt"]) | v
+                 for shot, v in zip(some, verdicts)]
     if counts["unanswered"] > most_failed * counts["questions"]:
         fail(f"{counts['unanswered']} of {counts['questions']} questions have no answer. "
              f"{judge.error} Run it again to ask these alone, or score without them: --max-failed "
@@ -67,7 +70,8 @@ def judged(bench, shots, images, said, counts):
     replies, verdicts = iter(said.to(flat)), []
     for shot, questions in zip(shots, asked):
         heard = {name: next(replies) for name in questions}
-        values = {name: None if answer is None else bench.read(shot.item, name, answer)
+        values = {name: None if answer is None else
+                  bench.read(shot.item, name, without_thoughts(answer))
                   for name, answer in heard.items()}
         counts["questions"] += len(heard)
         counts["unanswered"] += sum(answer is None for answer in heard.values())
@@ -76,6 +80,11 @@ def judged(bench, shots, images, said, counts):
         whole = len(known) == len(values) or bench.ABOUT.partial and known
         verdicts.append(bench.verdict(shot.item, known) if whole else {})
     return verdicts
+
+
+def without_thoughts(answer):
+    """-> what a judge says behind its thoughts; nothing, where it did not come to their end"""
+    return re.sub(r"(?s)^.*</think>|<think>.*", "", answer)
 
 
 def shrunk(image, longest):

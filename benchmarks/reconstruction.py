@@ -3,10 +3,11 @@ and CLIP's similarity of the two. --bench-dir is a folder of pictures of yours.
 """
 
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from benchmarks import About
@@ -21,7 +22,8 @@ ABOUT = About("{id}.png", "a picture that the model is told to keep", 0, "pictur
 
 def items(release):
     files = sorted(f for f in Path(release).rglob("*") if f.suffix.lower().strip(".") in PICTURES)
-    return [dict(id=f"{i:05d}", prompt="Keep the image unchanged.", tag="", source=file)
+    return [dict(id=f"{i:05d}", prompt="Keep the image unchanged.", tag="", source=file,
+                 manifest=dict(source=str(file.relative_to(release)), crc=crc32(file.read_bytes())))
             for i, file in enumerate(files)]
 
 
@@ -40,7 +42,7 @@ def measure(shots, images):
     out = []
     for shot, image in zip(shots, images):
         h, w = image.shape[:2]
-        source = np.array(source_of(shot.item).resize((w, h), Image.Resampling.LANCZOS))
+        source = np.array(ImageOps.fit(source_of(shot.item), (w, h), Image.Resampling.LANCZOS))
         x, y = (torch.from_numpy(i).permute(2, 0, 1) for i in (image, source))
         error = np.mean((image.astype(np.float64) - source) ** 2)
         out.append(dict(psnr=float(20 * np.log10(255 / max(error, 1e-10) ** 0.5)),
@@ -51,4 +53,4 @@ def measure(shots, images):
 
 def table(rows):
     """`score` is SSIM; `psnr` in dB."""
-    return metrics([dict(r, prompt=r["id"]) for r in rows], score="score", psnr="psnr", clip="clip")
+    return metrics(rows, score="score", psnr="psnr", clip="clip")

@@ -109,8 +109,8 @@ def records_of(release, *paths):
 
 
 def yes_or_no(item, name, answer):
-    """A `read`: an answer that has yes, or else no, behind its thoughts -> 1.0, 0.0, or None"""
-    said = set(re.findall(r"[a-z]+", answer.lower().rpartition("</think>")[2]))
+    """A `read`: an answer that has yes, or else no -> 1.0, 0.0, or None"""
+    said = set(re.findall(r"[a-z]+", answer.lower()))
     return 1.0 if "yes" in said else 0.0 if "no" in said else None
 
 

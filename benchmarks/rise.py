@@ -1,5 +1,7 @@
 """RISEBench (arXiv 2504.02826): edits that need reasoning. A picture is right where each mark that
-applies to it is 5; `score` is the share of right ones, as since the scorer was corrected in 2026.
+applies to it is the best: 5, of logic 1; `score` is the share of right ones, as since the scorer
+was corrected in 2026. Departs from it where a judge's answer gives no mark, or one of logic above
+1: there the picture is wrong, or right; here it is not scored, and counted as unparsed.
 """
 
 from benchmarks import About

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks import find
+from benchmarks import NAMES, find
 from benchmarks.judging import pictures_of
 from benchmarks.drawing import by_file
 from common.read import UNREADABLE, read_json
@@ -25,8 +25,10 @@ def has(row, column):
 
 def mean(rows, column, tags=False, scale=1.0):
     """The mean of a column over the rows that have it, and its standard error, whose units are
-    prompts. tags: the mean of tags' means instead. -> (mean, error), NaN of no row"""
-    mine = [r if tags else dict(r, tag="") for r in rows if has(r, column)]
+    items: several pictures of a prompt are one, several edits by the same words are not. tags: the
+    mean of tags' means instead. -> (mean, error), NaN of no row"""
+    mine = [dict(r, prompt=r["item"] if "item" in r else r["prompt"], tag=r["tag"] if tags else "")
+            for r in rows if has(r, column)]
     if not mine:
         return math.nan, math.nan
     m, e = mean_and_error(np.array([[float(r[column])] for r in mine]), mine)
@@ -99,8 +101,9 @@ def read_results(folder):
         results = read_json(Path(folder) / "results.json")
     except UNREADABLE as e:
         fail(f"--table {folder}: {e}; eval.py --bench ... --out {folder} makes it")
-    if not isinstance(results, dict) or "bench" not in results:
-        fail(f"--table {folder}: its results.json is not of eval.py: it names no bench")
+    if not isinstance(results, dict) or results.get("bench") not in NAMES:
+        fail(f"--table {folder}: its results.json names no benchmark that there is: "
+             + ", ".join(NAMES))
     return results
 
 

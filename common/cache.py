@@ -17,7 +17,8 @@ def cache_latents(model, folder):
     again. folder: empty, nothing is kept."""
     if not folder:
         return
-    vae = crc({k: v.cpu() for k, v in model.vae.state_dict().items()})
+    vae = crc({k: v.cpu() for k, v in model.vae.state_dict().items()} | dict(
+        scale=torch.tensor([model.vae.config.scaling_factor, model.vae_shift])))
     folder, encode = Path(folder) / f"vae-{vae:08x}", model.to_latents
     folder.mkdir(parents=True, exist_ok=True)            # check_out has looked
 
@@ -46,7 +47,7 @@ def read(file):
 
 
 def write(file, latent):
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")      # several ranks may write the same one
+    fresh = file.with_suffix(f".{os.urandom(8).hex()}.tmp")     # several runs may write the same
     with writing(file.parent):
         file.parent.mkdir(exist_ok=True)
         try:

@@ -276,7 +276,8 @@ def keep_beside(out, step, keep):
         link("best")
     if keep:
         link(f"step_{step:05d}")
-        for old in sorted(folder.glob("step_*"))[:-keep]:
+        ours = [old for old in folder.glob("step_*") if old.name[5:].isdecimal()]
+        for old in sorted(ours, key=lambda old: int(old.name[5:]))[:-keep]:
             rmtree(old)
 
 

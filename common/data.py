@@ -58,7 +58,7 @@ def pairs(folder, cfg, n, seed, rank=0, world=1, position=None, bad_share=0.1, f
         fail(f"{one_line(e)}; the classroom's: python -m data.shapes.prepare data")
     understood(data, folder, form, columns)
     return Batches(data, form, columns, cfg, seed, n, rank, world, workers,
-                   Broken(folder, bad_share), *where_it_was(position))
+                   Broken(folder, bad_share), position)
 
 
 class Batches:
@@ -66,11 +66,12 @@ class Batches:
     that pass, number in it); `position` says up to where all are done, but for those that wait for
     others of their size."""
 
-    def __init__(self, data, form, columns, cfg, seed, n, rank, world, workers, broken, start,
-                 is_done):
+    def __init__(self, data, form, columns, cfg, seed, n, rank, world, workers, broken, before):
+        """before: all_positions' of the run that this one goes on from, or None"""
         self.data, self.form, self.columns, self.cfg, self.seed = data, form, columns, cfg, seed
         self.n, self.rank, self.world, self.broken = n, rank, world, broken
-        self.position, self.start, self.is_done = None, start, is_done
+        self.position, self.before = None, before
+        self.start, self.is_done = where_it_was(before)
         self.opened = ahead(self.open, self.records(), workers, n + 2 * workers)
         self.buckets = {}                                        # {size: its places and samples}
 
@@ -86,11 +87,12 @@ class Batches:
                 if (begin + length) % self.world == self.rank:
                     if self.is_done(place):
                         whole = False
+                        self.broken.good += 1
                     else:
                         yield place, record
                 length += 1
             begin += length
-            if whole:
+            if whole and (begin >= self.world or not length):    # each rank has had its turn
                 yield None, None
 
     def open(self, item):
@@ -135,7 +137,8 @@ def all_positions(streams):
     mine = {name: batches.position for name, batches in streams.items()}
     every = all_gather(mine)
     return {name: dict(done=[its[name]["done"] for its in every],
-                       waiting=[at for its in every for at in its[name]["waiting"]])
+                       waiting=[at for its in every for at in its[name]["waiting"]],
+                       before=streams[name].before)
             for name, position in mine.items() if position}
 
 
@@ -145,10 +148,13 @@ def where_it_was(position):
     if position is None:
         return (0, 0), lambda place: False
     done, waiting = [*map(tuple, position["done"])], {*map(tuple, position["waiting"])}
+    # Other ranks than this run's may have been further: what it went on from still counts.
+    _, was_done = where_it_was(position.get("before"))
 
     def is_done(place):
         _, begin, i = place
-        return place <= done[(begin + i) % len(done)] and place not in waiting
+        return was_done(place) or (
+            place <= done[(begin + i) % len(done)] and place not in waiting)
     return min([*done, *waiting])[:2], is_done
 
 

@@ -291,7 +291,7 @@ def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
         if paper is None:
             fail(f"the paper of preset {args['preset']!r} has no {stage}: see common/presets.py")
         settle(f"preset {args['preset']!r}", paper)
-    if "recipe" in args:
+    if "recipe" in args and not known.keys() <= given.keys():    # a resumed run has them all
         values = recipe_of(args["recipe"], Args)
         without = (not_here or {}).get(args.get("task", ""), ())
         if left := [k for k in values if k in without]:
@@ -324,7 +324,7 @@ def given_parts(args):
 def settings_of(out):
     """The flags that a run goes by: those it was started with, in config.json, or those of its
     last --resume that changed some, in config_00120.json. -> {name: value}, {} of no run"""
-    files = sorted(Path(out).glob("config*.json"))
+    files = sorted(Path(out).glob("config*.json"), key=lambda f: (len(f.name), f.name))
     try:
         settings = json.loads(files[-1].read_text()) if files else {}
     except (OSError, ValueError, RecursionError):
@@ -337,7 +337,8 @@ def script():
     return Path(sys.argv[0]).name
 
 
-# These may differ from what a run was started with: they change no update.
+# These may differ from what a run was started with: they change no update, but that rates fall
+# more slowly with more --steps.
 FREE = {"out", "resume", "change", "keep", "track", "steps", "eval_every", "final_bench", "micro",
         "checkpoint", "compile", "judge_url", "max_failed"}
 FIXED = {"preset", "recipe", "task"}     # stand for many others, which a run has by now
@@ -349,6 +350,9 @@ def as_before(known, given):
     --change names, may differ. -> {name: value}"""
     out = given.get("out", known["out"].default)
     had = settings_of(out)
+    if not had and (Path(out) / "ckpt" / "optim.pt").exists():
+        fail(f"{out} has a checkpoint, but no config.json that can be read and says its flags: put "
+             "it back, or start anew in another --out")
     if had and had.pop("script", script()) != script():
         fail(f"{out} is not a run of {script()}: choose another --out")
     named = {name.strip().strip("-").replace("-", "_") for name in

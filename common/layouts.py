@@ -37,6 +37,7 @@ NAMES = {
 # What --columns can name, and our name for it.
 ROLES = dict(image="file_name", caption="prompt", **{k: k for k in (
     "source", "target", "instruction", "reasoning", "critique", "refined")})
+FILES = (".jsonl", ".json", ".csv", ".txt", ".tar", ".parquet")
 NOT_TRAINED = {"test", "val", "valid", "validation", "eval"}         # folders
 
 
@@ -75,8 +76,9 @@ def pictures_in(value, folder):
     return [io.BytesIO(value) if isinstance(value, bytes) else inside(folder, value)]
 
 
-def caption_beside(row, folder, pictures):
-    """The caption that stands in a file of its own: `annotation`, or .txt of the picture's name"""
+def caption_beside(row, folder, pictures, columns):
+    """The caption that stands in a file of its own: `annotation`, or .txt of the picture's name,
+    which has no column that --columns could name"""
     if "annotation" in row:
         file = inside(folder, row["annotation"])
     elif pictures and isinstance(pictures[-1], Path):
@@ -84,7 +86,9 @@ def caption_beside(row, folder, pictures):
     else:
         raise LookupError("no file that a caption could stand beside")
     if file.suffix == ".json":
-        return lookup(record(read_json(file)), "prompt")
+        return lookup(record(read_json(file)), "prompt", columns)
+    if "prompt" in columns:
+        raise LookupError(f"{file.name} has no fields")
     with open(regular(file), "rb") as f:
         return utf8(f.read(2**20))
 
@@ -108,7 +112,7 @@ def sample(row, folder, form, columns={}, draw=0):
                 try:
                     if name != "prompt":
                         raise e
-                    value = caption_beside(row, folder, own)
+                    value = caption_beside(row, folder, own, columns)
                 except (FileNotFoundError, LookupError):
                     raise e from None
             said.append(as_text(value, name, draw))
@@ -183,9 +187,10 @@ def unpacked(raw, form):
     row = {k: v for k, v in about.items() if k not in ours}      # which name files elsewhere
     if "txt" in raw:
         row.setdefault("txt", utf8(raw["txt"].read()))
-    for member in sorted(raw):
+    for member in sorted(raw, key=lambda member: (len(member.rpartition(".")[0]), member)):
         stem, _, ending = member.rpartition(".")
-        name = next((k for k in ours if stem.startswith(k)), None) if stem else "image"
+        its = (k for k in ours if re.fullmatch(rf"{k}_?\d*", stem))     # source, source2
+        name = next(its, None) if stem else "image"
         if ending in PICTURES and name and (stem or name not in row):
             row[name] = [*row.get(name, []), raw[member]]
     return row
@@ -232,7 +237,7 @@ def of_datasets(path, files=()):
         raise ValueError(f"{path} cannot be read as a dataset: {one_line(e)}") from None
 
     def one_pass(rng, unreadable):
-        home, stored = Path(path).parent if files else Path(path), hasattr(rows, "num_rows")
+        home, stored = Path(files[0]).parent if files else Path(path), hasattr(rows, "num_rows")
         order = rng.sample(range(len(rows)), len(rows)) if stored and rng else None
         try:
             found = ((f"{path}, row {i}", row, home) for i, row in (
@@ -252,7 +257,7 @@ def walk(folder):
     """os.walk in order, without what is hidden or held out"""
     for home, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if f[0] != "." and f.lower() not in NOT_TRAINED)
-        yield home, folders, sorted(files)
+        yield home, folders, sorted(f for f in files if f[0] != ".")
 
 
 def trained(files):
@@ -263,7 +268,8 @@ def trained(files):
 def held_in(folder, form):
     """-> Data of what lies in this very folder, or None"""
     def files(*patterns):
-        return [Path(f) for f in sorted(str(f) for p in patterns for f in folder.glob(p))]
+        return [Path(f) for f in sorted(str(f) for p in patterns for f in folder.glob(p)
+                                        if f.name[0] != ".")]
     meta, tars = files("metadata.jsonl", "metadata.csv"), files("*.tar")
     if len(meta) > 1 or meta and tars:
         raise ValueError(f"{folder} holds {meta[0].name} and {(meta[1:] or tars)[0].name}: give "
@@ -274,9 +280,8 @@ def held_in(folder, form):
         return of_datasets(folder)
     if parquet := files("*.parquet"):
         return of_datasets(folder, trained(parquet))
-    pictures = form != "prompts" and captioned(folder, lambda folder: islice(walk(folder), 1))
-    if pictures:
-        return pictures
+    if form != "prompts" and captioned(folder, lambda folder: islice(walk(folder), 1)):
+        return captioned(folder, walk)
     lists = trained(files("*.jsonl", "*.json", "*.csv", *["*.txt"] * (form == "prompts")))
     if len(lists) > 1:
         raise ValueError(f"{folder} holds {lists[0].name} and {lists[1].name}: give the file that "
@@ -291,7 +296,8 @@ def layout(path, form):
         return (shards([path], form) if ending == ".tar" else
                 of_datasets(path, [path]) if ending == ".parquet" else table([path]))
     if not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not (path.exists() or ending):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not (path.exists() or
+                                                           ending in FILES):
             return of_datasets(path)
         regular(path)
     for home in (path, path / "train", path / "data"):

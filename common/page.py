@@ -303,7 +303,10 @@ def panels_of(names):
 
 def pictures_of(folder):
     """What samples/ holds -> {series: [look]}: step_00020.png is one of series `step`."""
-    series, files = {}, sorted(folder.glob("*")) if folder.is_dir() else []
+    def order(file):
+        number = file.stem.rpartition("_")[2]
+        return int(number) if number.isdecimal() else math.inf, file.name
+    series, files = {}, sorted(folder.glob("*"), key=order) if folder.is_dir() else []
     tables = [file for file in files if file.suffix == ".md"][-KEPT:]
     for file in files:
         name, _, number = file.stem.rpartition("_")

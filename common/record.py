@@ -62,6 +62,9 @@ class Log:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"{out} belongs to a run that is at work: wait for it, or choose another --out")
+        except OSError as e:                             # not every disk can
+            print(f"{out} cannot be locked ({e.strerror}): see to it yourself that no other run "
+                  "writes there", file=sys.stderr)
 
     @staticmethod
     def of(out):
@@ -149,8 +152,9 @@ class Recorder:
         """Makes the folder this run's own, or goes on in it."""
         settings = dict(script=script(), **asdict(self.args)) | dict(resume="", change="")
         try:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            self.log = Log.of(self.out)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = Log.of(self.out)                  # first: it says that a run has the folder
+            (self.out / "samples").mkdir(exist_ok=True)
         except OSError as e:
             fail(f"--out {self.out} cannot be written to: {e.strerror}")
         if not self.args.resume and self.log.file.seek(0, os.SEEK_END):   # begun since check_out
@@ -188,6 +192,9 @@ class Recorder:
                 end(self.stopped[0], f"after update {step + 1}: saved in {self.out}/ckpt, "
                     "--resume goes on")
         self.trained.written()
+        late = all_mean([which in received for which in SIGNALS])        # on any rank
+        for which in (which for which, n in zip(SIGNALS, late) if n):
+            end(which, f"after update {self.args.steps}: saved in {self.out}/ckpt")
         heed(at_once)
 
     def look(self, step):
@@ -197,7 +204,7 @@ class Recorder:
                 self.shown = self.preview(self.out / "samples" / f"step_{step:05d}.png")
         if self.tracker:
             for file in sorted((self.out / "samples").glob(f"*_{step:05d}.png")):
-                self.tracker.picture(file.stem[:-6], file, step)
+                self.tracker.picture(file.stem.rpartition("_")[0], file, step)
 
     def write(self, row):
         """The one place where a row is logged."""

@@ -236,7 +236,7 @@ def ratio_stats(seen, clip, nats, beta, prefix=""):
     log. ratio_off is the largest |ratio - 1| of the first update, whose policy is still the one
     that drew: rounding alone. kl: only with a beta; the others: only with several updates, since
     in the first the ratio is 1. clip: the ratio's range; nats: how many nats of the sample a unit
-    of log-ratio is."""
+    of log-ratio is. Of this rank's rows: the log has the mean of the ranks."""
     none = torch.tensor([[1.0, 0.0]], device=next((x.device for u in seen for x in u), "cpu"))
     ratio, kl = torch.cat([x for u in seen for x in u] or [none]).T
     stats = dict(ratio_off=(torch.cat([none, *seen[0]])[:, 0] - 1).abs().max())

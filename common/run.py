@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import disk_usage
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,9 @@ def beside(path):
 @cache
 def load_file(path):
     """A Python file -> its module, read once."""
-    spec = spec_from_file_location(Path(path).stem, path)
-    module = module_from_spec(spec)
+    name = f"{Path(path).stem}_{crc32(path.encode()):08x}"           # no other module's
+    spec = spec_from_file_location(name, path)
+    module = sys.modules[name] = module_from_spec(spec)      # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -332,7 +334,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:    # torch's and safetensors' own
-        free = disk_usage(Path(path).parent).free / 1e6
+        home = next(p for p in Path(path).absolute().parents if p.exists())
+        free = disk_usage(home).free / 1e6
         fail(f"{path} could not be written ({first_line(e)}; {free:.0f} MB are free there): what "
              "was there before stays")
 

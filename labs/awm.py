@@ -97,8 +97,7 @@ def main():
         clock.lap("update")
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        loss, kl = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
-        stats = dict(loss=loss, kl=kl, kept=len(kept) / len(rows))
+        stats = lab.means(seen, "loss", "kl") | dict(kept=len(kept) / len(rows))
         lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 

@@ -8,7 +8,7 @@ from common.flags import parse
 from common.flow import noised
 from common.record import Recorder
 from common.rl import deal_out, disagreeing, draw_rows, set_up, wants_final_bench
-from common.run import PER_SAMPLE, key, setup
+from common.run import PER_SAMPLE, all_mean, key, setup
 from eval import (before_and_after, bench_pictures, check_scored, preview_of, read_prompts_of,
                   score)
 from grpo import CURVES, TRAIN, batch_score, group_advantage
@@ -95,6 +95,12 @@ class Lab:
             with torch.no_grad():
                 v[i] = self.model.velocity(x_t[i], t[i], branches.rows(owner[i]))
         return v
+
+    def means(self, seen, *names):
+        """seen: of each micro-batch (rows, names) -> {name: mean over the rows of all ranks}"""
+        mine = torch.cat(seen or [torch.zeros(0, len(names), device=self.device)]).double()
+        *sums, n = all_mean([*mine.sum(0), len(mine)])
+        return {name: total / max(n, 1e-9) for name, total in zip(names, sums)}
 
     def record(self, step, stats, columns):
         columns = columns | self.optimiser.finite.column()

@@ -86,15 +86,14 @@ def main():
             v = model.velocity(x_t[i], t[i], leaf.rows(owner[i]))
             loss = dgpo_loss(v, v_0[i], target[i], weight[i], G, args.sharp)      # (groups,)
             (loss.sum() / total).backward()
-            seen.append(loss.detach())
+            seen.append(loss.detach()[:, None])
         branches.pull(leaf)                              # into the bridge, if that learns
         norms = optimiser.update(step, seen, asked)
         optimiser.ema.update(step)
         clock.lap("update")
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        loss = torch.cat(seen or [torch.zeros(1)]).mean()
-        stats = dict(loss=loss, kept=len(kept) / len(rows))
+        stats = lab.means(seen, "loss") | dict(kept=len(kept) / len(rows))
         lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 

@@ -100,8 +100,7 @@ def main():
         clock.lap("update")
 
         # 5  one row per step; held-out prompts and a place to restart, now and then
-        loss, apart = torch.cat(seen or [torch.zeros(1, 2)]).mean(0).tolist()
-        stats = dict(loss=loss, apart=apart, kept=len(kept) / len(rows))
+        stats = lab.means(seen, "loss", "apart") | dict(kept=len(kept) / len(rows))
         lab.record(step, stats, scored | norms | clock.row())
     lab.finish()
 

@@ -298,8 +298,8 @@ PREFERENCE = "|".join((
     "X (?:is|looks|fits the prompt|matches the prompt)(?: clearly| much| slightly)? better"
     "(?: than (?:the other(?: one)?|Y))?",
     "i (?:prefer|choose|pick) X(?: (?:over|to) Y)?"))
-NUMBER = r"(\d+(?:\.\d+)?)(?: ?(?:/|out of) ?(\d+))?"
-SCORE = rf"\b(?:score|rating)(?: \(.*?\))?(?:: ?| is ){NUMBER}(?![\w-])"
+NUMBER = r"(\d+(?:\.\d+)?)(?: ?(?:/|\(?(?:out )?of) ?(\d+)(?:\.0)?\)?)?"
+SCORE = rf"\b(?:score|rating)(?: \(.*?\))?(?:: ?| is ){NUMBER}(?![\w%-]|[./]\d)"
 
 
 def in_the_end(answer):

@@ -108,9 +108,8 @@ def name_colors(image, things):
     model, prepare, _ = color_clip(*COLOR_CLIP)
     crops = []
     for t in things:
-        x0, y0, x1, y1 = t["box"]
         alone = np.where(t["mask"][..., None], image, np.uint8(0x99)) if "mask" in t else image
-        crops.append(prepare(Image.fromarray(alone[y0:y1, x0:x1])))
+        crops.append(prepare(Image.fromarray(alone).crop(t["box"])))
     weights = color_weights(things[0]["class"], COLOR_CLIP)
     f = F.normalize(model.encode_image(torch.stack(crops).to(weights.device)), dim=-1)
     for t, k in zip(things, (f @ weights).argmax(1).tolist()):

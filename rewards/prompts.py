@@ -82,15 +82,16 @@ def geneval_train_prompts(n=50_000):
     return [json.dumps(rows[i]) + "\n" for i in rng.permutation(n)]
 
 
-MOST_COUNT = 100                   # objects that the detector of photos can find in a picture
+MOST_COUNT = 16                    # objects of a class that the detector of photos can find
 
 
-def check_part(part, before):
-    """ValueError where one part of `include` or `exclude` is none; before: how many precede it."""
+def check_part(part, before, most):
+    """ValueError where one part of `include` or `exclude` is none; before: how many precede it;
+    most: the highest count."""
     if not isinstance(part, dict) or not isinstance(part.get("class"), str):
         raise ValueError("`include` and `exclude` are lists of objects with `class` and `count`")
-    if type(part.get("count")) is not int or not 1 <= part["count"] <= MOST_COUNT:
-        raise ValueError(f"`count` of {part['class']!r} is no whole number from 1 to {MOST_COUNT}")
+    if type(part.get("count")) is not int or not 1 <= part["count"] <= most:
+        raise ValueError(f"`count` of {part['class']!r} is no whole number from 1 to {most}")
     if part.get("color") is not None and part["color"] not in COLORS:
         raise ValueError(f"`color` of {part['class']!r} is none of {', '.join(COLORS)}")
     where = part.get("position")
@@ -99,6 +100,15 @@ def check_part(part, before):
             and type(where[1]) is int and 0 <= where[1] < before):
         raise ValueError(f"`position` of {part['class']!r} is not one of {', '.join(RELATIONS)} "
                          "and the number, from 0, of a part of `include` before it")
+
+
+def without_nulls(row):
+    """-> a row, and what it includes and excludes, without what is null: where rows differ, parquet
+    has every field in each."""
+    def some(part):
+        return {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
+    return {k: [*map(some, v)] if k in ("include", "exclude") and isinstance(v, list) else v
+            for k, v in some(row).items()}
 
 
 def check_meta(row):
@@ -112,7 +122,7 @@ def check_meta(row):
         if not isinstance(of, list):
             raise ValueError(f"`{k}` is {named(of)}, no list")
         for i, part in enumerate(of):
-            check_part(part, i if k == "include" else 0)
+            check_part(part, *((i, MOST_COUNT) if k == "include" else (0, MOST_COUNT + 1)))
     if row.get("include") == [] and not row.get("text"):
         raise ValueError("`include` asks for nothing")
     its = {part["class"] for of in parts.values() for part in of}
@@ -142,6 +152,8 @@ def prompts_of(path, columns=""):
     columns = columns_of(columns)
     for where, row, folder in all_records(path):
         try:
+            row = without_nulls(row)
+            row.pop("group", None)                       # which in training numbers the groups
             prompt = as_text(lookup(row, "prompt", columns), "prompt", where)
             if "prompt" not in row:
                 row.pop("text", None)                    # which with a prompt is a sign's letters

@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import benchmarks
 import benchmarks.drawing as drawing
+import benchmarks.judging as judging
 import benchmarks.tables as benchmarks_tables
 import common.presets as presets_py
 import eval as eval_py
@@ -34,6 +35,8 @@ import rewards.ocr as ocr_py
 import rewards.shared as shared_py
 import sample
 from benchmarks.judging import score_all
+from common.presets import Config
+from common.read import to_bucket
 from benchmarks.layers import heard
 from benchmarks.tables import joined
 from rewards.judge import Judge
@@ -405,7 +408,38 @@ def test_rule_of_cvtg(monkeypatch, tmp_path):
     assert t["ned"] == pytest.approx(sum(near) / 8) and t["clip"] == pytest.approx(0.75)
 
 
-def test_reconstruction(tmp_path):
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_pictures_in_one_file(tmp_path, n):
+    images = [np.full((4, 6, 3), 10 * i, np.uint8) for i in range(1, n + 1)]
+    Image.fromarray(drawing.tiled(images)).save(tmp_path / "a.png")
+    shots = [drawing.Shot({}, k, k, "a.png") for k in range(n)]
+    for a, b in zip(images, judging.pictures_of(None, shots, tmp_path), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_thoughts_are_no_answers(tmp_path):
+    """Neither those behind which an answer stands nor those that were cut off."""
+    for said, words in (("<think>Surely no.</think> Yes", "Yes"), ("no, yes?</think>\nNo", "No"),
+                        ("<think>I must say yes or no", ""), ("Yes", "Yes")):
+        assert judging.without_thoughts(said).strip() == words
+    said = {("a", 1): "<think>It may be no", ("a", 2): "<think>no</think> Yes", ("a", 3): "yes",
+            ("b", 1): "<think>no</think>Yes."}
+    _, _, counts = scored("dpg", tmp_path, said)
+    assert counts == dict(questions=4, unparsed=1, unanswered=0)
+
+
+def test_errors_go_by_what_is_drawn():
+    """Equal words about different pictures are not one prompt; pictures of one prompt are."""
+    rng = np.random.default_rng(0)
+    rows = [dict(tag="t", id=f"{i}", item=f"t/{i}", prompt="remove it", score=x)
+            for i, x in enumerate(rng.random(100))]
+    _, error = benchmarks_tables.mean(rows, "score")
+    assert error == pytest.approx(np.std([r["score"] for r in rows], ddof=1) / 10)
+    twice = [dict(r, k=k) for r in rows for k in range(2)]
+    assert benchmarks_tables.mean(twice, "score")[1] == pytest.approx(error)
+
+
+def test_reconstruction(tmp_path, monkeypatch):
     bench = benchmarks.find("reconstruction")
     items = bench.items(str(releases.write("reconstruction", tmp_path)))
     shots = drawing.shots_of(bench, items, 1)
@@ -414,11 +448,20 @@ def test_reconstruction(tmp_path):
              for x in same]
     for pictures, low, high in ((same, 0.9999, 1.0001), (noisy, 0.8, 0.9999), (same[1:], -1, 0.2)):
         rows = bench.measure(shots, pictures)
-        t = bench.table([dict(r, id=str(i)) for i, r in enumerate(rows)])
+        t = bench.table([dict(r, item=str(i)) for i, r in enumerate(rows)])
         assert low <= t["score"] <= high and t["clip"] <= 1.0001
     error = np.mean((same[0].astype(float) - noisy[0]) ** 2)
     assert bench.measure(shots[:1], noisy[:1])[0]["psnr"] == pytest.approx(
         10 * np.log10(255**2 / error))
+    # What the model is shown of a picture is cut to its size's shape: that, kept, is perfect.
+    monkeypatch.setattr(bench, "clip_image", lambda *_: torch.ones(1))       # knows squares alone
+    cfg = Config(mmdit=tiny.MMDIT)
+    for size in ((300, 220), (100, 160)):
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / "wide.png")
+        shown = to_bucket([Image.fromarray(noise)], cfg)[0].permute(1, 2, 0).numpy()
+        shot = drawing.Shot(dict(id="wide", source=tmp_path / "wide.png"), 0, 0, "wide.png")
+        assert bench.measure([shot], [shown])[0]["score"] == pytest.approx(1)
     a, b = np.full((32, 32, 3), 100.0), np.full((32, 32, 3), 150.0)    # flat: luminance alone
     assert bench.ssim(a, b) == pytest.approx((2 * 100 * 150 + 6.5025) / (1e4 + 22500 + 6.5025))
 
@@ -446,6 +489,10 @@ def test_tables_join_runs(run, tmp_path, capsys, monkeypatch):
     assert [line[:4] for line in said[2:6]] == ["| ru", "| --", "| a ", "| b "]
     assert f"{found[0]['score']:.3f} ± {found[0]['score_se']:.3f}" in said[4]
     (tmp_path / "c").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/results.json").write_text('{"bench": "shapes-vqa", "score": 1}')
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", str(tmp_path / "old")])
+    assert "no benchmark that there is: shapes, geneval" in complaint(eval_py.main)
     monkeypatch.setattr(sys, "argv", ["eval.py", "--table", str(tmp_path / "c")])
     assert "results.json" in complaint(eval_py.main)
 

@@ -58,6 +58,10 @@ def test_what_is_not_the_same_is_not_taken_for_it(model, cfg, tmp_path):
     cache_latents(changed, tmp_path)
     changed.to_latents(pictures(1))
     assert len([*tmp_path.rglob("*.npy")]) == 4
+    scaled = tiny.build(cfg)
+    scaled.vae.register_to_config(scaling_factor=2 * scaled.vae.config.scaling_factor)
+    cache_latents(scaled, tmp_path)
+    torch.testing.assert_close(scaled.to_latents(pictures(1)), 2 * model.to_latents(pictures(1)))
 
 
 @pytest.mark.parametrize("torn", [b"", b"\x93NUMPY", None])

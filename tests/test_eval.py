@@ -432,6 +432,11 @@ def test_a_reward_of_a_users_file(tmp_path):
     assert score(images, [{}, {}], parse_weights(f"{file}:geneval")).values.tolist() == [[0.5]] * 2
     with pytest.raises(SystemExit, match="flat' returned .* for 2 images: it must return one"):
         score(images, [{}, {}], parse_weights(f"{file}:flat"))
+    (tmp_path / "later.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Setting:\n    value: float = 0.5\n"
+        "def half(images, rows):\n    return [Setting().value] * len(rows)\n")
+    assert score(images, [{}, {}], parse_weights(f"{tmp_path}/later.py:half")).values.sum() == 1
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name\n")
     for text, words in ((f"{file}:bright", "has no 'bright'"),

@@ -636,6 +636,24 @@ def test_from_the_command_line(small, parts, tmp_path, monkeypatch, capsys):
     (tmp_path / "few.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert "has nothing of 00000/samples/0001.png" in complaint(lambda: run(
         tmp_path / "x", "--score-only", out, "--detections", tmp_path / "few.jsonl"))
+    assert "below 0.3 are for --detections" in complaint(lambda: run(
+        tmp_path / "x", "--score-only", out, "--thresholds", "0.1,0.9"))
+    thing = {"class": "cat", "score": 0.9, "box": [1.5, -2.5, 30.2, 40.7]}
+    for odd, words in (({"class": "mouse"}, "'mouse' is none of GenEval's 80 names"),
+                       ({"color": "gray"}, "color 'gray' is none of red"),
+                       ({"box": [3, 3, 3, 9]}, "not {file"),
+                       ({"box": [0, 0, "1e999", 9]}, "not {file")):
+        (tmp_path / "few.jsonl").write_text(json.dumps(
+            dict(file="a", detections=[thing | odd])).replace('"1e999"', "1e999") + "\n")
+        assert words in complaint(lambda: run(tmp_path / "x", "--score-only", out, "--detections",
+                                              tmp_path / "few.jsonl"))
+    asked = [json.loads((out / r["file"]).parents[1].joinpath("metadata.jsonl").read_text())
+             for r in rows]
+    every = [dict(r, detections=[thing | {"class": want["class"]} for want in meta["include"]])
+             for r, meta in zip(rows, asked)]            # partly outside: CLIP names colours
+    (tmp_path / "float.jsonl").write_text("".join(json.dumps(r) + "\n" for r in every))
+    assert run(tmp_path / "float", "--score-only", out, "--detections",
+               tmp_path / "float.jsonl")["images"] == 16
     (tmp_path / "few.jsonl").write_text('{"file": "a", "detections": [{"class": "cat"}]}\n')
     assert "few.jsonl, line 1: not {file" in complaint(lambda: run(
         tmp_path / "x", "--score-only", out, "--detections", tmp_path / "few.jsonl"))

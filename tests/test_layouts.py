@@ -12,11 +12,13 @@ import pytest
 import tiny
 from PIL import Image
 
+import common.layouts as layouts_py
 import cycle_edit
 import grpo
 import data.shapes.looks as looks_py
 import pretrain
 from common.data import pairs
+from common.layouts import unpacked
 from common.presets import Config
 from data.shapes.edits import bench_edit
 from rewards.prompts import read_prompts
@@ -290,6 +292,73 @@ def test_columns_of_other_names(parts, tmp_path):
     assert "no file_name or image or image_path" in complaint(lambda: pairs(folder, CFG, 2, 0))
     assert "no none among its fields my_file, my_text" in complaint(
         lambda: pairs(folder, CFG, 2, 0, columns="image=my_file,caption=none"))
+    beside = write(tmp_path / "beside", images() | {
+        f"{10 * i}.json": dict(caption="short", my_text=RED) for i in range(N)})
+    assert next(pairs(beside, CFG, 2, 0, columns="caption=my_text"))[1] == [RED] * 2
+    for home in (beside, write(tmp_path / "texts", images() | {"0.txt": RED})):
+        assert "typo" in complaint(lambda: pairs(home, CFG, 2, 0, columns="caption=typo"))
+
+
+def test_pictures_on_top_and_below(tmp_path):
+    """All are met, but for a Mac's own files beside them."""
+    names = ["a", "sub/b", "sub/deep/c", "sub/._b", "._a", "val/held"]
+    file = [*images().values()][0]
+    folder = write(tmp_path, {f"{name}.png": file if "." not in name else b"x" for name in names} |
+                   {f"{name}.txt": name for name in names})
+    data = pairs(folder, CFG, 1, 0)
+    assert {next(data)[1][0] for _ in range(6)} == {"a", "sub/b", "sub/deep/c"}
+
+
+def test_pictures_of_a_shard_by_name():
+    """In the order of their numbers, and none that only begins alike."""
+    names = ["source.png", *(f"source{i}.png" for i in range(2, 13)), "source_depth.png",
+             "target.png", "json"]
+    raw = {name: io.BytesIO(b'{"instruction": "x"}' if name == "json" else name.encode())
+           for name in sorted(names)}
+    row = unpacked(raw, "edit")
+    assert [x.getvalue().decode() for x in row["source"]] == names[:12]
+    assert [x.getvalue().decode() for x in row["target"]] == ["target.png"]
+
+
+def test_names_on_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(layouts_py, "of_datasets", lambda path, files=(): asked.append(str(path)))
+    for name in ("owner/name", "owner/Edit-1.5M"):
+        layouts_py.layout(Path(name), "edit")
+    assert asked == ["owner/name", "owner/Edit-1.5M"]
+    with pytest.raises(OSError):
+        layouts_py.layout(Path("owner/name.jsonl"), "edit")
+
+
+def test_parquet_beside_its_pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    file = [*images().values()][0]
+    folder = write(tmp_path / "rows", {"images/0.png": file})
+    datasets.Dataset.from_list([dict(file_name="images/0.png", prompt=RED)]).to_parquet(
+        folder / "metadata.parquet")
+    for path in (folder, folder / "metadata.parquet"):
+        assert next(pairs(path, CFG, 1, 0))[1] == [RED]
+
+
+def test_nulls_of_parquet_are_nothing(tmp_path):
+    """Where prompts differ, each has every field of the others, and it is null."""
+    datasets = pytest.importorskip("datasets")
+    plain = [dict(tag="colors", prompt="a red star", include=[
+                 {"class": "star", "count": 1, "color": "red"}]),
+             dict(tag="position", prompt="a star left of a ring", include=[
+                 {"class": "ring", "count": 1},
+                 {"class": "star", "count": 1, "position": ["left of", 0]}]),
+             dict(tag="counting", prompt="two stars", exclude=[{"class": "star", "count": 3}],
+                  include=[{"class": "star", "count": 2}], category="many")]
+    file = tmp_path / "prompts.parquet"
+    rows = [row | dict(category=row.get("category"), exclude=row.get("exclude"), include=[
+        {k: part.get(k) for k in ("class", "count", "color")} for part in row["include"]])
+        for row in plain]
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    for row in plain:
+        for part in row["include"]:
+            part.pop("position", None)                   # its list is of two types: no column
+    assert read_prompts(file) == plain
 
 
 def test_what_cannot_be_decided(tmp_path, monkeypatch):

@@ -99,6 +99,44 @@ def test_going_on(folder, steps, monkeypatch):
         assert sum(said.values()) == len(before) + 2 * world * (60 // world)
 
 
+def test_going_on_again(folder, monkeypatch):
+    """On fewer ranks and at once on others: what was learned before both is not learned again."""
+    four = ranks_of(folder, 4)
+    said = Counter(learned(four, 30))
+    place = place_of(four, monkeypatch)
+    for world, steps in ((1, 3), (3, 2), (2, 20)):
+        streams = ranks_of(folder, world, place)
+        said.update(learned(streams, steps))
+        place = place_of(streams, monkeypatch)
+    assert max(said.values()) - min(said.values()) <= 2
+
+
+def test_what_was_read_before_counts_as_read(tmp_path, monkeypatch, capsys):
+    """A few broken shards are a small share of all, also after a restart that passes them by."""
+    for shard in range(40):
+        with tarfile.open(tmp_path / f"{shard:02}.tar", "w") as tar:
+            for i in range(50):
+                for ending, raw in (("png", picture(0)), ("txt", b"x")):
+                    about = tarfile.TarInfo(f"{i}.{ending}")
+                    about.size = len(raw)
+                    tar.addfile(about, io.BytesIO(raw))
+    for shard in (3, 14, 25):
+        file = tmp_path / f"{shard:02}.tar"
+        file.write_bytes(file.read_bytes()[:5000])
+    streams = ranks_of(tmp_path, 1, n=8)
+    learned(streams, 260)                                # more than a pass
+    place = place_of(streams, monkeypatch)
+    assert learned(ranks_of(tmp_path, 1, place, n=8), 5) == learned(streams, 5)
+
+
+def test_fewer_pictures_than_ranks(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(0))
+        (tmp_path / f"{i}.txt").write_text(f"{i}")
+    for stream in ranks_of(tmp_path, 8, n=1):
+        assert len(next(stream)[1]) == 1
+
+
 def test_one_size_on_any_ranks(tmp_path, monkeypatch):
     """Where all are of one size, another number of ranks goes on with the same batches."""
     for i in range(N):

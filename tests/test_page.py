@@ -17,7 +17,7 @@ from PIL import Image
 from test_cli import complaint
 
 import common.page as page_py
-from common.page import health, look, plot, read_columns, write_page
+from common.page import health, plot, redraw, read_columns, write_page
 from common.track import Tracker
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
@@ -115,6 +115,18 @@ def test_the_page(tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
+def test_looks_stand_in_the_order_of_updates(tmp_path):
+    names = ["step_98000.png", "step_100000.png"]
+    out = a_run(tmp_path / "run", [row(0)], {}, names)
+    for name in (*(f"answers_{i:05}" for i in range(0, 40_000, 1000)), "before", "after"):
+        (out / "samples" / f"{name}.md").write_text(name)
+    write_page(out)
+    pictures = shown(out)[1]["pictures"]
+    assert [look["file"] for look in pictures["step"]] == names
+    assert [look["label"] for look in pictures["before and after"]] == ["before", "after"]
+    assert [look["text"] for look in pictures["answers"]][-1] == "answers_39000"
+
+
 @pytest.mark.parametrize("evil", EVIL)
 def test_text_is_never_read_as_html(tmp_path, evil):
     """Wherever a user's words stand: a flag's name and value, a column, a picture, a table."""
@@ -176,7 +188,7 @@ def test_broken_runs_have_a_page(tmp_path):
         if log is not None:
             (out / "log.jsonl").write_bytes(log)
             (out / "config.json").write_bytes(config)
-        look(out, ["loss"], ["x", "y"])
+        redraw(out, ["loss"], ["x", "y"])
         text = (out / "index.html").read_text()
         json.loads(Reader(text).texts["application/json"], parse_constant=pytest.fail)
         assert Image.open(out / "curves.png").size == (810, 288)

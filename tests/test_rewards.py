@@ -529,6 +529,9 @@ RATINGS = {
     "Rating: 1": 0.2, "Score: 4/5": 0.8, "Rating: 4 out of 5": 0.8, "**Final Score:** 3": 0.6,
     "Alignment: 5. Quality: 2. Final Score: 3": 0.6, "Alignment: 5 ... Final Score: 3": 0.6,
     "Score: 2. Score: 5": 1, "Yes, it fits. Score: 4": 0.8,
+    "Score: 3.5-4": NONE, "Score: 4/10-point scale": NONE, "score: 4 (out of 10)": NONE,
+    "Overall score is 4 of 10": NONE, "score: 4%": NONE, "4.5/5.0": 0.9, "Score: 4/5.0": 0.8,
+    "Score: 4 (out of 5)": 0.8, "Score: 4/5.5": NONE,
     "Score: 7": NONE, "Score: 5.9": NONE, "Score: 4/10": NONE, "Score: 1-5": NONE,
     "The score ranges from 1 to 5": NONE, "A score of 5 would need a cat.": NONE,
     "I would not rate it 5.": NONE, "It shows 4 circles": NONE, "4 out of 5 circles are red": NONE}

@@ -3,6 +3,7 @@ children of this process, which has imported everything, so that a kill costs a 
 Random kills and torchrun: stops.py, which is run by hand.
 """
 
+import errno
 import json
 import os
 import random
@@ -20,8 +21,12 @@ from test_cli import complaint, files
 import common.checkpoint as checkpoint_py
 import common.record as record_py
 import grpo
-from common.checkpoint import saved_about
+from common.checkpoint import keep_beside, save_checkpoint, saved_about
+from common.flags import settings_of
+from common.presets import Config
+from common.record import Log
 from common.rl import Ldam
+from common.run import writing
 
 FOUR = ["--steps", 4, "--eval-every", 2]
 
@@ -221,6 +226,22 @@ def test_a_signal_in_the_benchmark_at_the_end(photos, tmp_path, monkeypatch):
     assert "stopped by SIGTERM at once; what was saved is whole" in (tmp_path / "said").read_text()
 
 
+def test_a_signal_in_the_last_look(photos, tmp_path, monkeypatch):
+    """The run is done by then, and ends in the signal's exit code before the benchmark."""
+    out, real = tmp_path / "run", record_py.Recorder.look
+
+    def look(self, step):
+        real(self, step)
+        if step == self.args.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(record_py.Recorder, "look", look)
+    process = child(lambda: play(photos, out, "grpo", "--final-bench"), tmp_path / "said")
+    process.join()
+    assert process.exitcode == 143 and saved_about(out / "ckpt")["step"] == 4
+    assert "stopped by SIGTERM after update 4: saved in" in (tmp_path / "said").read_text()
+    assert not (out / "results.json").exists()
+
+
 # --- full disks, torn files ---
 
 
@@ -410,6 +431,11 @@ def test_resume_knows_its_flags(photos, stopped):
                          (["--change", "lr,nonsense"], "no flag that")):
         assert words in complaint(resume, "--preset", "deepgen", *flags)
     assert not list(stopped.glob("config_*"))
+    for broken in (config[:-3], None):                   # no flags but the defaults are left
+        (stopped / "config.json").unlink() if broken is None else (
+            stopped / "config.json").write_bytes(broken)
+        assert "no config.json that can be read" in complaint(resume)
+    (stopped / "config.json").write_bytes(config)
     resume("--lr", 3e-4, "--change", "lr")
     assert (stopped / "config.json").read_bytes() == config
     now = json.loads((stopped / "config_00002.json").read_text())
@@ -418,6 +444,34 @@ def test_resume_knows_its_flags(photos, stopped):
     rows = resume("--steps", 5)                                  # of the rate as it is now
     assert rows[-1]["step"] == 5
     assert json.loads((stopped / "config_00004.json").read_text())["lr"] == 3e-4
+
+
+def test_long_runs_have_long_numbers(tmp_path):
+    """Of steps with five digits and with six the latest is the highest number."""
+    for step, lr in ((50_000, 1), (120_000, 2)):
+        (tmp_path / f"config_{step:05d}.json").write_text(json.dumps(dict(lr=lr)))
+    (tmp_path / "config.json").write_text(json.dumps(dict(lr=0)))
+    assert settings_of(tmp_path) == dict(lr=2)
+    (tmp_path / "ckpt/step_00100_good").mkdir(parents=True)      # a user's own
+    for step in (98_000, 99_000, 100_000, 101_000):
+        save_checkpoint(tmp_path / "ckpt", dict(w=torch.ones(1)), Config(), step)
+        keep_beside(tmp_path, step, 2)
+    assert sorted(f.name for f in (tmp_path / "ckpt").glob("step_*")) == [
+        "step_00100_good", "step_100000", "step_101000"]
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(record_py.fcntl, "flock", flock)
+    Log(tmp_path).write(dict(step=1))
+    assert record_py.read_log(tmp_path) == [dict(step=1)]
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_gone_ends_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="could not be written"), writing(tmp_path / "gone/file"):
+        open(tmp_path / "gone/file", "w")
 
 
 def test_folders_that_are_not_a_run_s(photos, tmp_path):
