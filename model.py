@@ -839,7 +839,10 @@ class Unified(nn.Module):
         """sum_k w_k v(x, t, cond_k), branches: see Branches. fp32. Without a gradient, whose memory
         --micro bounds, rows of more than 2^27 numbers a layer, some 5 GB, go part after part."""
         t = per_sample(t, x)                             # a compiled DiT would bake a number in
-        tokens = x[0, 0].numel() // self.dit.patch_size**2 + branches[0][1].ctx.shape[1]
+        # A reference is more image: as many tokens as the longest row of them has
+        refs = max((sum(r[0].numel() for r in row) for _, c in branches for row in c.refs or ()),
+                   default=0)
+        tokens = (x[0, 0].numel() + refs) // self.dit.patch_size**2 + branches[0][1].ctx.shape[1]
         few = max(1, 2**27 // (tokens * self.dit.width))
         if len(x) > few and not torch.is_grad_enabled():
             return torch.cat([self.velocity(x[i], t[i], Branches(branches).rows(i))

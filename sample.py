@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from common.checkpoint import read_step
-from common.draw import draw_edits, draw_reflecting, draw_thinking
+from common.draw import NEXT_ROUND, draw_edits, draw_reflecting, draw_thinking
 from common.show import grid
 from common.flags import FILE, HUB, can_hold, flag, given_parts, parse, read_flag
 from common.lora import write_lora
@@ -242,8 +242,8 @@ def main():
                 model.draw(prompts, seeds, *how, size))
         rows, texts = [last.cpu()], [prompts]
         for i in range(args.rounds):                         # who says yes will say it again
-            last, said = draw_reflecting(model, prompts, last, [s + 2**32 * i for s in seeds], 1,
-                                         *how, args.limit)
+            last, said = draw_reflecting(model, prompts, last, [s + NEXT_ROUND * i for s in seeds],
+                                         1, *how, args.limit)
             rows, texts = [*rows, last.cpu()], [*texts, [text for text, in said]]
         for picture, (_, *said) in zip(about["pictures"], zip(*texts)):
             picture["critiques"] = said

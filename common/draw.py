@@ -5,6 +5,9 @@ import torch.nn.functional as F
 
 from common.words import answers, verdict
 
+# Between the keys of a reflection's rounds. The generator heeds the low 32 bits of a key.
+NEXT_ROUND = 1_000_003
+
 
 @torch.no_grad()
 def draw_thinking(model, prompts, seeds, steps=10, guidance=1.0, limit=64, temperature=1.0,
@@ -51,7 +54,7 @@ def draw_reflecting(model, prompts, images, seeds, rounds=1, steps=10, guidance=
         if not todo:
             break
         asked, shows = [prompts[b] for b in todo], [looks[i] for i in no]
-        keys = [seeds[b] + 2**32 * r for b in todo]
+        keys = [seeds[b] + NEXT_ROUND * r for b in todo]
         cond = model.encode_edit(asked, shows, keys, "critique", words.rows(no))
         branches = model.guided(cond, guidance, shows, "edit")
         noise = model.noise(keys, tuple(images.shape[2:]))

@@ -89,13 +89,18 @@ def run_block(dit, block, *inputs):
     return block(*inputs)
 
 
+def blocks_of(dit):
+    """-> the blocks of a DiT; one of another make may have no such list, and is one block"""
+    return list(getattr(dit, "transformer_blocks", [dit]))
+
+
 def compile_blocks(dit):
     """Each block of a DiT, or a DiT without blocks, runs through torch.compile. A graph is for any
     batch, size, length and number of references, and all blocks of a kind share it: after the first
     updates nothing is compiled any more. There is one for each kind, with gradient and without,
     with a mask and without, with a LoRA and without; torch by itself stops at 8. -> dit"""
     torch.compiler.config.recompile_limit = 64
-    for block in getattr(dit, "transformer_blocks", [dit]):
+    for block in blocks_of(dit):
         block.compile(dynamic=True)
     return dit
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.layers import blocks_of
 from common.run import learning
 
 # In bytes, as tests/fake_gpu.py measures them in bf16; in fp32 it is FP32 times as much.
@@ -57,7 +58,10 @@ def memory_plan(model, args, rows, reads, copies, device):
     if hasattr(args, "window"):            # RL, where --shard leaves weights and gradients whole
         prompts = -(-args.B // world)
         images = prompts * args.G * getattr(args, "images_per_thought", 1)
-        path, draw = path_of(model, args, images), drawing(model, args, images, prompts)
+        # A reflection, and the way back of an edit, is each sample's own to read.
+        each = hasattr(args, "task") or getattr(args, "reverse", "no") != "no"
+        asked = prompts * (args.G if each else 1)
+        path, draw = path_of(model, args, images), drawing(model, args, images, asked)
         phases["rollout"] = spread + read + path + max(path, draw)
         phases["update"] = spread + 4 * learn + graph + 2 * path     # all of it, and what is taken
     else:
@@ -99,7 +103,7 @@ def copy_of(part, model, device):
 def largest_block(model):
     """Bytes that --shard gathers: two blocks of the DiT at a time, and their gradients"""
     return 4 * 4 * max(sum(p.numel() for p in block.parameters())
-                       for block in model.dit.transformer_blocks)
+                       for block in blocks_of(model.dit))
 
 
 def rewards_of(model, args):
@@ -162,11 +166,16 @@ def kept(part, kind, numbers, layers, again=False):
     return numbers * (INPUTS * layers + each / again if again else each * layers)
 
 
+def sana_kind(dit):
+    """As which SANA a DiT is counted whose context is no part of its sequence"""
+    return "sana with norms" if getattr(dit, "config", {}).get("qk_norm") else "sana"
+
+
 def graph_of(model, args, rows, reads):
     """Bytes that the graph of a backward keeps. -> all, and of what was read alone"""
     dit, n, again = model.dit, branches(args), getattr(args, "checkpoint", False)
     drawn, said, passed = in_layers(model, args, rows * n, reads)
-    kind = "mmdit" if joint(dit) else "sana with norms" if dit.config.get("qk_norm") else "sana"
+    kind = "mmdit" if joint(dit) else sana_kind(dit)
     graph, read = kept(dit, kind, *drawn, n * again), 0
     lora = any("lora_" in name for name, _ in dit.named_parameters())
     if joint(dit) and lora and learning(model.bridge) and not again:

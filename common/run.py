@@ -88,10 +88,10 @@ def setup():
     device = local_device()
     cuda = device.type == "cuda"
     if cuda:
+        # Memory that grows in place is not cut up by batches of many sizes; read at CUDA's start.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")    # TF32, where bf16 is not: rewards, for one
-        # Memory that grows in place is not cut up by batches of many sizes; read at first use.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     elif "OMP_NUM_THREADS" not in os.environ or world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // world))  # torchrun would give each only one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

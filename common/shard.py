@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.layers import blocks_of
 from common.stop import fail, this_rank
 
 
@@ -33,14 +34,16 @@ def share_out(model, device):
     else:
         mesh = init_device_mesh(device.type, (world,))
     for part in (model.dit, model.bridge):
-        blocks = (part.transformer_blocks if part is model.dit else
+        blocks = (blocks_of(part) if part is model.dit else
                   part.connector["layers"] if hasattr(part, "connector") else ())
         queries = {p for name, p in part.named_parameters() if name.endswith("_queries")}
         if any(p.requires_grad for p in part.parameters()):
-            for module in [*blocks, part]:
+            for module in dict.fromkeys([*blocks, part]):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=queries)
                 module.set_force_sum_reduction_for_comms(True)   # as sum_grads does, no mean
                 module.set_gradient_divide_factor(1.0)
+                # A rank's rows may have no reference, and so none of SANA's weights for them.
+                module.set_reduce_scatter_unused_params(True)
     if not is_sharded(model):
         fail("--shard: what learns here is the VLM's, and that stays whole on each rank")
     return model

@@ -20,7 +20,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
                           AutoTokenizer)
 
 from common.flags import given_parts
-from common.layers import compile_blocks
+from common.layers import blocks_of, compile_blocks
 from common.memory import memory_report
 from common.read import LOOSE, UNREADABLE, parse_json, utf8
 from common.run import beside, fail, first_line, same_start, seeded
@@ -383,7 +383,10 @@ def load_model(Unified, args, what, rows, reads, rank, device, copies=()):
     model = Unified.from_preset(args.preset, args.init, seed=args.seed, **parts)
     model = same_start(slim(learn(model, what, args.seed), device).to(device))
     if args.checkpoint:
-        model.dit.checkpoint = True
+        if hasattr(model.dit, "checkpoint"):
+            model.dit.checkpoint = True
+        else:                                            # a DiT of another make
+            computed_again(blocks_of(model.dit))
         computed_again(model.vlm.model.language_model.layers if model.vlm else ())
     if args.compile:
         compile_blocks(model.dit)
@@ -391,8 +394,8 @@ def load_model(Unified, args, what, rows, reads, rank, device, copies=()):
 
 
 def computed_again(blocks):
-    """Of these blocks of the VLM only the inputs are kept for a backward, which computes the rest
-    again. (A DiT does so itself, see run_block: transformers' own way wants training mode.)"""
+    """Of these blocks only the inputs are kept for a backward, which computes the rest again. (Our
+    DiTs do so themselves, see run_block; transformers' own way wants training mode.)"""
     def forward(real, *inputs, **named):
         if torch.is_grad_enabled():
             return checkpoint(real, *inputs, use_reentrant=False, **named)

@@ -3,6 +3,7 @@ crashes, hangs or takes the memory there does not do so here.
 """
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ class Apart:
 def answer(pipe, log, env, work, given):
     """The process: (an error in one line, None) or ("", what work returned) goes into the pipe."""
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # Linux: it ends with who started it
     atexit._clear()                                      # the parent's, such as its folders' ends
     os.environ.update(env)
     if log:

@@ -165,7 +165,9 @@ def test_what_is_set_on_gpus(monkeypatch):
     run_py.setup()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)       # there is none
+    def set_device(device):                              # there is none; CUDA starts here
+        assert "PYTORCH_ALLOC_CONF" in os.environ
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(run_py, "local_device", lambda: torch.device("cuda", 0))
     try:
         run_py.setup()

@@ -20,7 +20,7 @@ from data.shapes.captions import sample_meta
 from data.shapes.talk import picture
 from data.shapes.world import render
 from common.checkpoint import save_checkpoint
-from common.draw import draw_reflecting
+from common.draw import NEXT_ROUND, draw_reflecting
 from common.weights import learn
 from common.words import spell, verdict
 from model import Unified
@@ -325,6 +325,7 @@ def test_rounds(talker, monkeypatch):
     assert torch.equal(last[3], shown[1][1]) and not torch.equal(last[3], first[3])
     assert tiny.apart(last[1].float(), shown[2][0].float())              # of another noise, too
     assert torch.equal(first, torch.stack(tiny.pictures(*[(64, 64)] * 4)))
+    assert tiny.apart(model.noise([1]), model.noise([1 + NEXT_ROUND]))   # each round has its own
     # The words matter, and each row's alone.
     answers = iter([["no, red"], ["no, blue"]])
     alone, other = (draw_reflecting(model, ["b"], first[1:2], [1], 1, 2)[0] for _ in range(2))

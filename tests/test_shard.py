@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from common.run import setup
-from common.shard import whole
+from common.sana import SanaDiT
+from common.shard import share_out, whole
+from test_edit import SANA
 
 
 FIVE = ["--steps", 5]
@@ -112,6 +114,23 @@ def test_what_cannot_be_shared_is_refused(parts, tmp_path):
     with pytest.raises(SystemExit, match="torchrun"):
         tiny.play(parts, tmp_path / "x", "--shard")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_rank_without_references(tmp_path):
+    """It has no gradient of SANA's weights for them; the sum over ranks is the other's."""
+    def work():
+        rank, _, device = setup()
+        dit = SanaDiT(**SANA)
+        tiny.randomise(dit)
+        model = torch.nn.ModuleDict(dict(dit=dit, bridge=torch.nn.Identity()))
+        share_out(model, device)
+        x, refs = torch.ones(2, 4, 16, 16), [[torch.ones(4, 16, 16)]] * 2
+        v = dit(x, torch.full((2,), 0.5), torch.ones(2, 5, 32), refs=None if rank else refs)
+        v.square().sum().backward()
+        grads = {name: p.grad.full_tensor() for name, p in dit.named_parameters()}
+        assert all(grad.isfinite().all() for grad in grads.values())
+        assert any(grad.abs().max() > 0 for name, grad in grads.items() if "ref_" in name)
+    ranks.together(2, work, tmp_path / "said")
 
 
 def test_what_is_saved_is_copied_on_one_rank(tmp_path):
