@@ -30,10 +30,11 @@ from common.read import as_text, record
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import PER_SAMPLE, fail, key, keyed, setup
+from common.run import PER_SAMPLE, all_gather, fail, key, keyed, setup
 from common.show import grid, spread
+from common.stop import this_rank
 from data.shapes.bench import bench_shapes
-from data.shapes.edits import bench_edit, source_picture
+from data.shapes.edits import bench_edit, must_be_checked, source_picture
 from eval import before_and_after, check_scored, held_out_score, read_weights, score
 from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
@@ -156,20 +157,23 @@ def read_edits(path):
 
     A row has `source` (a picture's file beside the jsonl, or a scene) and `instruction`; `inverse`
     for the way back; for CLIP `source_prompt`, `target_prompt`, or GenEval metadata `source_meta`,
-    `target_meta`. Without captions a reward of `prompt` reads the instruction."""
+    `target_meta`. Without captions a reward of `prompt` reads the instruction. --reward's mixes go
+    by `category`, which is the row's `kind`; `tag` is that of the target's metadata."""
     rows = []
-    for where, row, folder in all_records(path):
+    for where, row, folder in all_records(path, "edit"):
         try:
             say = as_text(lookup(row, "instruction"), "instruction", where)
             about, captions = {}, []
             for k in ("source", "target"):
                 about = without_nulls(record(row.get(f"{k}_meta") or {}))  # in the end the target's
                 check_meta(about)
+                row = row | {f"{k}_meta": about} if about else row
                 caption = about.get("prompt", row.get(f"{k}_prompt", row.get(CAPTIONS[k])))
                 captions.append(caption if caption is None else as_text(caption, f"{k}_prompt"))
             about = about | row | dict(
                 where=where, folder=folder, source=lookup(row, "source"), instruction=say,
-                tag=as_text(row.get("kind", "edit"), "kind"), prompt=captions[1] or say)
+                category=as_text(row.get("kind", "edit"), "kind"), tag=about.get("tag", "edit"),
+                prompt=captions[1] or say)
             if row.get("inverse"):
                 about["inverse"] = as_text(row["inverse"], "inverse")
         except (ValueError, LookupError) as e:
@@ -183,13 +187,16 @@ def read_all(args, weights):
     try:
         rows, held = read_edits(args.data), read_edits(args.eval_data) if args.eval_data else []
         for row in rows + held:
-            must_score([n for w in weights for n in w.get(row["tag"], w.get("*", ()))], [row])
+            names = [n for w in weights for n in w.get(row["category"], w.get("*", ()))]
+            must_score(names, [row])
+            if "edit" in names:
+                must_be_checked(row)
     except (OSError, ValueError) as e:
         fail(e)
     for path, its in ((args.data, rows), (args.eval_data, held)):
         if path and not its:
             fail(f"{path} holds no edits")
-    other = {row["tag"] for row in rows + held} - weights[0].keys()
+    other = {row["category"] for row in rows + held} - weights[0].keys()
     if other and "*" not in weights[0]:
         fail(f"{args.reward} has no mix for edits of kind {min(other)!r}, and no '*'")
     size = preset(args.preset).size
@@ -211,7 +218,9 @@ def write_inverses(rows, args):
              "classroom's VLM writes none: give a --judge that can, or --reward edit")
     writer = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url)
     answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
-                               BACK.format(row["instruction"])) for row in lacks]) if lacks else []
+                               BACK.format(row["instruction"])) for row in lacks]
+                             ) if lacks and this_rank() == 0 else []
+    answers = all_gather(answers)[0]                     # another time it may say another thing
     for row, answer in zip(lacks, answers):
         if not answer:
             fail(f"{row['where']}: no `inverse`, and the VLM wrote none {writer.error}")
@@ -287,7 +296,9 @@ def main():
         print("no held-out edits: the pictures shown are of training edits, and there is no score; "
               "--eval-data FILE names some")
     faces = held or rows
-    faces = [faces[i] for i in spread(faces, -(-10 // len({row["tag"] for row in faces})))][:10]
+    kinds = [dict(tag=row["category"]) for row in faces]
+    each = -(-10 // len({kind["tag"] for kind in kinds}))        # ten in all
+    faces = [faces[i] for i in spread(kinds, each)][:10]
     recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, held and weights, judge))      # after all that can fail
 

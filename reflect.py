@@ -72,8 +72,9 @@ LOOK = {                                  # a quick score -> held-out metrics
     "text": dict(score="accuracy", length="words"), "vqa": dict(score="accuracy", length="words"),
 }
 CURVES = [["accuracy", "corrected", "damaged", "score", "raw"], ["words"]]   # beside the rewards
-# Of recipes, what these tasks go without: only grpo.py has it.
-GRPO_ALONE = dict.fromkeys(("cot", "text", "vqa"), ("trained", "sft", "sft_batch", "ldam"))
+# Of recipes, what these tasks go without: only grpo.py has it, or nothing is drawn.
+NOT_HERE = dict.fromkeys(("cot", "text", "vqa"), ("trained", "sft", "sft_batch", "ldam"))
+NOT_HERE |= dict.fromkeys(("text", "vqa"), (*NOT_HERE["cot"], "train", "lora_rank", "lora_alpha"))
 TRAIN = {                                 # --train -> parts that learn
     **dict.fromkeys(("reflect", "cot"), dict(lm=["vlm"], dit=["dit"],
                                              both=["dit", "bridge", "vlm"])),
@@ -222,7 +223,7 @@ def words_again(model, args, rows, looks, words, refs, n, draw):
     if not draw:
         return Branches(), logp
     cond.refs = [refs[i] for i in n] if refs else None
-    return model.guided(cond, args.guidance, shows, "edit" if shows else "t2i"), logp
+    return model.guided(cond, args.guidance, shows, ask if shows else "t2i"), logp
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,6 +249,8 @@ def check(args, world):
             fail(f"--{name.replace('_', '-')} is for --task {task}")
     if args.task == "reflect" and min(args.redraw, args.B) < min(2 * world, args.B):
         fail(f"--redraw {args.redraw}: at least a pair of first pictures for each of {world} ranks")
+    if args.mix and args.task == "reflect":
+        fail("the setting mix is for --task cot, text and vqa")
     learns = TRAIN[args.task][args.train]
     if args.lora_rank and "dit" not in learns or args.vlm_lora_rank and "vlm" not in learns:
         fail(f"--lora-rank adapts the DiT, --vlm-lora-rank the language model; of --task "
@@ -489,7 +492,7 @@ def whole_bench(model, args, png):
 
 
 def main():
-    args = parse(Args, __doc__, "stage3", TASKS, GRPO_ALONE)
+    args = parse(Args, __doc__, "stage3", TASKS, NOT_HERE)
     rank, world, device = setup()
     weights, mix = check(args, world)
     judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
@@ -591,7 +594,7 @@ def main():
         weight = args.updates / args.B / (               # of a token: all groups are equal
             words.mask.view(B, -1).sum(1).repeat_interleave(G))                  # (N,)
         # A sample that might draw and does not gives no gradient, but counts.
-        most = args.B if args.task == "cot" else min(args.redraw, args.B)
+        most = sum(may_draw(args, range(args.B)))
         total = most * G * M * args.window / args.updates
         seen, spoken = ([[] for _ in range(args.updates)] for _ in range(2))
         for update in range(args.updates):

@@ -107,7 +107,8 @@ class Args:
 
     limit: int = flag(64, "most tokens that a thought, critique or answer may have", "[1, 10000]",
                       group="Words")
-    temperature: float = flag(0.0, "of drawing words; 0: the likeliest ones", "0 or [0.01, 100]")
+    temperature: float = flag(0.0, "of drawing words, but for --reflect's; 0: the likeliest ones",
+                              "0 or [0.01, 100]")
     rounds: int = flag(1, "of --reflect: most looks at a picture; a yes ends them", "[1, 100]")
 
     trajectory: bool = flag(False, "write the path from noise to image as a GIF",

@@ -56,7 +56,7 @@ def draw_reflecting(model, prompts, images, seeds, rounds=1, steps=10, guidance=
         asked, shows = [prompts[b] for b in todo], [looks[i] for i in no]
         keys = [seeds[b] + NEXT_ROUND * r for b in todo]
         cond = model.encode_edit(asked, shows, keys, "critique", words.rows(no))
-        branches = model.guided(cond, guidance, shows, "edit")
+        branches = model.guided(cond, guidance, shows, "critique")
         noise = model.noise(keys, tuple(images.shape[2:]))
         images[todo] = model.to_images(model.sample(branches, steps, noise=noise)).to(images)
     return images, said

@@ -55,8 +55,8 @@ class RunFlags:
 @dataclass
 class FlowFlags(RunFlags):
     """What stages 1 and 2 have besides: what a step costs, but not what it learns."""
-    micro: int = flag(0, "images per backward; 0: all. The gradients are equal", "[0, 1e5]",
-                      group="Memory and speed")
+    micro: int = flag(0, "images per backward; 0: all. The gradients are equal, but for a "
+                      "VLM's LoRA with dropout", "[0, 1e5]", group="Memory and speed")
     checkpoint: bool = flag(False, "less memory: DiT and VLM are computed again in the backward "
                             "pass")
     compile: bool = flag(False, "the DiT runs through torch.compile: minutes at first, then faster")
@@ -295,7 +295,7 @@ def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
         values = recipe_of(args["recipe"], Args)
         without = (not_here or {}).get(args.get("task", ""), ())
         if left := [k for k in values if k in without]:
-            print(f"recipe {args['recipe']!r}: {', '.join(left)} are grpo.py's and left out")
+            print(f"recipe {args['recipe']!r}: {', '.join(left)} are nothing for this and left out")
         settle(f"recipe {args['recipe']!r}",
                {k: v for k, v in values.items() if k not in without})
     return Args(**args)

@@ -47,9 +47,10 @@ def check_window(args, world):
         fail(f"a window of {args.window} steps starting at {args.window_start} to "
              f"{args.window_stop} must end before the last of --T {args.T} steps, which adds no "
              "noise")
-    if args.window_stop + args.window >= PER_SAMPLE:     # so many noises has a sample, see key
+    # So many noises has a sample, see key; the last is of reflect.py's words.
+    if args.window_stop + args.window >= PER_SAMPLE - 1:
         fail(f"a window of {args.window} steps starting at {args.window_stop} ends behind step "
-             f"{PER_SAMPLE - 1}, up to which steps may be random")
+             f"{PER_SAMPLE - 2}, up to which steps may be random")
     if args.eta > 1 and args.kind.startswith("cps"):
         fail(f"--eta {args.eta:g}: --kind {args.kind} replaces all of the noise at 1, and no more")
     if args.beta and not args.eta and args.kl != "velocity":

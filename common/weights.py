@@ -308,6 +308,8 @@ def learn(model, what, seed=0):
     model: its visual tower stays as it is. -> model"""
     for part, config in what.items():
         module = getattr(model, part)
+        if module is None:
+            fail(f"preset {model.cfg.preset!r} has no {part} that could learn")
         if part in model.adapters:                # merged: now a share of the part's weights
             del model.adapters[part]
             model.trained.add(part)
@@ -319,6 +321,8 @@ def learn(model, what, seed=0):
         with seeded(seed):
             inject_adapter_in_model(config, module)
         model.adapters[part] = config, {}
+    if what and not any(p.requires_grad for p in model.parameters()):
+        fail(f"preset {model.cfg.preset!r}: its {' and '.join(what)} has no weights to learn")
     return model.eval()
 
 

@@ -97,7 +97,7 @@ def mrope(ids, image_id, grids):
 def answer_of(text):
     """What words say in the end: within <answer>, or all; case and full stop are nothing."""
     said = spans(text)["answer"] if "<answer>" in text else text
-    return said.strip().removesuffix(".").lower()
+    return said.strip().removesuffix(".").strip().lower()
 
 
 def draw_token(logp, u, top_p):

@@ -394,7 +394,7 @@ def edit_judge(images, rows, judge):
     texts, read = [judge.phrasing(images, MATCH, t) for t in (DONE, KEPT)], rating
     if texts[0] == texts[1]:                                     # the classroom's
         which, read = [i for i in which if rows[i].get("target_meta")], agrees
-        asked = [([x], texts[0].format(rows[i]["target_meta"]["prompt"]))
+        asked = [([x], texts[0].format(rows[i]["target_meta"].get("prompt", rows[i]["prompt"])))
                  for i, x in zip(which, arrays(images[which]))]
     else:
         asked = [([old, new], text.format(rows[i]["instruction"])) for text in texts

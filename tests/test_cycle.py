@@ -3,7 +3,9 @@ advantage, and nothing that should not matter changes what is learned."""
 
 import json
 import random
+import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import common.record as record_py
 import cycle_edit
 import grpo
 import rewards.judge as judge_py
-from cycle_edit import Args, group_advantage, read_edits, surrogate
+from cycle_edit import Args, group_advantage, read_all, read_edits, surrogate
 from data.shapes.edits import sample_edit, source_picture
 from data.shapes.world import render
 from eval import Scores, score
@@ -306,7 +308,31 @@ def test_pictures_that_people_have(tmp_path):
     assert torch.equal(source_picture(row, 64), torch.from_numpy(
         render(scene["source"])).permute(2, 0, 1))
     assert row["captions"] == [scene[f"{k}_meta"]["prompt"] for k in ("source", "target")]
-    assert row["tag"] == scene["kind"] and row["include"] == scene["target_meta"]["include"]
+    assert row["category"] == scene["kind"] and row["tag"] == scene["target_meta"]["tag"]
+    assert row["include"] == scene["target_meta"]["include"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:           # as `prepare data` writes them
+        for name in ("0.source.png", "0.target.png"):
+            tar.add(tmp_path / "rgb.png", name)
+        (tmp_path / "about").write_text('{"instruction": "invert it", "inverse": "invert it"}')
+        tar.add(tmp_path / "about", "0.json")
+    (row,) = read_edits(tmp_path / "0.tar")
+    assert torch.equal(source_picture(row, 64), rgb)
+
+
+def test_what_the_checker_of_edits_cannot_read(tmp_path):
+    """It is said before anything is loaded, by line; a row's own category is not its kind."""
+    def read(row):
+        (tmp_path / "edits.jsonl").write_text(json.dumps(row) + "\n")
+        args = SimpleNamespace(data=tmp_path / "edits.jsonl", eval_data="", reward="edit",
+                               preset="shapes")
+        return read_all(args, [{"recolor": {"edit": 1.0}}, {"recolor": {}}])
+    good = sample_edit(random.Random(1), "recolor") | dict(category="simple")
+    assert read(good)[0][0]["category"] == "recolor"
+    meta = good["target_meta"]
+    bare = [{k: v for k, v in part.items() if k != "color"} for part in meta["include"]]
+    for row in (good | dict(target_meta=meta | dict(include=bare)),
+                good | dict(target_meta=dict(prompt="a star"))):
+        assert "edits.jsonl, line 1: reward 'edit' cannot check it" in complaint(read, row)
 
 
 def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatch):  # noqa: F811
@@ -396,7 +422,7 @@ def photos(parts, monkeypatch):
 
 def test_photos_have_no_checker(parts, tmp_path, monkeypatch, capsys):
     """Nor a score, unless edits are held out: those trained are looked at and no more."""
-    panels = calls(monkeypatch, "look", record_py)
+    panels = calls(monkeypatch, "redraw", record_py)
     rows = play(parts, tmp_path / "run", *photos(parts, monkeypatch))
     assert not any({"score", "success"} & r.keys() for r in rows)
     assert "no held-out edits" in capsys.readouterr().out

@@ -439,7 +439,7 @@ def calls(monkeypatch, name, where):
 
 def test_trained_prompts_are_no_measure(parts, photos, tmp_path, monkeypatch, capsys):
     """Nothing held out: pictures of training prompts to look at, and no score anywhere."""
-    panels, shown = calls(monkeypatch, "look", record_py), []
+    panels, shown = calls(monkeypatch, "redraw", record_py), []
     monkeypatch.setattr(record_py.tqdm, "set_postfix",
                         lambda self, values, **_: shown.append(values))
     rows = tiny.play(parts, tmp_path / "run", *photos[0])

@@ -194,7 +194,7 @@ def test_what_was_removed_is_no_flag(parts, tmp_path, capsys):
         assert "unrecognized arguments: --window" in complaint(
             play, parts, tmp_path / "a", lab, "--window", 3)
     play(parts, tmp_path / "b", "nft", "--recipe", "flow-grpo", "--B", 4, "--G", 4)
-    assert "beta" in capsys.readouterr().out.partition("grpo.py's and left out")[0]
+    assert "beta" in capsys.readouterr().out.partition("are nothing for this and left out")[0]
 
 
 def test_labs_are_short():

@@ -502,3 +502,13 @@ def test_memory_of_sd35_medium():
     inject_adapter_in_model(adapter("dit", 32, 64), dit)
     assert sum(p.numel() for p in dit.parameters() if p.requires_grad) == (
         (24 * 7 + 23 + 13 * 4) * 2 * 32 * 1536)
+
+
+def test_parts_that_are_not_there_are_refused(parts):
+    """Of a preset whose text tower speaks to the DiT directly"""
+    model = tiny.build(Config(**json.loads((parts / "config.json").read_text())))
+    model.vlm, model.bridge = None, torch.nn.Identity()
+    model.requires_grad_(False)
+    for what, words in ((dict(vlm=None), "has no vlm that could learn"),
+                        (dict(bridge=None), "its bridge has no weights to learn")):
+        assert words in complaint(learn, model, what)

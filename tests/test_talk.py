@@ -145,7 +145,7 @@ def test_what_a_batch_tells_the_dit(model):
         def alone(b, prompt, words=SAID):
             return condition(model, [prompt], refs and [refs[b]], words and [words[b]])
         full = told([TEXTS[0], None, TEXTS[2]])
-        null = model.null(3, refs, "edit" if refs else "t2i")
+        null = model.null(3, refs, "critique" if refs else "t2i")     # as draw_reflecting's
         for b, cond in ((0, alone(0, TEXTS[0])), (1, null.rows([1])), (2, alone(2, TEXTS[2]))):
             L = cond.ctx.shape[1] if cond.mask is None else int(cond.mask.sum())
             same(full.ctx[b, :L], cond.ctx[0, :L])

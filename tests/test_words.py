@@ -15,7 +15,7 @@ from torch import nn
 from common.checkpoint import Ema, save_weights
 from common.presets import Config, PRESETS
 from common.weights import learn
-from common.words import END, Words, chat, chat_ids, draw_token, spans, spell
+from common.words import answer_of, END, Words, chat, chat_ids, draw_token, spans, spell
 from model import Unified
 
 PROMPTS = ["a red circle", "three blue squares and a star", "a sign", "x"]
@@ -475,3 +475,8 @@ def test_presets_ask_for_words(name):
         assert told.count(m.cfg.image_tokens[1]) == 3 * n
     if not name.startswith("shapes"):
         assert all(tag in m.cfg.think_text for tag in ("<think>", "</think>", "<answer>"))
+
+
+def test_an_answer_is_its_words():
+    for said in ("three", "Three.", " three . ", "<think>x</think><answer>three .</answer>"):
+        assert answer_of(said) == "three"

@@ -107,7 +107,8 @@ def scene_for(meta, rng):
 
 
 def mistaken(meta, rng):
-    """A copy of meta with one fact wrong, as a careless captioner's photo would have it."""
+    """A copy of meta with one fact wrong, as a careless captioner's photo would have it (in one of
+    a hundred what is held out is put right again below)."""
     meta = json.loads(json.dumps(meta))
     if "text" in meta:
         t, i = meta["text"], rng.randrange(len(meta["text"]))

@@ -183,6 +183,15 @@ def check_edit(image, edit):
                 preservation=kept / (len(stay) + extra), extra=extra)
 
 
+def must_be_checked(row):
+    """ValueError where the checker of the classroom's edits can make nothing of a row."""
+    try:
+        check_edit(np.zeros((SIDE, SIDE, 3), np.uint8), row)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as e:
+        raise ValueError(f"{row['where']}: reward 'edit' cannot check it, {type(e).__name__}: {e}"
+                         ) from None
+
+
 def scored_edit(rng):
     """One example of the classroom: (source, edited, instruction, score), the score being the
     checker's. Edited by the target itself or, where one must be found wanting: nothing, another

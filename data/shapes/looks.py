@@ -58,7 +58,7 @@ def preview(model, shown, file):
             scores["cot_score"] = bench_think(model.draw, partial(draw_thinking, model), 1)["score"]
     if "reflect" in shown:
         prompts, looks = shown["reflect"][:2]
-        firsts = torch.stack([first for first, in looks])
+        firsts = torch.stack([first for first, *_ in looks])
         drawn, said = draw_reflecting(model, prompts, firsts, keys[: len(prompts)], guidance=3.0)
         grid(two_by_two(firsts, drawn), [t for p, row in zip(prompts, said) for t in (p, row[0])],
              beside("reflect"))
