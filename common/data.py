@@ -70,8 +70,11 @@ class Batches:
         """before: all_positions' of the run that this one goes on from, or None"""
         self.data, self.form, self.columns, self.cfg, self.seed = data, form, columns, cfg, seed
         self.n, self.rank, self.world, self.broken = n, rank, world, broken
-        self.position, self.before = None, before
+        self.position = None
         self.start, self.is_done = where_it_was(before)
+        # Batches as before go on from there, and their positions hold all; others' do not.
+        alike = before and (len(before["done"]), before.get("n")) == (world, n)
+        self.before = before.get("before") if alike else before
         self.opened = ahead(self.open, self.records(), workers, n + 2 * workers)
         self.buckets = {}                                        # {size: its places and samples}
 
@@ -138,7 +141,7 @@ def all_positions(streams):
     every = all_gather(mine)
     return {name: dict(done=[its[name]["done"] for its in every],
                        waiting=[at for its in every for at in its[name]["waiting"]],
-                       before=streams[name].before)
+                       n=streams[name].n, before=streams[name].before)
             for name, position in mine.items() if position}
 
 
