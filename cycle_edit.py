@@ -210,17 +210,26 @@ def read_all(args, weights):
     return rows, held
 
 
+def ten_of(rows):
+    """At most so many edits, evenly of each kind."""
+    kinds = [dict(tag=row["category"]) for row in rows]
+    each = -(-10 // len({kind["tag"] for kind in kinds}))
+    return [rows[i] for i in spread(kinds, each)][:10]
+
+
 def write_inverses(rows, args):
     """Rows without `inverse` get the one that a VLM writes: --judge's, or the preset's own."""
     lacks, size = [row for row in rows if not row.get("inverse")], preset(args.preset).size
     if lacks and args.preset.startswith("shapes") and not (args.judge or args.judge_url):
         fail(f"{lacks[0]['where']}: no `inverse` (nor have {len(lacks) - 1} other rows), and the "
              "classroom's VLM writes none: give a --judge that can, or --reward edit")
-    writer = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url)
-    answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
-                               BACK.format(row["instruction"])) for row in lacks]
-                             ) if lacks and this_rank() == 0 else []
-    answers = all_gather(answers)[0]                     # another time it may say another thing
+    if not lacks:
+        return
+    writer, answers = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url), []
+    if this_rank() == 0:                                 # another time it may say another thing
+        answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
+                                   BACK.format(row["instruction"])) for row in lacks])
+    answers = all_gather(answers)[0]
     for row, answer in zip(lacks, answers):
         if not answer:
             fail(f"{row['where']}: no `inverse`, and the VLM wrote none {writer.error}")
@@ -295,10 +304,7 @@ def main():
     if rank == 0 and photos and not held:
         print("no held-out edits: the pictures shown are of training edits, and there is no score; "
               "--eval-data FILE names some")
-    faces = held or rows
-    kinds = [dict(tag=row["category"]) for row in faces]
-    each = -(-10 // len({kind["tag"] for kind in kinds}))        # ten in all
-    faces = [faces[i] for i in spread(kinds, each)][:10]
+    faces = ten_of(held or rows)
     recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, held and weights, judge))      # after all that can fail
 

@@ -4,7 +4,6 @@ judge whose answers are kept, so that a run that was cut short asks no question 
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from benchmarks.drawing import by_file
 from common.read import LOOSE, UNREADABLE, lines, read_image
 from common.run import fail, writing
+from rewards.judge import without_thoughts
 
 
 def pictures_of(bench, its, folder):
@@ -80,11 +80,6 @@ def judged(bench, shots, images, said, counts):
         whole = len(known) == len(values) or bench.ABOUT.partial and known
         verdicts.append(bench.verdict(shot.item, known) if whole else {})
     return verdicts
-
-
-def without_thoughts(answer):
-    """-> what a judge says behind its thoughts; nothing, where it did not come to their end"""
-    return re.sub(r"(?s)^.*</think>|<think>.*", "", answer)
 
 
 def shrunk(image, longest):

@@ -192,9 +192,9 @@ class Recorder:
                 end(self.stopped[0], f"after update {step + 1}: saved in {self.out}/ckpt, "
                     "--resume goes on")
         self.trained.written()
-        late = all_mean([which in received for which in SIGNALS])        # on any rank
-        for which in (which for which, n in zip(SIGNALS, late) if n):
-            end(which, f"after update {self.args.steps}: saved in {self.out}/ckpt")
+        counts = all_mean([which in received for which in SIGNALS])
+        if late := [which for which, n in zip(SIGNALS, counts) if n]:            # on any rank
+            end(late[0], f"after update {self.args.steps}: saved in {self.out}/ckpt")
         heed(at_once)
 
     def look(self, step):

@@ -302,10 +302,15 @@ NUMBER = r"(\d+(?:\.\d+)?)(?: ?(?:/|\(?(?:out )?of) ?(\d+)(?:\.0)?\)?)?"
 SCORE = rf"\b(?:score|rating)(?: \(.*?\))?(?:: ?| is ){NUMBER}(?![\w%-]|[./]\d)"
 
 
+def without_thoughts(answer):
+    """-> what a judge says behind its thoughts; nothing, where it did not come to their end"""
+    return re.sub(r"(?s)^.*</think>|<think>.*", "", answer)
+
+
 def in_the_end(answer):
     """-> in lower case, without emphasis and quotes, what a judge's last <answer> tag holds; where
     there is none, all that stands behind its thoughts."""
-    text = re.sub(r"(?s)^.*</think>|<think>.*|[*_`\"]", "", (answer or "").lower())
+    text = re.sub(r"[*_`\"]", "", without_thoughts((answer or "").lower()))
     return (re.findall(r"(?s)<answer>(.*?)(?:</answer>|$)", text) or [text])[-1].strip()
 
 

@@ -122,7 +122,8 @@ def check_meta(row):
         if not isinstance(of, list):
             raise ValueError(f"`{k}` is {named(of)}, no list")
         for i, part in enumerate(of):
-            check_part(part, *((i, MOST_COUNT) if k == "include" else (0, MOST_COUNT + 1)))
+            included = k == "include"
+            check_part(part, i if included else 0, MOST_COUNT if included else MOST_COUNT + 1)
     if row.get("include") == [] and not row.get("text"):
         raise ValueError("`include` asks for nothing")
     its = {part["class"] for of in parts.values() for part in of}

@@ -39,7 +39,7 @@ from common.presets import Config
 from common.read import to_bucket
 from benchmarks.layers import heard
 from benchmarks.tables import joined
-from rewards.judge import Judge
+from rewards.judge import Judge, without_thoughts
 
 ASKED = [n for n in releases.NAMES if hasattr(benchmarks.find(n), "questions")]
 assert len(ASKED) == 8
@@ -421,7 +421,7 @@ def test_thoughts_are_no_answers(tmp_path):
     """Neither those behind which an answer stands nor those that were cut off."""
     for said, words in (("<think>Surely no.</think> Yes", "Yes"), ("no, yes?</think>\nNo", "No"),
                         ("<think>I must say yes or no", ""), ("Yes", "Yes")):
-        assert judging.without_thoughts(said).strip() == words
+        assert without_thoughts(said).strip() == words
     said = {("a", 1): "<think>It may be no", ("a", 2): "<think>no</think> Yes", ("a", 3): "yes",
             ("b", 1): "<think>no</think>Yes."}
     _, _, counts = scored("dpg", tmp_path, said)
