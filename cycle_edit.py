@@ -3,7 +3,7 @@
 Cycle Edit RL (UniRL-Zero, scenario 4) needs sources, instructions and their inverses, no targets.
 It is grpo.py with two trajectories per sample, which share one advantage:
 
-    torchrun cycle_edit.py                          # the classroom: see README for time and score
+    torchrun cycle_edit.py                          # the classroom: docs/editing.md says how long
     python cycle_edit.py --reward edit --out out/edit       # a checker: no way back, half the cost
     python grpo.py --init out/edit --out out/pdtr           # ... and then to draw: UniPic2's PDTR
     python cycle_edit.py --data my_edits/ --preset unirl-zero --reward judge
@@ -17,29 +17,32 @@ One iteration (DiT forwards per sample: at most 2 x (T + 3 x window), of twice g
     5  log; now and then look at pictures and score held-out edits
 """
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common.draw import draw_edits
 from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
-from common.layouts import all_records, lookup
+from common.layouts import all_records, lookup, say
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
-from common.read import as_text, record
+from common.read import as_text, read_json, record
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import PER_SAMPLE, all_gather, fail, key, keyed, setup
+from common.run import PER_SAMPLE, all_gather, fail, key, keyed, setup, write
 from common.show import grid, spread
-from common.stop import this_rank
 from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit, must_be_checked, source_picture
 from eval import before_and_after, check_scored, held_out_score, read_weights, score
 from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
 from model import Unified, rollout, sigmas
-from rewards.judge import Judge
+from rewards.judge import Judge, judge_model
 from rewards.prompts import check_meta, without_nulls
 from rewards.shared import must_score
 
@@ -50,6 +53,7 @@ CYCLED = ("clip_image",)            # rewards of the cycled picture; all others 
 # here the CLIP score of the edited picture and the target's caption; for photos add aesthetic.
 SHORT = dict(cycle="clip_direction:4,clip_image:1,clip:1", judge="edit_judge")
 CAPTIONS = dict(source="caption", target="target_caption")       # UniRL-Zero's own names
+INVERSES = "inverses.json"           # in --out: those that a VLM wrote, too
 BACK = ('A picture will be edited by the instruction "{}". You see it before that. Write the one '
         'instruction that turns the edited picture back into this one. Answer with it only.')
 
@@ -71,7 +75,7 @@ class Args(RunFlags):
     steps: int = flag(150, "iterations: a rollout and what is learned from it", "[1, 1e7]")
     B: int = flag(8, "sources per iteration, over all ranks", "[1, 10000]")
     G: int = flag(8, "edits per source: the group", "[2, 1000]")
-    lr: float = flag(1.6e-4, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+    lr: float = flag(1.6e-4, "rate of AdamW, falling to a tenth of it; 5 iterations warm up",
                      "[0, 10]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
 
@@ -97,7 +101,7 @@ class Args(RunFlags):
 
     norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS,
                      group="Objective")
-    clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
+    clip: float = flag(2e-3, "the ratio is clipped to 1 +- this; times the latent's dimensions "
                        "it is nats of the true log-ratio", "(0, 100]")
     updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
@@ -162,7 +166,7 @@ def read_edits(path):
     rows = []
     for where, row, folder in all_records(path, "edit"):
         try:
-            say = as_text(lookup(row, "instruction"), "instruction", where)
+            asked = as_text(lookup(row, "instruction"), "instruction", where)
             about, captions = {}, []
             for k in ("source", "target"):
                 about = without_nulls(record(row.get(f"{k}_meta") or {}))  # in the end the target's
@@ -171,9 +175,9 @@ def read_edits(path):
                 caption = about.get("prompt", row.get(f"{k}_prompt", row.get(CAPTIONS[k])))
                 captions.append(caption if caption is None else as_text(caption, f"{k}_prompt"))
             about = about | row | dict(
-                where=where, folder=folder, source=lookup(row, "source"), instruction=say,
+                where=where, folder=folder, source=lookup(row, "source"), instruction=asked,
                 category=as_text(row.get("kind", "edit"), "kind"), tag=about.get("tag", "edit"),
-                prompt=captions[1] or say)
+                prompt=captions[1] or asked)
             if row.get("inverse"):
                 about["inverse"] = as_text(row["inverse"], "inverse")
         except (ValueError, LookupError) as e:
@@ -196,6 +200,8 @@ def read_all(args, weights):
     for path, its in ((args.data, rows), (args.eval_data, held)):
         if path and not its:
             fail(f"{path} holds no edits")
+        if path:
+            say(f"{path}: {len(its):,} edits, the first: {its[0]['instruction'][:60]!r}")
     other = {row["category"] for row in rows + held} - weights[0].keys()
     if other and "*" not in weights[0]:
         fail(f"{args.reward} has no mix for edits of kind {min(other)!r}, and no '*'")
@@ -203,7 +209,8 @@ def read_all(args, weights):
 
     def pair(row):
         return row["instruction"], hash(source_picture(row, size).numpy().tobytes())
-    trained = {pair(row) for row in rows}                # all can be read, or nothing starts
+    with ThreadPoolExecutor() as pool:                   # all can be read, or nothing starts
+        trained = {*tqdm(pool.map(pair, rows), "sources", len(rows), disable=None)}
     if both := [row for row in held if pair(row) in trained]:
         fail(f"{both[0]['where']}: its picture and instruction are in {args.data}, as those of "
              f"{len(both)} in {len(held)} rows are: what is trained is not held out")
@@ -217,23 +224,32 @@ def ten_of(rows):
     return [rows[i] for i in spread(kinds, each)][:10]
 
 
-def write_inverses(rows, args):
-    """Rows without `inverse` get the one that a VLM writes: --judge's, or the preset's own."""
-    lacks, size = [row for row in rows if not row.get("inverse")], preset(args.preset).size
+def write_inverses(rows, args, rank, world):
+    """Rows without `inverse` get the one that a VLM writes: --judge's, or the preset's own. A run
+    that goes on has those that it began with, for another time a VLM may write others. -> these
+    rows"""
+    file, size = Path(args.out) / INVERSES, preset(args.preset).size
+    known = read_json(file) if args.resume and file.exists() else {}
+    bare = [row for row in rows if not row.get("inverse")]
+    for row in bare:
+        row["inverse"] = known.get(row["where"])
+    lacks = [row for row in bare if not row["inverse"]]
     if lacks and args.preset.startswith("shapes") and not (args.judge or args.judge_url):
         fail(f"{lacks[0]['where']}: no `inverse` (nor have {len(lacks) - 1} other rows), and the "
              "classroom's VLM writes none: give a --judge that can, or --reward edit")
     if not lacks:
-        return
-    writer, answers = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url), []
-    if this_rank() == 0:                                 # another time it may say another thing
-        answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
-                                   BACK.format(row["instruction"])) for row in lacks])
-    answers = all_gather(answers)[0]
-    for row, answer in zip(lacks, answers):
-        if not answer:
+        return bare
+    writer = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url)
+    answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
+                               BACK.format(row["instruction"])) for row in lacks[rank::world]])
+    judge_model.cache_clear()                            # its memory is wanted for the training
+    for i, shared in enumerate(all_gather(answers)):
+        for row, answer in zip(lacks[i::world], shared):
+            row["inverse"] = answer
+    for row in lacks:
+        if not row["inverse"]:
             fail(f"{row['where']}: no `inverse`, and the VLM wrote none {writer.error}")
-        row["inverse"] = answer
+    return bare
 
 
 def encode(model, args, learns, prompts, images, keys):
@@ -262,9 +278,9 @@ def preview(model, args, faces, weights, judge, png):
     n, size = len(faces), model.cfg.size
     columns = [torch.stack([source_picture(row, size) for row in faces])]        # (n,3,H,W) each
     texts = [["source"] * n]
-    for leg, say in enumerate(("instruction", "inverse")):
-        if all(row.get(say) for row in faces):
-            texts.append([row[say] for row in faces])
+    for leg, way in enumerate(("instruction", "inverse")):
+        if all(row.get(way) for row in faces):
+            texts.append([row[way] for row in faces])
             columns.append(edit_as_trained(model, args, texts[-1], [[x] for x in columns[-1]],
                                            [100 * leg + i for i in range(n)]))
     grid(torch.stack(columns, 1).flatten(0, 1), [t for line in zip(*texts) for t in line], png,
@@ -292,8 +308,7 @@ def main():
     weights, back = check(args, world)
     judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
     rows, held = read_all(args, weights)
-    if back:
-        write_inverses(rows + held, args)
+    bare = write_inverses(rows + held, args, rank, world) if back else []
 
     # The model, what trains it, and where the run is kept
     learns, B, G = TRAIN[args.train], args.B // world, args.G    # B from here on: of this rank
@@ -307,6 +322,8 @@ def main():
     faces = ten_of(held or rows)
     recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, held and weights, judge))      # after all that can fail
+    if bare and rank == 0:
+        write(recorder.out / INVERSES, json.dumps({row["where"]: row["inverse"] for row in bare}))
 
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
     D = latent_numbers(model)
@@ -336,11 +353,11 @@ def main():
                               [initial_noise for initial_noise, _ in keys[::G]]])
             legs.append(encode(model, args, learns, *asked[leg]))
             if args.beta:
-                own = legs[leg]              # the initial policy's conditions: as the bridge was
-                if "bridge" in learns:
+                initial_branches = legs[leg]
+                if "bridge" in learns:       # then the initial policy's conditions are others
                     with swapped(model, initial):
-                        own = encode(model, args, (), *asked[leg])
-                anchors.append(Anchor(initial, own, args.beta, args.kl))
+                        initial_branches = encode(model, args, (), *asked[leg])
+                anchors.append(Anchor(initial, initial_branches, args.beta, args.kl))
             paths.append(rollout(model, legs[leg].leaf(), times, window, keys, args.eta, args.kind,
                                  args.shared_noise))
             drawn.append(model.to_images(paths[leg].x0).cpu())                   # (N,3,H,W) uint8

@@ -31,12 +31,12 @@ from benchmarks.shapes_edit import read_guidances
 from benchmarks.tables import contact_sheet, joined
 from common.flags import (FILE, HUB, can_hold, flag, given_parts, inside, number, parse, read_flag,
                           shown, there)
-from common.layouts import all_records
+from common.layouts import all_records, say
 from common.page import write_page
 from common.presets import PRESETS, SOLVERS
 from common.read import named, parse_json, read_json
 from common.rl import must_be_drawn
-from common.run import all_mean, category_of, fail, one_line, setup, slices, write
+from common.run import all_mean, category_of, fail, one_line, setup, slices, use_gpu, write
 from common.show import grid, show_table
 from common.stop import stopping, this_rank
 from common.weights import slim
@@ -86,7 +86,7 @@ def column_of(name):
 
 
 def parse_weights(text):
-    """ "geneval:0.8,my_file.py:f:0.2" -> {"*": {name: weight}}; no number means 1."""
+    """ "geneval:0.8,my_file.py:f:0.2" -> {name: weight}; no number means 1."""
     weights = {}
     for item in text.split(","):
         name, weight = re.fullmatch(r"((?:[^:]*\.py:)?[^:]*):?(.*)", item.strip(), re.S).groups()
@@ -99,7 +99,7 @@ def parse_weights(text):
                              f"{weight!r}")
     if not any(weights.values()):
         raise ValueError(f"every weight in {text!r} is 0: nothing to train on")
-    return {"*": weights}
+    return weights
 
 
 def read_weights(text, short=()):
@@ -112,7 +112,7 @@ def read_weights(text, short=()):
     for name, mix in dict(short).items():                # whole names: edit_judge is no judge
         mixes = {k: re.sub(rf"(^|,)(\s*){name}(?=\s*(?:[:,]|$))", rf"\1\2{mix}", str(m))
                  for k, m in mixes.items()}
-    weights = {kind: parse_weights(str(m))["*"] for kind, m in mixes.items()}
+    weights = {kind: parse_weights(str(m)) for kind, m in mixes.items()}
     names = {}                                           # in the log -> in the mixes
     for name in (name for mix in weights.values() for name in mix):
         if names.setdefault(column_of(name), name) != name:
@@ -138,6 +138,7 @@ def must_be_mixed(rows, weights, reward):
             fail(f"{reward}: {e}")
 
 
+@torch.no_grad()
 def score(images, rows, weights, judge=None):
     """Images uint8 (N,3,H,W) and N rows -> Scores.
 
@@ -183,16 +184,19 @@ def check_scored(scores, most, step, where):
     tried = scores.weights != 0                      # a failure gives no gradient, but counts
     failed = tried & scores.values.isnan()
     heard = [scores.answers.get(name, []) for name in names]
-    idle = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]
+    unusable = [[a for a, value in its if a is not None and math.isnan(value)] for its in heard]
     silent = [bool(scores.error) and name in scores.answers for name in names]
-    total, had, failed, tried, unparsed, asked, silent, halt = torch.tensor(all_mean(
-        [*scores.values.double().nansum(0), *(~scores.values.isnan()).sum(0), *failed.sum(0),
-         *tried.sum(0), *map(len, idle), *map(len, heard), *silent,
-         *[stopping.is_set()] * len(names)]), dtype=torch.float64).view(8, -1)               # (K,)
+    mine = torch.tensor([                                                        # (8,K)
+        scores.values.double().nansum(0).tolist(), (~scores.values.isnan()).sum(0).tolist(),
+        failed.sum(0).tolist(), tried.sum(0).tolist(), [*map(len, unusable)], [*map(len, heard)],
+        silent, [stopping.is_set()] * len(names)], dtype=torch.float64)
+    everywhere = torch.tensor(all_mean(mine.flatten().tolist()), dtype=torch.float64)
+    total, had, failed, tried, unparsed, asked, silent, halt = everywhere.view_as(mine)
     mean, failed, unparsed = (a / b.clamp(min=1e-9) for a, b in (
         (total, had), (failed, tried), (unparsed, asked)))
     most = 1 if halt.any() else most                 # a run that stops waits for no answers
-    examples = [f" The judge said, for instance, {its[0][:80]!r}" if its else "" for its in idle]
+    examples = [f" The judge said, for instance, {its[0][:80]!r}" if its else ""
+                for its in unusable]
     k = int(unparsed.argmax())
     if unparsed[k] > most:                           # on every rank, so all stop
         fail(f"reward {names[k]!r}: {unparsed[k]:.0%} of the judge's answers of update {step + 1} "
@@ -233,6 +237,12 @@ def read_rows(path, weights, reward, photos, columns=""):
     if not rows:
         fail(f"{path} holds no prompts")
     must_be_mixed(rows, weights, reward)
+    for name in ("geneval", "geneval_strict"):
+        mine = [row for row in rows if weights_of(row, weights).get(name)]
+        if mine and not any(row.get("include") for row in mine):
+            fail(f"{path}: no row has `include`, which the reward {name} reads: docs/data.md; or "
+                 "give another --reward")
+    say(f"{path}: {len(rows):,} prompts, the first: {rows[0]['prompt'][:60]!r}")
     return rows
 
 
@@ -284,8 +294,9 @@ def draw_while_judging(model, leaf, rows, weights, judge, times, window, keys, a
     """Steps 2 and 3 where an endpoint judges: it has the first prompts' images while the next are
     drawn, by the same policy. -> Trajectory, Scores of all"""
     paths, waiting, G = [], [], args.G
-    with ThreadPoolExecutor(1) as pool:
-        for some in slices(len(rows) // G, -(-len(rows) // G // 4)):
+    B = len(rows) // G
+    with ThreadPoolExecutor(1, initializer=use_gpu) as pool:
+        for some in slices(B, math.ceil(B / 4)):             # four parts
             mine = slice(some.start * G, some.stop * G)
             paths.append(rollout(model, leaf.rows(some), times, window, keys[mine], args.eta,
                                  args.kind, args.shared_noise))
@@ -368,7 +379,8 @@ class Args:
     n: int = flag(0, "pictures of each prompt; 0: as many as the benchmark asks for", "[0, 100]")
     seed: int = flag(0, "another seed draws other noise", "[0, 2**63)")
 
-    bench_dir: str = flag("", "folder of the benchmark's official release", FILE,
+    bench_dir: str = flag("", "folder of the benchmark's official release; of geneval perhaps a "
+                          "file of prompts of your own", FILE,
                           group="Official benchmarks")
     judge: str = flag("", "VLM that judges; empty: see rewards/shared.py")
     judge_url: str = flag("", "OpenAI-compatible address that answers for it; empty: it runs here")
@@ -409,6 +421,8 @@ def check_args(args, bench, out):
         fail(f"--bench {args.bench} needs --out, a folder for its images")
     if about.release and not args.bench_dir:
         fail(f"--bench {args.bench} needs --bench-dir, its official release: {about.release}")
+    if args.bench_dir and not about.release and args.bench != "geneval":
+        fail(f"--bench-dir: --bench {args.bench} reads none")
     if (args.detections or args.thresholds) and args.bench != "geneval":
         fail("--detections and --thresholds are of --bench geneval")
     if args.thresholds and not args.detections and (
@@ -473,11 +487,11 @@ def official(bench, args, out, tested, rank, world):
         items = read_items(bench, args)
     if tested:
         draw_all(bench, items, n, tested, out, rank, world)
-        if rank:
-            return
+    if rank:                                             # one asks the judge, and writes
+        return
     shots = shots_of(bench, items, n) if items else bench.shots_in(folder)
     judge = Judge(args.judge or MODELS["judge"], args.judge_url, tokens=about.tokens,
-                  parallel=args.parallel, system=shots[0].item.get("system", ""),
+                  parallel=args.parallel, patience=10, system=shots[0].item.get("system", ""),
                   text_first=about.text_first)
     thresholds = read_thresholds(args.thresholds)
     for shot in shots:
@@ -513,12 +527,14 @@ def main():
         if out:
             out.mkdir(parents=True, exist_ok=True)
     if hasattr(bench, "run"):
+        if rank:                                         # the classroom's: rank 0 is soon done
+            return
         results, shown_as = bench.run(tested, args, out)
     else:
         results = official(bench, args, out, tested, rank, world)
+        if rank:
+            return
         shown_as = {args.bench: results}
-    if rank:
-        return
     show_table(shown_as)
     if "thresholds" in results:
         print("a detection counts above {:g}, for counting above {:g}".format(

@@ -8,10 +8,11 @@ that window folded into one batch, one update per rollout.
     python grpo.py --recipe flow-grpo               # a paper's own settings: common/presets.py
     torchrun --nproc-per-node 2 grpo.py             # prompts are shared out; the result is the same
 
-One iteration (DiT forwards per optimised image: at most T + 3 x window, a backward counting two):
+One iteration (DiT forwards per image that is learned from: at most T + 3 x window, a backward
+counting two; with --beta T + 4 x window; --guidance doubles both):
 
     1  draw B prompts, encode each once; a group is the G images of one prompt
-    2  roll out: Euler steps, except in the window, which steps at random and keeps its log-probs
+    2  roll out: Euler steps, except in a window of steps that add noise and keep log-probs
     3  score the images; advantage = how much better than the group, in standard deviations
     4  climb the clipped surrogate over the window's steps; groups that all agree cost nothing
     5  log; now and then look at pictures and score held-out prompts
@@ -62,7 +63,7 @@ class Args(RunFlags):
     T: int = flag(10, "denoising steps while training; evaluation takes --eval-T", "[1, 1000]")
     window: int = flag(3, "consecutive steps that are random, and trained", "[1, 1000]")
     eta: float = flag(0.9, "size of the fresh noise; 0: nothing to explore", "0 or [0.001, 10]")
-    lr: float = flag(2e-4, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+    lr: float = flag(2e-4, "rate of AdamW, falling to a tenth of it; 5 iterations warm up",
                      "[0, 10]")
     eval_every: int = flag(20, "iterations between quick scores on held-out prompts", "[1, 1e7]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
@@ -81,7 +82,7 @@ class Args(RunFlags):
     wd: float = flag(0.0, "weight decay of AdamW", "[0, 10]", setting=True)
     ema: float = flag(0.95, "decay of the averaged weights that are evaluated and saved", "[0, 1)")
 
-    clip: float = flag(2e-3, "the ratio is kept within 1 +- this", "(0, 100]", group="Objective")
+    clip: float = flag(2e-3, "the ratio is clipped to 1 +- this", "(0, 100]", group="Objective")
     norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS)
     updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     trained: int = flag(0, "of the window's steps so many, drawn anew, are trained; 0: all",
@@ -169,9 +170,10 @@ def surrogate(model, branches, owner, path, advantage, times, total, args, ancho
     """The clipped objective (Flow-GRPO eq. 5); calls backward, once per micro-batch.
 
     branches: conditions; owner (n,): which of them an image was drawn for. path: the images'
-    Trajectory, window w; advantage (n,). The sum over rows is divided by the fixed global `total`:
-    neither micro-batches, ranks nor dropped groups change the gradient. window_steps: which of the
-    window's are trained, default all. -> (rows,2): each row's ratio and KL.
+    Trajectory, window w; advantage (n,). The sum over rows is divided by the fixed global `total`,
+    so that neither micro-batches nor ranks change the gradient, and a dropped group, whose
+    advantages are 0, takes only its KL along. window_steps: which of the window's are trained,
+    default all. -> (rows,2): each row's ratio and KL.
 
     With one update per rollout the ratio is 1 and the clip cannot bind; it is for --updates 2."""
     kernel = partial(sde_step, eta=args.eta, kind=args.kind)
@@ -251,7 +253,7 @@ def main():
     times = times.tolist()                               # T + 1 numbers, from 1 to 0
     D = latent_numbers(model)
     first = rank * B                                     # whole groups stay on one rank
-    samples = list(range(first * G, (first + B) * G))    # numbers among all ranks'
+    samples = list(range(first * G, (first + B) * G))    # this rank's, among all ranks'
     for step in recorder.steps():
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike
@@ -265,17 +267,17 @@ def main():
         leaf = branches.leaf()           # a copy on which the micro-batches' gradients add up
         anchor = None
         if args.beta:
-            own = leaf                   # the initial policy's conditions: as the bridge was
-            if "bridge" in learns:
+            initial_branches = leaf
+            if "bridge" in learns:       # then the initial policy's conditions are others
                 with swapped(model, initial):
-                    own = encode(model, asked, args, (), layer_noise)
-            anchor = Anchor(initial, own, args.beta, args.kl)
+                    initial_branches = encode(model, asked, args, (), layer_noise)
+            anchor = Anchor(initial, initial_branches, args.beta, args.kl)
 
-        # 2  roll out: Euler steps, except in the window, which steps at random
-        rows = [row | dict(group=i) for i, row in enumerate(batch)]      # some rewards compare one
+        # 2  roll out: Euler steps, except in a window of steps that add noise
+        rows = [row | dict(group=i) for i, row in enumerate(batch)]  # preference compares a group's
         rows = [row for row in rows for _ in range(G)]                   # N = B G
         keys = noise_keys(args, step, samples, G)
-        if args.judge_url:               # at once with step 3: an endpoint judges what is there
+        if args.judge_url:               # steps 2 and 3 at once: judges while the next are drawn
             path, scores = draw_while_judging(
                 model, leaf, rows, weights, judge, times, window, keys, args, clock)
         else:
@@ -302,7 +304,7 @@ def main():
         turn = order % args.updates                                      # (N,)
         window_steps = draw_steps(args, rng)
         total = args.B * G * len(window_steps) / args.updates
-        total = total / (1 - args.sft)                   # --sft has the rest
+        total = total / (1 - args.sft)                   # DeepGen eq. 5: RL weighs 1 - sft
         advantage = advantage.to(device)
         seen = []
         taught = {}

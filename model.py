@@ -313,7 +313,7 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     unirl  UniRL-Zero eq. 15: the same SDE for t < 1; its trainer steps by flow
     dance  DanceGRPO: the SDE with g = eta
     cps    DeepGen eq. 6 (Flow-CPS): replaces part of the noise that x holds by fresh noise
-    cps-simple   the same step; logp = -mean((x_next - mean)^2), as DeepGen's code has it
+    cps-simple   the same step; logp = -mean((x_next - mean)^2), as DeepGen's code: not in nats
     With the exact v, the first three keep the marginals of the ODE, up to an error that falls with
     d = t - t_next (flow and unirl only as d^(eta^2) if eta < 1: the rough first step, at t = 1,
     is forgotten slowly). cps keeps the noise *level* at every step instead: its marginals are
@@ -322,8 +322,8 @@ def sde_step(v, x, t, t_next, eta, kind="flow", x_next=None, noise=None):
     v, x = v.float(), x.float()
     t, s = (per_sample(a, x).view(-1, *[1] * (x.ndim - 1)) for a in (t, t_next))     # (B,1,1,1)
     d = t - s
-    # Departs from eq. 9 and 15, which divide by 1-t = 0 at pure noise: there, and only in the
-    # divisor, t_next stands for t. With .9931, eta .7, a first step of .1 x turns to -2.55 x.
+    # Departs from eq. 9 and 15, which divide by 1-t = 0 at pure noise: in the divisor t_next then
+    # stands for t. With UniRL-Zero's .9931 for t a step of .1 at eta .7 multiplies x by -2.55.
     room = 1 - torch.where(t < 1, t, s)
     if kind == "flow":
         g2 = eta**2 * t / room                                                       # g^2
@@ -424,7 +424,8 @@ class Branches(list):
                 if a is not None and a.requires_grad and b.grad is not None:
                     ends.append((a, b.grad))
         if ends:
-            torch.autograd.backward(*zip(*ends))
+            tensors, gradients = zip(*ends)
+            torch.autograd.backward(tensors, gradients)
 
 
 @dataclass(eq=False)
@@ -641,7 +642,8 @@ class Unified(nn.Module):
                 inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
                 output_hidden_states=True)
             cond = self.bridge(out.hidden_states, lengths, layer_noise)
-            logp = temperature and self.logp_of(words, out.last_hidden_state, starts, temperature)
+            logp = None if temperature is None else self.logp_of(
+                words, out.last_hidden_state, starts, temperature)
         if cfg.null == "zeros" and None in prompts:
             real = torch.tensor([p is not None for p in prompts])[:, None, None]
             cond.ctx = cond.ctx * real.to(self.device, non_blocking=True)
@@ -674,8 +676,9 @@ class Unified(nn.Module):
         if words is not None:
             said = [row[:n] for row, n in zip(words.ids.tolist(), words.mask.sum(1).tolist())]
             tail = self.tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"]
-            tail = tail * queries                                # a null's chat has ended in it
-            ids = [row + own + tail * (of not in ("t2i", "edit"))
+            tail = tail if queries else []
+            # The chat of a null ends in the tail already.
+            ids = [row + own + ([] if of in ("t2i", "edit") else tail)
                    for row, own, of in zip(ids, said, tasks, strict=True)]
             # An image's placeholder that the LM happens to say is a token, and no image.
             marks = [row + [-1] * (len(whole) - len(row)) for row, whole in zip(marks, ids)]
@@ -758,15 +761,15 @@ class Unified(nn.Module):
         if self.vlm is None or task == "edit" and self.cfg.refs == "dit":
             return images
         new = {id(i): i for row in images for i in row if not isinstance(i, Look)}
+        pictures, tokens = [*new.values()], []
         with self.autocast():
-            seen = {at: Look(image, *its) for (at, image), its in zip(
-                new.items(), self.see([*new.values()]))}
+            for some in slices(len(pictures), 32):
+                tokens += self.see(pictures[some])
+        seen = {at: Look(image, *its) for (at, image), its in zip(new.items(), tokens)}
         return [[i if isinstance(i, Look) else seen[id(i)] for i in row] for row in images]
 
     def see(self, images):
         """Images, uint8 (3,H,W) -> each: the VLM's tokens (n,d), and Qwen2.5-VL's grid of them."""
-        if not images:
-            return []
         processor, scale = self.image_processor, self.cfg.vit_scale
         # To whole tokens, as DeepGen. Departs from UniPic2 and UniRL-Zero: bicubic, antialiased.
         if scale:
@@ -870,7 +873,7 @@ class Unified(nn.Module):
         cfg, solver, before = self.cfg, solver or self.cfg.solver, None
         assert solver in SOLVERS, f"solver is euler or dpm, not {solver!r}"
         # DPM-Solver++ would look ahead too far over the long step to .0089. Departs from diffusers'
-        # own table for it, the uniform one x .999, which the DiT is told cut to thousandths.
+        # own table for it, the uniform one x .999, rounded down to thousandths for the DiT.
         grid = cfg.grid if solver == "euler" else "uniform"
         xs, ts = [x], sigmas(steps, cfg.sample_shift, grid).tolist()
         with self.autocast():                            # weights are cast once, not at each step
@@ -894,6 +897,11 @@ class Unified(nn.Module):
     # Through the VAE go 2^20 pixels at a time, 4 images of 512 x 512: all at once would need more
     # memory than the DiT's backward.
 
+    def in_vae(self, x):
+        """(B,C,H,W) as the VAE is quickest with it: on a CPU channels last, which CUDA's GroupNorm
+        would undo."""
+        return x.to(memory_format=torch.channels_last) if self.device.type == "cpu" else x
+
     @torch.no_grad()
     def to_latents(self, images):
         """uint8 (B,3,H,W) -> (B,C,H/f,W/f), about unit variance."""
@@ -901,7 +909,7 @@ class Unified(nn.Module):
         for few in images.split(max(1, 2**20 // images[0, 0].numel())):
             x = few.to(self.device, non_blocking=True).float() / 127.5 - 1
             with self.autocast():
-                z += self.vae.encode(x.to(memory_format=torch.channels_last), return_dict=False)
+                z += self.vae.encode(self.in_vae(x), return_dict=False)
         # AutoencoderDC | KL. Departs from DeepGen, and UniPic2's edits, which sample the posterior.
         z = torch.cat([a if torch.is_tensor(a) else a.mode() for a in z])
         return (z.float() - self.vae_shift) * self.vae.config.scaling_factor
@@ -913,7 +921,7 @@ class Unified(nn.Module):
         most = 2**16 if self.device.type == "cpu" else 2**20     # a CPU is then twice as fast
         for few in z.split(max(1, most // (z[0, 0].numel() * self.cfg.vae_factor**2))):
             with self.autocast():
-                x = self.vae.decode(few.to(memory_format=torch.channels_last)).sample
+                x = self.vae.decode(self.in_vae(few)).sample
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte())
         return torch.cat(images)
 

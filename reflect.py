@@ -102,7 +102,7 @@ class Args(RunFlags):
     steps: int = flag(200, "iterations: a rollout and what is learned from it", "[1, 1e7]")
     B: int = flag(128, "rows per iteration, over all ranks", "[1, 10000]")
     G: int = flag(8, "samples per row: the group", "[2, 1000]")
-    lr: float = flag(8e-5, "peak rate of AdamW, after 5 iterations; then down to a tenth",
+    lr: float = flag(8e-5, "rate of AdamW, falling to a tenth of it; 5 iterations warm up",
                      "[0, 10]")
     lm_lr: float = flag(7e-4, "as --lr, of the language model", "[0, 10]")
     seed: int = flag(0, "one seed, one result", "[0, 2**63)")
@@ -153,9 +153,9 @@ class Args(RunFlags):
 
     norm: str = flag("group", "scale of advantages: {}, see group_advantage", NORMS,
                      group="Objective")
-    clip: float = flag(2e-3, "the ratio is kept within 1 +- this; times the latent's dimensions "
+    clip: float = flag(2e-3, "the ratio is clipped to 1 +- this; times the latent's dimensions "
                        "it is nats of the true log-ratio", "(0, 100]")
-    lm_clip: float = flag(0.2, "the ratio of a token is kept within 1 +- this", "(0, 100]")
+    lm_clip: float = flag(0.2, "likewise of a token", "(0, 100]")
     updates: int = flag(1, "optimiser steps per rollout, each on a share of it", "[1, 100]")
     shuffle: bool = flag(False, "control: the rewards are dealt out at random over the batch")
     beta: float = flag(0.0, "weight of the steps' KL to the initial model; 0: no copy", "[0, 1000]")
@@ -584,8 +584,9 @@ def main():
         kept = disagreeing(credit.abs().amax(1), G)
         rest = [n for n in kept.tolist() if speaks and n not in place]
         with torch.no_grad():
-            old_logp[rest] = words_again(model, args, asked, looks, words, refs, rest,
-                                         False)[1] if rest else 0.0
+            for i in slices(len(rest), args.micro):
+                old_logp[rest[i]] = words_again(model, args, asked, looks, words, refs, rest[i],
+                                                False)[1]
         clock.lap("reward")
 
         # 5  climb both clipped surrogates. An update takes its share of the samples, drawn over all

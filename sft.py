@@ -124,14 +124,15 @@ def main():
     if args.edits or args.task == "reflect":
         reference_ways(cfg, model.dit)
     data = mixture(args, cfg, n, rank, world, trained)
-    look = partial(preview, model, what_to_show(args, cfg, n))
-    recorder = Recorder(args, rank, trained, look, first=False)  # after all that can fail
+    shows = partial(preview, model, what_to_show(args, cfg, n))
+    recorder = Recorder(args, rank, trained, shows, first=False)  # after all that can fail
     for step in recorder.steps():
         # 1  a batch of one task; text, references or both are withheld, so that guidance can work
         images, prompts, refs, words = next(data)           # (n,3,H,W) uint8; refs, words or None
         rng = keyed(key(args.seed, step, 0))                     # every rank draws alike
         torch.manual_seed(key(args.seed, step, rank))            # an adapter's dropout
         model.train()
+        # Of edits u in [0,d) withholds the text, [d,2d) text and references, [2d,3d) references.
         u, d = torch.rand(args.batch, generator=rng)[rank::world], args.edit_drop
         gone = u < (args.drop if refs is None else 2 * d)
         prompts = [None if g else p for g, p in zip(gone, prompts)]
@@ -157,8 +158,8 @@ def main():
             part.backward()
             loss += part.detach()
             if args.lm_loss and words is not None:
-                said = lm_loss(model, prompts[i], refs and refs[i], words[i])
-                (args.lm_loss * said / tokens).backward()
+                nll = lm_loss(model, prompts[i], refs and refs[i], words[i])
+                (args.lm_loss * nll / tokens).backward()
 
         # 4  one step, warm-up then cosine down to a 25th; the average follows. Departs from DeepGen
         #    and OpenUni, whose rate ends at 0

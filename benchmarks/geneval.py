@@ -18,8 +18,12 @@ ABOUT = About("{id}/samples/{k:04d}.png", "things, counts, colours, places, by a
 
 
 def items(release):
-    return [dict(json.loads(line), id=f"{i:05d}", line=line)
-            for i, line in enumerate(geneval_prompts())]
+    """The official prompts; release: or a file of one's own in their schema"""
+    rows = read_prompts(release) if release else [*map(json.loads, geneval_prompts())]
+    for row in rows:
+        if not (row.get("tag") and row.get("include")):
+            raise ValueError(f"{row['prompt']!r} has no tag or include")
+    return [dict(row, id=f"{i:05d}", line=json.dumps(row) + "\n") for i, row in enumerate(rows)]
 
 
 def files(item):

@@ -113,7 +113,7 @@ def joined(folders):
     runs = {}
     for folder in folders:
         results = read_results(folder)
-        runs.setdefault(results["bench"], []).append((Path(folder).name, results))
+        runs.setdefault(results["bench"], []).append((str(folder), results))
     return "\n".join(one_table(name, its) for name, its in runs.items())
 
 
@@ -121,15 +121,16 @@ def one_table(name, runs):
     about = find(name).ABOUT
     columns = [*dict.fromkeys(k for _, r in runs for k in r if k + "_se" in r)]
     asked = ["judge", "unparsed", "unanswered"] * bool(about.judge)
+    drawn = [k for k in ("steps", "guidance") if any(k in r for _, r in runs)]
     world = ["world"] * any("world" in r for _, r in runs)       # the classroom's version
     rows = [dict(run=run, n=r.get("images", r.get("answers", ""))) | {
-        k: r.get(k, "") for k in world + asked} | {
+        k: r.get(k, "") for k in world + drawn + asked} | {
         k: f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in columns if k in r} for run, r in runs]
     for paper in read_json(PUBLISHED):
         if paper["bench"] == name:
             rows.append(dict(run=f"{paper['model']} ({paper['paper']}, {paper['where']})",
                              judge=paper.get("judge", about.judge)) | paper["values"])
-    head = ["run", *world, *asked[:1], "n", *columns, *asked[1:]]
+    head = ["run", *world, *drawn, *asked[:1], "n", *columns, *asked[1:]]
     title = f"**{name}**: {about.measures}" + f"; official judge: {about.judge}" * bool(about.judge)
     return "\n".join([title, "", row_of(head), row_of(["---"] * len(head)),
                       *(row_of([row.get(k, "") for k in head]) for row in rows), ""])

@@ -294,7 +294,7 @@ def resume_run(ema, args, opt):
                 raise BadZipFile(f"{damaged} is not what was written")
         saved = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         return (saved["raw"], saved["mean"], saved["opt"], saved.get("extra", {}), saved["step"],
-                saved.get("data"))                       # older ones lack the last but one and this
+                saved.get("data"))                       # older files lack `extra` and `data`
     raw, mean, state, extra, step, position = attempt(
         f"{file} cannot be read, it may be truncated, so start anew in another --out", read)
     if {k: v.shape for k, v in raw.items()} != {k: v.shape for k, v in ema.params.items()}:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from common.presets import PARTS, RECIPES, preset
+from common.presets import PARTS, PRESETS, RECIPES, preset
 from common.run import beside, fail
 from common.track import TRACKERS
 
@@ -155,9 +155,14 @@ def read_flag(args, name, read):
 
 
 def must_exist(args, *names):
-    """The user's error where a flag that was not given, so that nobody looked, names nothing."""
+    """The user's error where a flag of data that was not given, so that nobody looked, names
+    nothing, or the classroom's for a preset that draws photos."""
     for name in names:
-        if (value := getattr(args, name)) and not there(value):
+        value = getattr(args, name)
+        if value.startswith("data/shapes") and not args.preset.startswith("shapes"):
+            fail(f"preset {args.preset!r} draws photos and needs {flag_of(name)} of its own: "
+                 "docs/data.md")
+        if value and not there(value):
             fail(f"{flag_of(name)} {shown(value)}: must be {FILE}; the classroom's: python -m "
                  "data.shapes.prepare data")
 
@@ -236,9 +241,9 @@ def add_flags(p, Args):
     group.add_argument("-h", "--help", action="help", help="print this text")
 
 
-def recipe_of(name, Args):
-    """--recipe: a name in RECIPES, or a .json of settings, which may go on from another's
-    ("recipe": its name) -> {field: value}"""
+def recipe_of(name, Args, preset_has):
+    """--recipe: a name in RECIPES, or a .json of settings, which goes on from the recipe that it
+    names ("recipe": its name), else from the one that the preset has -> {field: value}"""
     if not name.endswith(".json"):
         if name not in RECIPES:
             fail(f"unknown --recipe {shown(name)}; there are: {', '.join(RECIPES)}, or a .json of "
@@ -246,7 +251,7 @@ def recipe_of(name, Args):
         return RECIPES[name]
     try:
         own = dict(**json.loads(Path(name).read_text()))         # TypeError unless an object
-        base = recipe_of(own.pop("recipe"), Args) if "recipe" in own else {}
+        base = recipe_of(own.pop("recipe", preset_has), Args, preset_has)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         fail(f"--recipe {shown(name)} is no JSON object of settings: {f'{e}'[:300]}")
     kinds = {f.name: bool if f.type == bool | None else f.type for f in fields(Args)}
@@ -282,17 +287,21 @@ def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
     def settle(who, values):
         lacks = [flag_of(k) for k in values if k not in known]
         if lacks:
-            fail(f"{who} needs {', '.join(lacks)}, which this script lacks")
+            fail(f"{who} needs {', '.join(lacks)}, which this script lacks: give another --recipe, "
+                 "such as fast")
         args.update({k: check(known[k], v, f"{who}: ") for k, v in values.items()} | given)
     if tasks:
         settle(f"task {args['task']!r}", tasks[args["task"]])
+    paper = {}
     if stage:
         paper = getattr(preset(args["preset"]), stage)
         if paper is None:
-            fail(f"the paper of preset {args['preset']!r} has no {stage}: see common/presets.py")
+            have = [name for name, c in PRESETS.items() if getattr(c, stage) is not None]
+            fail(f"the paper of preset {args['preset']!r} has no {stage}; presets that have: "
+                 + ", ".join(have))
         settle(f"preset {args['preset']!r}", paper)
     if "recipe" in args and not known.keys() <= given.keys():    # a resumed run has them all
-        values = recipe_of(args["recipe"], Args)
+        values = recipe_of(args["recipe"], Args, paper.get("recipe", Args.recipe))
         without = (not_here or {}).get(args.get("task", ""), ())
         if left := [k for k in values if k in without]:
             print(f"recipe {args['recipe']!r}: {', '.join(left)} are nothing for this and left out")
@@ -340,7 +349,7 @@ def script():
 # These may differ from what a run was started with: they change no update, but that rates fall
 # more slowly with more --steps.
 FREE = {"out", "resume", "change", "keep", "track", "steps", "eval_every", "final_bench", "micro",
-        "checkpoint", "compile", "judge_url", "max_failed"}
+        "checkpoint", "compile", "shard", "workers", "cache", "judge_url", "max_failed"}
 FIXED = {"preset", "recipe", "task"}     # stand for many others, which a run has by now
 
 
@@ -357,10 +366,13 @@ def as_before(known, given):
         fail(f"{out} is not a run of {script()}: choose another --out")
     named = {name.strip().strip("-").replace("-", "_") for name in
              given.get("change", "").split(",")} - {""}
-    if odd := named - (known.keys() - FIXED):
+    settings = {name for name, f in known.items() if f.metadata["setting"]}
+    if odd := named - (known.keys() - FIXED - settings):
         fail(f"--change {shown(','.join(sorted(odd)))}: no flag that may change")
     for name, value in given.items():
         if name in had and had[name] != value and name not in FREE | named - FIXED:
+            other = f"add --change {name}" if name not in FIXED else (
+                f"begin anew: --init {out} --out, another folder")
             fail(f"{flag_of(name)} was {shown(had[name])} when {out} was begun, not {shown(value)}:"
-                 " leave it out" + f", or add --change {name}" * (name not in FIXED))
+                 f" leave it out, or {other}")
     return {k: check(known[k], v, f"{out}: ") for k, v in had.items() if k in known} | given

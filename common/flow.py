@@ -1,6 +1,6 @@
 """Flow matching: what stages 1 and 2 (and DeepGen's loss beside RL) learn from a batch.
 
-x_t = (1-t) x_0 + t eps, v = eps - x_0; n pairs, C h w latent
+x_t = (1-t) x_0 + t eps, v = eps - x_0; n pairs, C h w latent here, H W the picture's
 """
 
 import torch
@@ -44,7 +44,7 @@ def lm_loss(model, prompts, refs, words):
 
 def count_tokens(model, prompts, words, world):
     """-> how many tokens the words of all ranks' batches have, at least 1. Every rank calls it."""
-    mine = taught(model, prompts, None, words)[1].mask.sum().item() if words else 0
+    mine = taught(model, prompts, None, words)[1].mask.sum().item()
     return max(1, world * all_mean([mine])[0])
 
 

@@ -112,7 +112,8 @@ class RMSNorm(nn.RMSNorm):
 
 def attend(q, k, v, mask, first=False):
     """softmax(q k' / sqrt(d)) v, all (B,heads,N,d); mask (B,1,1,N) True = may be attended to.
-    first: they come first in a row, of queries as of keys; what is behind them nobody reads."""
+    first: in each row the real tokens come first and the pads last, among queries as among keys;
+    nobody reads what pads get."""
     if q.device.type == "cpu":    # written out: the fused kernel's backward is 5 times slower there
         s = (q * q.shape[-1] ** -0.5) @ k.mT                                     # (B,heads,N,N)
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
@@ -123,9 +124,10 @@ def attend(q, k, v, mask, first=False):
 
 
 def attend_packed(q, k, v, mask):
-    """attend, where those that may be attended to come first: to the kernel, which knows no mask, a
-    row is two sequences, what is real and what is padding. Where they part, no host must know. One
-    token of padding more, or a full row would end in a sequence of none. Never run on a GPU yet."""
+    """attend, where real tokens come first. The kernel takes no mask, but many sequences in a line:
+    a row goes in as two, its real tokens and its pads. The cuts are computed on the GPU, so that
+    the host does not wait. Each row gets one pad more, or a full row would have an empty second
+    sequence. Never run on a GPU yet."""
     B, _, N, _ = q.shape
     q, k, v = (F.pad(a.to(v.dtype).transpose(1, 2), (0, 0, 0, 0, 0, 1)).flatten(0, 1)
                for a in (q, k, v))                                               # (B (N+1),heads,d)

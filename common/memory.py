@@ -36,7 +36,7 @@ SHOWN = 16            # pictures of a look
 MODELS = dict(clip=1.7e9, pickscore=3.9e9, hpsv2=3.9e9, detector=2.0e9, ocr=0.1e9, judge=16.6e9)
 REWARDS = dict(clip="clip", clip_direction="clip", clip_image="clip", aesthetic="clip",
                pickscore="pickscore", hpsv2="hpsv2", geneval="detector", geneval_strict="detector",
-               ocr="ocr", preference="judge", judge="judge", edit_judge="judge")
+               ocr="ocr", preference="judge", judge="judge", edit_judge="judge", cycle="clip")
 
 
 def memory_plan(model, args, rows, reads, copies, device):
@@ -49,20 +49,22 @@ def memory_plan(model, args, rows, reads, copies, device):
     learn = learned(model)
     mine = learn - away * sum(p.numel() for p in parts if p.requires_grad)
     average = 4 * mine * bool(getattr(args, "ema", 1))
-    held = dict(weights=bytes_of(model) - away * spread, AdamW=8 * mine, average=average,
+    follows = 4 * mine * bool(getattr(args, "old", 0) and getattr(args, "near", 1))   # of labs
+    held = dict(weights=bytes_of(model) - away * spread, AdamW=8 * mine, average=average + follows,
                 reference=sum(copy_of(getattr(model, part), model, device) for part in copies),
                 rewards=rewards_of(model, args))
     graph, read = graph_of(model, args, rows, reads)
     # While pictures are looked at, the average displaces weights, and of --shard all are here.
     phases = dict(look=drawing(model, args, SHOWN, SHOWN) + average + spread)
-    if hasattr(args, "window"):            # RL, where --shard leaves weights and gradients whole
+    if hasattr(args, "G"):                 # RL, where --shard leaves weights and gradients whole
         prompts = -(-args.B // world)
         images = prompts * args.G * getattr(args, "images_per_thought", 1)
         # A reflection, and the way back of an edit, is each sample's own to read.
         each = hasattr(args, "task") or getattr(args, "reverse", "no") != "no"
         asked = prompts * (args.G if each else 1)
         path, draw = path_of(model, args, images), drawing(model, args, images, asked)
-        phases["rollout"] = spread + read + path + max(path, draw)
+        # A lab's other policy takes the place of the weights, which are kept beside.
+        phases["rollout"] = spread + follows + read + path + max(path, draw)
         phases["update"] = spread + 4 * learn + graph + 2 * path     # all of it, and what is taken
     else:
         # One backward frees its graph while gradients come; of several all but the first have both.
@@ -202,9 +204,9 @@ def drawing(model, args, images, prompts):
 
 
 def path_of(model, args, images):
-    """Bytes of a rollout's trajectories"""
+    """Bytes of a rollout's trajectories; a lab keeps the pictures alone"""
     latent = model.dit.latent_channels * (model.cfg.size // model.cfg.vae_factor) ** 2
-    return 4 * (args.window + 1) * images * latent
+    return 4 * (getattr(args, "window", 0) + 1) * images * latent
 
 
 def memory_report(model, args, rows, reads, copies, device):

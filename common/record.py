@@ -16,7 +16,7 @@ from common.checkpoint import CHECKPOINT, has_checkpoint, keep_beside, saved_abo
 from common.data import all_positions
 from common.flags import can_hold, read_flag, script, settings_of
 from common.page import redraw
-from common.run import all_mean, check_ranks, fail, write
+from common.run import all_gather, all_mean, check_ranks, fail, write
 from common.stop import SIGNALS, as_a_wish, at_once, end, heed, received, this_rank
 from common.track import Tracker, check_track
 
@@ -137,7 +137,8 @@ class Recorder:
         self.last = {}                                   # the row that a resumed run goes on from
         self.stopped = []                                # signals received, by any rank
         stale = self.start and saved_about(self.out / "ckpt").get("step") != self.start
-        all_mean([0])                                    # every rank has looked at the folder
+        if len({*all_gather(self.start)}) > 1:           # also: every rank has looked at the folder
+            fail(f"not all ranks see the checkpoint in {self.out}: it must be one folder for all")
         if rank == 0:
             self.open()
         if stale:                                        # it was perhaps killed while it saved

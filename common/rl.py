@@ -1,5 +1,6 @@
-"""What the three RL scripts share and no class reads: checks of flags, the optimiser, the reference
-of a KL, noise keys, statistics of ratios, time; and LDAM, an option of one paper.
+"""What the three RL scripts share. Of a first reading only Anchor, the KL to the initial policy,
+and fine_tune are part; the rest is checks of flags, the optimiser, noise keys, statistics of
+ratios, time, and LDAM, an option of one paper.
 """
 
 import copy
@@ -88,8 +89,8 @@ def adapters(args, parts):
 
 
 def initial_policy(model, copies, device):
-    """(DiT, bridge, VLM) as they are now, frozen copies of those named: for model.swapped. As
-    frozen parts are, on a GPU they are held in bf16."""
+    """(DiT, bridge, VLM) as they are now, of those named in `copies` frozen copies: for `swapped`.
+    Like all that is frozen, copies are held in bf16 on a GPU."""
     hold = in_bf16 if model.bf16 and device.type == "cuda" else lambda part: part
     return [hold(copy.deepcopy(part).requires_grad_(False)) if name in copies else part for
             name, part in (("dit", model.dit), ("bridge", model.bridge), ("vlm", model.vlm))]
@@ -97,8 +98,8 @@ def initial_policy(model, copies, device):
 
 def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     """The model, of which `parts` learn, and what trains it. rows: images per DiT backward; reads:
-    prompts that the VLM reads with gradient; anchored: does a KL want the initial policy? A part
-    whose LoRA learns is its own reference, with the LoRA switched off; of others it has copies.
+    prompts that the VLM reads with gradient; anchored: does a KL want the initial policy? Of a part
+    whose LoRA learns that is the part with the LoRA switched off; of others that learn, a copy.
     -> model, initial policy or None, Optimiser"""
     learns = adapters(args, parts)
     copies = [part for part, lora in learns.items() if anchored and not lora]
@@ -107,7 +108,7 @@ def set_up(Unified, args, parts, rows, reads, anchored, rank, device):
     if args.compile and "dit" in copies:                 # what compiles a DiT is not copied
         compile_blocks(initial[0])
     model = share_out(model, device) if getattr(args, "shard", False) else model     # labs: no flag
-    if rank == 0 and hasattr(args, "clip"):
+    if rank == 0 and hasattr(args, "clip") and args.kind != "cps-simple":  # its logp has no nats
         print(f"--clip {args.clip:g} is {args.clip * latent_numbers(model):.3g} nats: a log-prob "
               f"is a mean over {latent_numbers(model)} latent numbers")
     return model, initial, Optimiser(args, model)
@@ -119,24 +120,24 @@ def latent_numbers(model):
 
 
 class Optimiser(Trained):
-    """AdamW over what learns. Each expert, the DiT with its bridge and the language model, has its
-    own rate and is clipped by its own norm. Rates rise over 5 iterations and, from the first on,
-    fall linearly to a tenth.
+    """AdamW over what learns. The DiT with its bridge, and the language model, have each a rate of
+    their own and are clipped by a norm of their own. Rates rise over 5 iterations and, from the
+    first on, fall linearly to a tenth.
     Departs from Flow-GRPO, whatever the recipe: betas .9 and .999 there, and a constant rate."""
 
     def __init__(self, args, model):
         params = learning(model)
         self.steps, self.finite = args.steps, Finite()
-        own = {"lr": [p for k, p in params.items() if not k.startswith("vlm.")],
-               "lm_lr": [p for k, p in params.items() if k.startswith("vlm.")]}
-        self.experts = {rate: some for rate, some in own.items() if some}
-        groups = [(getattr(args, rate), some) for rate, all_of_it in self.experts.items()
-                  for some in by_kind(all_of_it)]
+        by_rate = dict(lr=[], lm_lr=[])                  # flag -> the parameters that it moves
+        for name, p in params.items():
+            by_rate["lm_lr" if name.startswith("vlm.") else "lr"].append(p)
+        self.by_rate = {rate: some for rate, some in by_rate.items() if some}
+        groups = [(getattr(args, rate), kind)
+                  for rate, some in self.by_rate.items() for kind in by_kind(some)]
         self.peaks = [peak for peak, _ in groups]
-        self.adamw = torch.optim.AdamW([dict(params=some) for _, some in groups],
-                                       lr=self.peaks[0], betas=(0.9, 0.99), weight_decay=args.wd,
-                                       fused=on_gpu(params))
-        super().__init__(args, model, self.adamw, partial(save_weights, model))
+        adamw = torch.optim.AdamW([dict(params=kind) for _, kind in groups], lr=self.peaks[0],
+                                  betas=(0.9, 0.99), weight_decay=args.wd, fused=on_gpu(params))
+        super().__init__(args, model, adamw, partial(save_weights, model))
 
     def ready(self):
         """Of --shard each rank has all weights, until the next gradients are added up."""
@@ -149,12 +150,12 @@ class Optimiser(Trained):
         add_up(self.model)
         sum_grads(list(self.params.values()), watched)
         norms = {rate.replace("lr", "grad_norm"): clip_grads(some)
-                 for rate, some in self.experts.items()}
-        for group, peak in zip(self.adamw.param_groups, self.peaks):
+                 for rate, some in self.by_rate.items()}
+        for group, peak in zip(self.opt.param_groups, self.peaks):
             group["lr"] = peak * min(1, (step + 1) / 5) * (1 - 0.9 * step / self.steps)
         if self.finite(step, [*norms.values()], prompts):
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+            self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
         self.ready()
         return norms
 
@@ -236,7 +237,8 @@ def ratio_stats(seen, clip, nats, beta, prefix=""):
     """seen: for each update of the iteration a list of (rows,2), ratio and KL -> columns of the
     log. ratio_off is the largest |ratio - 1| of the first update, whose policy is still the one
     that drew: rounding alone. kl: only with a beta; the others: only with several updates, since
-    in the first the ratio is 1. clip: the ratio's range; nats: how many nats of the sample a unit
+    in the first the ratio is 1. clipped: the share of ratios outside 1 +- clip, of which the clip
+    stops those that their advantage pushes further out; nats: how many nats of the sample a unit
     of log-ratio is. Of this rank's rows: the log has the mean of the ranks."""
     none = torch.tensor([[1.0, 0.0]], device=next((x.device for u in seen for x in u), "cpu"))
     ratio, kl = torch.cat([x for u in seen for x in u] or [none]).T

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from common.shard import by_kind, local
-from common.stop import at_once, fail, heed, quietly, this_rank
+from common.stop import at_once, codes, fail, heed, quietly, this_rank
 
 ROOT = Path(__file__).parent.parent       # of the repository, beside whose scripts data/ lies
 
@@ -81,6 +81,23 @@ def local_device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def leave():
+    """At the end of a process among several: its group is destroyed, or the group's threads may
+    outlive Python and abort. But one that ends before its time just goes: the others stand in a
+    collective without it, for which NCCL would wait, and torchrun would not see that it is gone."""
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[-1])
+    dist.destroy_process_group()
+
+
+def use_gpu():
+    """Makes plain "cuda" this rank's GPU: in a new thread it is the first one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+
+
 def setup():
     """-> rank, world, device. Under torchrun: one process per GPU, or gloo on the CPU."""
     heed(at_once)
@@ -98,7 +115,7 @@ def setup():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=1))      # ranks wait while one saves
         sys.excepthook = quietly
-        atexit.register(dist.destroy_process_group)   # or its threads may outlive Python and abort
+        atexit.register(leave)
     return rank, world, device
 
 

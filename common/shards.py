@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from common.read import PICTURES, regular
+from common.run import fail, one_line
 
 MOST_RECORD = 2**28       # bytes of a record
 MOST_WAITING = 2**30      # bytes of the records that wait to be drawn from
@@ -68,6 +69,8 @@ def members(file, unreadable):
                 raise ValueError(f"is cut or broken at byte {tar.offset:,}")
         if not any_yet:
             raise ValueError("holds no records")
+    except OSError as e:         # of the disk: this rank's order would part from the others'
+        fail(f"{file} cannot be read on ({one_line(e)}): --resume goes on once it can")
     except Exception as e:                           # of an archive: whatever tarfile may do
         unreadable(f"{file}", e)
 

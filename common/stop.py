@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 stopping = threading.Event()          # a signal has asked the run to stop after this update
 received = []                         # such signals, in their order
+codes = []                            # exit codes of what ends this process before its time
 
 
 def this_rank():
@@ -42,6 +43,7 @@ def end(which, what):
     """Ends the process with a signal's exit code and one line."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)              # of more: Python is on its way out
+    codes.append(128 + which)
     if this_rank() == 0:
         print(f"\nstopped by {signal.Signals(which).name} {what}", file=sys.stderr)
     sys.exit(128 + which)
@@ -50,6 +52,7 @@ def end(which, what):
 def fail(message):
     """A user's error: one line, non-zero exit, nothing written. torchrun ends the other ranks, and
     repeats the line."""
+    codes.append(1)
     try:
         sys.exit("error: " + str(message).replace("\n", " "))
     except SystemExit as e:
@@ -60,6 +63,7 @@ def fail(message):
 
 def quietly(kind, error, trace, show=sys.excepthook):
     """In place of a traceback: who waits for a rank that has ended has nothing to add."""
+    codes.append(1)
     left_alone = kind.__name__ in ("RuntimeError", "DistBackendError") and "peer" in str(error)
     if not left_alone:
         show(kind, error, trace)

@@ -336,7 +336,8 @@ def in_bf16(part):
 def slim(model, device):
     """On a GPU the parts that are large are held by in_bf16. Not the VAE. -> model"""
     if model.bf16 and device.type == "cuda":
-        [*map(in_bf16, filter(None, (model.vlm, model.text_encoder, model.dit)))]
+        for part in filter(None, (model.vlm, model.text_encoder, model.dit)):
+            in_bf16(part)
     return model
 
 

@@ -28,9 +28,6 @@ class Words:
         return Words(self.ids[index], self.mask[index], self.logp[index],
                      [self.texts[i] for i in at], self.closed[index])
 
-    def repeat(self, n):
-        return self.rows(torch.arange(len(self.texts)).repeat_interleave(n))
-
 
 def spans(text):
     """Words by their tags -> dict(think, answer, ok): the first closed pair of each tag, "" without

@@ -61,7 +61,7 @@ def main():
         conditions = lab.encode(asked)
 
         # 2  draw them along the ODE, each from its own noise
-        x0 = model.sample(conditions.repeat(G), args.T, noise=lab.noise(step))   # (N,C,h,w)
+        x0 = model.sample(conditions.repeat(G), args.T, noise=lab.noise(step))   # (N,C,H,W)
         clock.lap("rollout")
         images = model.to_images(x0).cpu()
         clock.lap("decode")
@@ -76,8 +76,8 @@ def main():
         weight = advantage[kept].clamp(-args.most, args.most).repeat(args.times).to(device)
         if args.near:
             with average.applied():
-                theirs = lab.encode(asked, conditions)
-                v_average = lab.velocities(x_t, t, theirs, owner)
+                average_branches = lab.encode(asked, conditions)
+                v_average = lab.velocities(x_t, t, average_branches, owner)
         # With gradient only now: a graph does not outlive the weights of another policy.
         branches = lab.encode(asked, conditions, lab.learns)
         leaf = branches.leaf()

@@ -1,4 +1,4 @@
-"""What the labs have in common, and no class reads: grpo.py's set-up and its steps 1, 3 and 5."""
+"""What the labs share, to be skipped at first: grpo.py's set-up and its steps 1, 3 and 5."""
 
 import torch
 
@@ -61,9 +61,9 @@ class Lab:
         return grpo.encode(self.model, asked, self.args, learns)
 
     def noised(self, step, x0, kept, group=1):
-        """The images `kept` of x0 (N,C,h,w) at --times random times, one after another; those of a
-        `group` in a row have time and noise in common. -> x_t, v* (rows,C,h,w), t (rows,), and
-        which prompt a row is of (rows,)"""
+        """The images `kept` of x0 (N,C,H,W) at --times random times, one after another; those of a
+        `group` in a row have time and noise in common. -> x_t (rows,C,H,W), t (rows,),
+        v* (rows,C,H,W), and which prompt a row is of (rows,)"""
         times, numbers = self.args.times, [self.samples[i] // group * group for i in kept.tolist()]
         keys = [key(self.args.seed, step, PER_SAMPLE * n + 2 + 2 * k)
                 for k in range(times) for n in numbers]

@@ -65,7 +65,7 @@ def main():
         leaf = branches.leaf()
 
         # 2  draw them along the ODE, each from its own noise
-        x0 = model.sample(leaf.repeat(G), args.T, noise=lab.noise(step))         # (N,C,h,w)
+        x0 = model.sample(leaf.repeat(G), args.T, noise=lab.noise(step))         # (N,C,H,W)
         clock.lap("rollout")
         images = model.to_images(x0).cpu()
         clock.lap("decode")
@@ -79,8 +79,8 @@ def main():
         x_t, t, target, owner = lab.noised(step, x0, kept, group=G)
         weight = advantage[kept].clamp(-args.most, args.most).repeat(args.times).to(device)
         with torch.no_grad(), swapped(model, lab.initial):
-            theirs = lab.encode(asked, leaf)
-            v_0 = lab.velocities(x_t, t, theirs, owner)
+            initial_branches = lab.encode(asked, leaf)
+            v_0 = lab.velocities(x_t, t, initial_branches, owner)
         seen = []
         for i in lab.parts(len(t), G):                   # whole groups
             v = model.velocity(x_t[i], t[i], leaf.rows(owner[i]))

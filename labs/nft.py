@@ -66,8 +66,9 @@ def main():
 
         # 2  the old policy draws them along the ODE, each from its own noise
         with old.applied():
-            theirs = lab.encode(asked)
-            x0 = model.sample(theirs.repeat(G), args.T, noise=lab.noise(step))   # (N,C,h,w)
+            old_branches = lab.encode(asked)
+            x0 = model.sample(                                                   # (N,C,H,W)
+                old_branches.repeat(G), args.T, noise=lab.noise(step))
         clock.lap("rollout")
         images = model.to_images(x0).cpu()
         clock.lap("decode")
@@ -77,15 +78,16 @@ def main():
         r = (advantage[kept] / args.most).clamp(-1, 1) / 2 + 0.5
         clock.lap("reward")
 
-        # 4  noise the images to random times; there, reward v on both sides of the old velocity.
-        #    The loss is scaled by --most, so that a unit of advantage weighs as in grpo.py
+        # 4  noise the images to random times; there, weigh the errors of v+ and v-, on either side
+        #    of the old velocity, by r and 1 - r. The loss is scaled by --most, so that a unit of
+        #    advantage weighs as in grpo.py
         total = args.B * G * args.times / args.most
         x_t, t, target, owner = lab.noised(step, x0, kept)
         r = r.repeat(args.times).to(device)
         with old.applied():
-            v_old = lab.velocities(x_t, t, theirs, owner)
+            v_old = lab.velocities(x_t, t, old_branches, owner)
         # With gradient only now: a graph does not outlive the weights of another policy.
-        branches = lab.encode(asked, theirs, lab.learns)
+        branches = lab.encode(asked, old_branches, lab.learns)
         leaf = branches.leaf()
         seen = []
         for i in lab.parts(len(t)):

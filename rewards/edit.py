@@ -43,7 +43,8 @@ class EditReward(torch.nn.Module):
         self.feed = processor(AutoProcessor, name)
         self.feed.tokenizer.padding_side = "left"                # each row's last token is its last
         self.head = torch.nn.Linear(self.vlm.config.get_text_config().hidden_size, 1)
-        [torch.nn.init.zeros_(p) for p in self.head.parameters()]    # on every rank the same
+        for p in self.head.parameters():
+            torch.nn.init.zeros_(p)                              # on every rank the same
         if (file := Path(name) / "head.safetensors").exists():
             self.head.load_state_dict(read_safetensors(file)[0])
 

@@ -44,6 +44,7 @@ class Judge:
     timeout: float = 120.0    # seconds that a question has at the endpoint, with all its attempts
     retries: int = 3          # more attempts after a failure,
     pause: float = 1.0        # the first so many seconds later, each next one twice as long
+    patience: float = 0.0     # so long a question waits that met a limit of them; 0: it has failed
     last: float = 5.0         # seconds that what is under way has once the run is to stop
     parallel: int = 16        # most questions at the endpoint at once, per process
     error: str = ""           # the last failure
@@ -75,7 +76,8 @@ class Judge:
             ids = model.generate(**x, do_sample=False, max_new_tokens=self.tokens)
             new = ids[:, x["input_ids"].shape[1]:]
             answers += [a.strip() for a in feed.batch_decode(new, skip_special_tokens=True)]
-            [heard(k, answer) for k, answer in enumerate(answers[i:], i)]
+            for k, answer in enumerate(answers[i:], i):
+                heard(k, answer)
         return answers
 
     def ask(self, images, text):
@@ -96,12 +98,16 @@ class Judge:
                 if stopping.is_set() or resting():
                     return None
                 body = await asyncio.to_thread(self.body, images, text)
-                try:
-                    answer, well = await asyncio.wait_for(
-                        self.ask_endpoint(client, body), self.timeout)
-                except asyncio.TimeoutError:
-                    answer, well = None, False
-                    self.error = f"{self.url} gave no whole answer in time, {self.timeout:g} s"
+                while True:
+                    try:
+                        answer, well, limited = await asyncio.wait_for(
+                            self.ask_endpoint(client, body), self.timeout)
+                    except asyncio.TimeoutError:
+                        answer, well, limited = None, False, False
+                        self.error = f"{self.url} gave no whole answer in time, {self.timeout:g} s"
+                    if not (limited and self.patience) or stopping.is_set():
+                        break
+                    await asyncio.sleep(self.patience)
                 state["failed"] = 0 if well else state["failed"] + 1
                 if state["failed"] >= self.parallel:
                     state.update(failed=0, rest=time.monotonic() + self.timeout)
@@ -138,11 +144,13 @@ class Judge:
 
     async def ask_endpoint(self, client, body):
         """One question -> answer, None after failures, of which `error` says the last; is the
-        endpoint well, which it is when it answers or refuses?"""
+        endpoint well, which it is when it answers or refuses; and was the last failure that it has
+        had too many questions?"""
         until = time.monotonic() + self.timeout
         for k in range(self.retries + 1):
             # A random part, so that what failed together comes back apart.
             pause, later, data = self.pause * 2**k * random.uniform(0.5, 1), True, bytearray()
+            limited = False
             try:
                 async with client.stream("POST", self.url.rstrip("/") + "/chat/completions",
                                          content=body) as reply:
@@ -151,9 +159,10 @@ class Judge:
                         if len(data) > LONGEST:
                             break
                 if reply.is_success and len(data) <= LONGEST:
-                    return json.loads(data)["choices"][0]["message"]["content"].strip(), True
+                    return json.loads(data)["choices"][0]["message"]["content"].strip(), True, False
                 # 3xx and 4xx: what is wrong stays wrong; but 408 and 429 say "later".
                 later = reply.is_success or reply.is_server_error or reply.status_code in (408, 429)
+                limited = reply.status_code == 429
                 wait = reply.headers.get("Retry-After", "")
                 pause = max(pause, float(wait)) if re.fullmatch("[0-9]{1,9}", wait) else pause
                 what = f"HTTP {reply.status_code}"
@@ -170,10 +179,10 @@ class Judge:
                 what = f"{type(e).__name__}, {quoted(str(e))}"
             self.error = f"{self.url} gave {what}" + (f": {quoted(data)}" if data else "")
             if not later or k == self.retries or time.monotonic() + pause >= until:
-                return None, not later
+                return None, not later, limited
             await asyncio.sleep(pause)
             if stopping.is_set():
-                return None, True
+                return None, True, False
 
     def phrasing(self, images, ours, theirs):
         """The classroom VLM's own question, or the one for everybody else's."""

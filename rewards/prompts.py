@@ -156,8 +156,8 @@ def prompts_of(path, columns=""):
             row = without_nulls(row)
             row.pop("group", None)                       # which in training numbers the groups
             prompt = as_text(lookup(row, "prompt", columns), "prompt", where)
-            if "prompt" not in row:
-                row.pop("text", None)                    # which with a prompt is a sign's letters
+            if columns.get("prompt", "text") == "text" and "prompt" not in row:
+                row.pop("text", None)                    # which beside a prompt is a sign's letters
             check_meta(row)
         except (ValueError, LookupError) as e:
             raise ValueError(f"{where}: {e}") from None

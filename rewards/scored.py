@@ -71,7 +71,9 @@ def read_scored(path):
         try:
             files = [*pictures_in(lookup(row, "source"), folder),
                      *pictures_in(lookup(row, "edited"), folder)]
-            [regular(f) for f in files if isinstance(f, Path)]
+            for file in files:
+                if isinstance(file, Path):
+                    regular(file)
             score = row.get("score")
             if len(files) != 2 or type(score) not in (int, float) or not abs(score) < 1e9:
                 raise ValueError("`score` is a number, `source` and `edited` are a picture each")

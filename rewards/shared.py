@@ -70,6 +70,7 @@ def must_score(rewards, rows):
     for i, row in enumerate(rows, 1):
         for name in rewards:
             if field := lacks(name, row):
+                field = dict(captions="source_prompt` and `target_prompt").get(field, field)
                 raise ValueError(f"{row.get('where', f'edit {i}')}: reward {name!r} needs "
                                  f"`{field}`" + ", a scene" * (field == "source"))
 

@@ -28,9 +28,9 @@ import model  # noqa: E402
 import rewards  # noqa: E402
 import rewards.judge as judge_py  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
-from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_images, summary  # noqa: E402
 from data.shapes.judge import check  # noqa: E402
-from eval import parse_weights, score  # noqa: E402
+from eval import read_weights, score  # noqa: E402
 from rewards.prompts import read_prompts  # noqa: E402
 
 # Of the base, held out: what the images' rewards are compared in. Spreads differ a thousandfold.
@@ -115,10 +115,10 @@ def evaluate(init, out):
     """Held-out images of a checkpoint -> out/rewards.npy (P,4,4), right and THREE; results.json"""
     done = model.Unified.load(init)
     rows = read_prompts(PROMPTS / "eval.jsonl")
-    images = draw_rows(done.draw, rows, range(len(rows)), 4)                   # (P,4,64,64,3)
+    images = draw_images(done.draw, rows, range(len(rows)), 4)                   # (P,4,64,64,3)
     results, right = summary(rows, images)
     flat = torch.from_numpy(images.reshape(-1, *images.shape[2:])).permute(0, 3, 1, 2)
-    R = score(flat, [r for r in rows for _ in range(4)], parse_weights(THREE)).values
+    R = score(flat, [r for r in rows for _ in range(4)], read_weights(THREE)).values
     (out / "results.json").write_text(json.dumps(results, indent=1))
     np.save(out / "rewards.npy", np.concatenate([right[..., None], R.view(*right.shape, 3)], 2))
 

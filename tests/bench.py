@@ -44,7 +44,7 @@ from common.record import Recorder  # noqa: E402
 from common.run import key, keyed, setup  # noqa: E402
 from common.sana import SanaDiT  # noqa: E402
 from data.shapes.bench import bench_shapes  # noqa: E402
-from eval import parse_weights, score  # noqa: E402
+from eval import read_weights, score  # noqa: E402
 from rewards.prompts import read_prompts  # noqa: E402
 from model import MMDiT, Unified, sde_step, sigmas  # noqa: E402
 
@@ -131,7 +131,7 @@ def theirs(a, args, guidance, trained, seconds, eta=0.7, updates=2, clip=None, d
     opt = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.wd)
     ema = Ema(params, args.ema)
     ts = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()
-    metas, weights = read_prompts(args.prompts), parse_weights(args.reward)
+    metas, weights = read_prompts(args.prompts), read_weights(args.reward)
     forwards, curve, rows, N = Forwards(), [], [], args.B * args.G
 
     def velocity(x, t, c):                                   # c holds 2n rows: n null, n prompts

@@ -32,7 +32,7 @@ import model  # noqa: E402
 import pretrain  # noqa: E402
 import sft  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
-from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_images, summary  # noqa: E402
 from rewards.prompts import read_prompts  # noqa: E402
 
 ALL = (6, 5, 4, 3, 2, 1)                      # the classroom VLM's layers, deep to shallow
@@ -87,7 +87,7 @@ def run_arm(arm, seed, out, steps):
 
     done = model.Unified.load(out)
     rows = read_prompts(PROMPTS / "eval.jsonl")
-    np.save(out / "right.npy", summary(rows, draw_rows(done.draw, rows, range(len(rows)), 4))[1])
+    np.save(out / "right.npy", summary(rows, draw_images(done.draw, rows, range(len(rows)), 4))[1])
 
 
 def folder(arm):

@@ -29,7 +29,7 @@ from common.draw import draw_edits  # noqa: E402
 from data.shapes.world import render  # noqa: E402
 from common.read import arrays  # noqa: E402
 from common.show import mean_and_error  # noqa: E402
-from data.shapes.bench import PROMPTS, draw_rows, summary  # noqa: E402
+from data.shapes.bench import PROMPTS, draw_images, summary  # noqa: E402
 from data.shapes.edits import check_edit  # noqa: E402
 from rewards.prompts import read_prompts  # noqa: E402
 
@@ -73,7 +73,7 @@ def evaluate(init, out):
                         for i in range(0, len(rows), 64)])
     judged = [check_edit(x, row) for x, row in zip(arrays(edited.cpu()), rows)]
     prompts = read_prompts(PROMPTS / "eval.jsonl")
-    drawn = draw_rows(done.draw, prompts, range(len(prompts)), 2)
+    drawn = draw_images(done.draw, prompts, range(len(prompts)), 2)
     np.save(out / "draws.npy", summary(prompts, drawn)[1])
     np.save(out / "edits.npy", [[v["success"], v["preservation"]] for v in judged])
 

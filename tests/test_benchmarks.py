@@ -10,11 +10,13 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import releases
 import tiny
 import torch
@@ -199,6 +201,28 @@ def test_what_has_no_answer_ends_the_run_and_is_asked_again(run, serve, tmp_path
     assert "1 of 7 questions have no answer" in said and "HTTP 404" in said
     assert not (out / "results.json").exists()
     assert run(out, *flags)["unanswered"] == 0 and len(server.seen) == 8
+
+
+def test_ranks_share_the_drawing_and_one_asks(run, serve, tmp_path):
+    """Two draw the pictures of one, each some; one asks, also about pictures that are there, and
+    one alone runs the classroom's."""
+    server = serve(well)
+    release, flags = releases.write("wise", tmp_path / "release"), ["--bench", "wise"]
+    flags += ["--bench-dir", release, "--judge-url", server.url, "--judge", "m"]
+
+    def on_two(out, *flags):
+        def work():
+            with suppress(FileNotFoundError):            # rank 1 does not wait for results.json
+                run(out, *flags)
+        ranks.together(2, work, tmp_path / f"{out.name} said")
+        return json.loads((out / "results.json").read_text())
+    one, two = run(tmp_path / "one", *flags), on_two(tmp_path / "two", *flags)
+    assert len(server.seen) == one["questions"] + two["questions"]
+    pictures = [{f.name: f.read_bytes() for f in drawn(tmp_path / out)} for out in ("one", "two")]
+    assert pictures[0] == pictures[1]
+    on_two(tmp_path / "again", *flags, "--score-only", tmp_path / "two")
+    assert len(server.seen) == 3 * one["questions"]
+    assert on_two(tmp_path / "shapes", "--bench", "shapes", "--n", 1)["images"] == 360
 
 
 @pytest.mark.parametrize("name", ["dpg", "gedit"])
@@ -485,8 +509,9 @@ def test_tables_join_runs(run, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     eval_py.main()
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("**shapes**") and said[2].startswith("| run | world | n |")
-    assert [line[:4] for line in said[2:6]] == ["| ru", "| --", "| a ", "| b "]
+    assert said[0].startswith("**shapes**")
+    assert said[2].startswith("| run | world | steps | guidance | n |")
+    assert [line.split(" | ")[0] for line in said[4:6]] == [f"| {tmp_path / x}" for x in "ab"]
     assert f"{found[0]['score']:.3f} ± {found[0]['score_se']:.3f}" in said[4]
     (tmp_path / "c").mkdir()
     (tmp_path / "old").mkdir()

@@ -22,12 +22,14 @@ import common.record as record_py
 import cycle_edit
 import grpo
 import rewards.judge as judge_py
-from cycle_edit import Args, group_advantage, read_all, read_edits, surrogate
+from cycle_edit import (Args, group_advantage, read_all, read_edits, surrogate,
+                        write_inverses)
 from data.shapes.edits import sample_edit, source_picture
 from data.shapes.world import render
 from eval import Scores, score
 from common.run import key
 from model import rollout, sigmas
+from rewards.judge import Judge
 
 BOTH = ["--reward", "blue", "--reverse", "yes"]      # blue is a rank: no pixel's rounding moves it
 
@@ -343,9 +345,17 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
     rolled = calls(monkeypatch, "write_inverses")
     play(parts, tmp_path / "run", *BOTH, "--steps", 1, "--judge", vlm,
          "--data", tmp_path / "edits.jsonl")
-    got = rolled[0][0][0]
+    got, args = rolled[0][0][:2]
     assert isinstance(got[2]["inverse"], str) and got[2]["inverse"]
     assert [got[i]["inverse"] for i in (0, 1, 3)] == [rows[i]["inverse"] for i in (0, 1, 3)]
+    # A run that goes on has the inverse that it began with, and asks nobody.
+    assert json.loads((tmp_path / "run/inverses.json").read_text())[got[2]["where"]] == (
+        got[2]["inverse"])
+    args.resume, row = "yes", {k: v for k, v in got[2].items() if k != "inverse"}
+    with monkeypatch.context() as m:
+        m.setattr(Judge, "ask_all", lambda *inputs: 1 / 0)
+        write_inverses([row], args, 0, 1)
+    assert row["inverse"] == got[2]["inverse"]
     # None is asked for where nobody goes back.
     play(parts, tmp_path / "edit", "--reward", "blue", "--steps", 1,
          "--data", tmp_path / "edits.jsonl")
@@ -368,7 +378,9 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
     ("--data BACK", "back.jsonl, line 1: no `inverse` (nor have 0 other rows)"),
     ("--data GONE", "gone.jsonl, line 1: its source cannot be read (FileNotFoundError"),
     ("--data CUT", "cut.jsonl, line 1: its source cannot be read (ValueError"),
-    ("--reward clip_direction --data BARE", "line 1: reward 'clip_direction' needs `captions`"),
+    ("--reward clip_direction --data BARE",
+     "line 1: reward 'clip_direction' needs `source_prompt` and `target_prompt`"),
+    ("--data TWO", "two.jsonl, line 1: its source cannot be read (ValueError: it is 2 pictures"),
     ("--data SCENE", "scene.jsonl, line 1: its source cannot be read (KeyError"),
     ("--refs all", "unknown --refs 'all'; there are: vlm, dit, both"),
     ("--init NONE", "must be a folder that exists"), ("--resume", "nothing to resume")])
@@ -383,12 +395,13 @@ def test_cycle_edit_refuses(parts, tmp_path, monkeypatch, flags, words):
     (tmp_path / "bare.jsonl").write_text(json.dumps(
         {k: row[k] for k in ("source", "instruction", "inverse")}) + "\n")
     for name, change in dict(back=dict(inverse=""), gone=dict(source="gone.png"),
-                             cut=dict(source="cut.png"), scene=dict(source=scene)).items():
+                             cut=dict(source="cut.png"), scene=dict(source=scene),
+                             two=dict(source=["whole.png"] * 2)).items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | change) + "\n")
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"source": 3, "instruction": "x"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     places = {n.upper(): f"{n}.jsonl" for n in ("bad", "bare", "empty", "back", "gone", "cut",
-                                                         "scene")}
+                                                "scene", "two")}
     places = {k: tmp_path / v for k, v in places.items()} | dict(
         NONE=tmp_path / "none", EDITS=parts / "edits.jsonl")
     flags = [str(places.get(f, f)) for f in flags.split()]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from data.shapes.bench import bench_shapes, seam
 from data.shapes.judge import check, evaluate, extra_objects, read_sign, text_match
 from data.shapes.captions import sample_meta, scene_for
 from data.shapes.world import SHAPES, TAGS, VERSION, place, relation, render
-from eval import Scores, check_scored, held_out_score, main, parse_weights, read_weights, score
+from eval import (Scores, check_scored, held_out_score, main, parse_weights, read_rows,
+                  read_weights, score)
 from rewards.prompts import read_prompts
 from rewards import REWARDS
 
@@ -233,6 +235,10 @@ def test_a_reward_gives_no_gradient(monkeypatch):
     scores = score(torch_images([np.ones((64, 64, 3), np.uint8)] * 2), [{}] * 2,
                    {"*": dict(net=1.0)})
     assert scores.values.tolist() == [[1.0], [1.0]] and not scores.values.requires_grad
+    monkeypatch.setitem(REWARDS, "net", lambda images, metas: torch.full(      # nor has it a graph
+        (len(images),), float((weight * 2).requires_grad)))
+    assert score(torch_images([np.ones((64, 64, 3), np.uint8)]), [{}],
+                 {"*": dict(net=1.0)}).values.tolist() == [[0.0]]
 
 
 def test_an_endpoint_is_at_fault_for_its_own_rewards_alone():
@@ -302,8 +308,8 @@ def test_score_refuses():
 
 
 def test_parse_weights():
-    assert parse_weights("geneval") == {"*": {"geneval": 1.0}}
-    assert parse_weights("geneval:0.8, ocr:.2") == {"*": {"geneval": 0.8, "ocr": 0.2}}
+    assert parse_weights("geneval") == {"geneval": 1.0}
+    assert parse_weights("geneval:0.8, ocr:.2") == {"geneval": 0.8, "ocr": 0.2}
     for text, words in [("beauty", "valid: geneval"), ("geneval:x", "not a number"),
                         ("geneval:nan", "not a number"), ("", "unknown"), ("ocr:0", "is 0"),
                         ("ocr,ocr", "twice")]:
@@ -392,6 +398,28 @@ def test_bench(prompts, tmp_path, capsys, monkeypatch):
     assert spread(prompts["eval"], 2)[:4] == [0, 2, 5, 7]
 
 
+@pytest.mark.parametrize("row, columns, want", [
+    (dict(text="a sign"), "", dict(prompt="a sign")),
+    (dict(prompt="a sign", text="OPEN"), "", dict(prompt="a sign", text="OPEN")),
+    (dict(mine="a sign", text="OPEN"), "caption=mine", dict(prompt="a sign", text="OPEN")),
+    (dict(caption="a sign", text="OPEN"), "caption=caption", dict(prompt="a sign", text="OPEN")),
+    (dict(caption="a sign", text="OPEN"), "", dict(prompt="OPEN"))])
+def test_a_text_beside_the_prompt_is_of_the_sign(tmp_path, row, columns, want):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (got,) = read_prompts(tmp_path / "p.jsonl", columns)
+    assert {k: got[k] for k in ("prompt", "text") if k in got} == want
+
+
+def test_prompts_that_geneval_cannot_score(tmp_path, capsys):
+    """It is said before anything is loaded, not after a rollout; one row with `include` will do."""
+    file, rows = tmp_path / "p.txt", partial(read_rows, reward="geneval", photos=True)
+    file.write_text("a cat\na dog\n")
+    with pytest.raises(SystemExit, match="p.txt: no row has `include`, which the reward geneval"):
+        rows(file, {"*": dict(geneval=1.0)})
+    assert len(rows(file, {"*": dict(geneval=0.0, jpeg_compressibility=1.0)})) == 2
+    assert "p.txt: 2 prompts, the first: 'a cat'" in capsys.readouterr().out
+
+
 def test_bad_prompt_line(tmp_path):
     for bad in ['{"prompt": ', "[]", "3", '{"tag": "x"}', '{"prompt": "a", "include": [{}]}']:
         (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + bad + "\n")
@@ -423,20 +451,20 @@ def test_a_reward_of_a_users_file(tmp_path):
                     "    return 1 - images.float().mean((1, 2, 3)) / 255\n"
                     "def flat(images, rows):\n    return images.float().mean()\n"
                     "def geneval(images, rows):\n    return [0.5] * len(rows)\nconstant = 3\n")
-    weights = parse_weights(f"{file}:dark:0.25,jpeg_compressibility")
+    weights = read_weights(f"{file}:dark:0.25,jpeg_compressibility")
     assert weights == {"*": {f"{file}:dark": 0.25, "jpeg_compressibility": 1.0}}
     images = torch.stack([torch.full((3, 8, 8), v, dtype=torch.uint8) for v in (0, 255)])
     scores = score(images, [{}, {}], weights)
     assert scores.names == ["dark", "jpeg_compressibility"]
     assert scores.values[:, 0].tolist() == [1, 0] and scores.weights[:, 0].tolist() == [0.25] * 2
-    assert score(images, [{}, {}], parse_weights(f"{file}:geneval")).values.tolist() == [[0.5]] * 2
+    assert score(images, [{}, {}], read_weights(f"{file}:geneval")).values.tolist() == [[0.5]] * 2
     with pytest.raises(SystemExit, match="flat' returned .* for 2 images: it must return one"):
-        score(images, [{}, {}], parse_weights(f"{file}:flat"))
+        score(images, [{}, {}], read_weights(f"{file}:flat"))
     (tmp_path / "later.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Setting:\n    value: float = 0.5\n"
         "def half(images, rows):\n    return [Setting().value] * len(rows)\n")
-    assert score(images, [{}, {}], parse_weights(f"{tmp_path}/later.py:half")).values.sum() == 1
+    assert score(images, [{}, {}], read_weights(f"{tmp_path}/later.py:half")).values.sum() == 1
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name\n")
     for text, words in ((f"{file}:bright", "has no 'bright'"),

@@ -290,6 +290,12 @@ def test_a_fork_keeps_what_is_declared():
     (sft, "--init data/shapes/sft", "--data 'data/shapes/train': must be"),
     (sft, "--init data/shapes/sft --data . --task cot", "--tuples 'data/shapes/cot': must be"),
     (grpo, "--sft 0.1", "--sft-data 'data/shapes/train': must be"),
+    (grpo, "--preset deepgen --prompts HERE.txt", "draws photos and needs --sft-data of its own"),
+    (sft, "--preset deepgen --init data/shapes/sft", "draws photos and needs --data of its own"),
+    (pretrain, "--preset deepgen", "draws photos and needs --data of its own"),
+    (sft, "--preset flow-grpo", "has no stage2; presets that have: shapes, shapes-sana, unirl"),
+    (cycle_edit, "--preset deepgen", "which this script lacks: give another --recipe, such as f"),
+    (eval_py, "--bench shapes --bench-dir .", "--bench-dir: --bench shapes reads none"),
     (grpo, "--bench shapes", "unrecognized arguments: --bench"),
     (sft, "--task cot --edits . --share 0.6 --edit-share 0.6 --data .", "--share 0.6 and --edit-"),
     (eval_py, "--init=", "--init '' draws from the weights of --preset"),
@@ -301,9 +307,20 @@ def test_a_fork_keeps_what_is_declared():
 def test_what_does_not_go_together(desk, monkeypatch, script, argv, words):
     if (tiny.ROOT / "data/shapes/train").exists():       # as on a machine without the shards
         monkeypatch.setattr(flags_py, "there", lambda name, allowed=FILE: "shapes/" not in name)
+    (desk / "desk/HERE.txt").write_text("a cat")
     before = contents(desk)
     assert words in complaint(run, monkeypatch, script, *argv.split())
     assert contents(desk) == before
+
+
+def test_a_recipe_goes_on_from_the_preset_s(desk, monkeypatch):
+    """Where it names none: one setting changes, and the paper's others stay."""
+    for own, lora_rank in ((dict(wd=0.5), 32), (dict(wd=0.5, recipe="fast"), 0)):
+        Path("my.json").write_text(json.dumps(own))
+        argv = "grpo.py --preset flow-grpo --recipe my.json"
+        monkeypatch.setattr(sys, "argv", argv.split())
+        args = parse(grpo.Args, "", "stage3")
+        assert (args.wd, args.lora_rank) == (0.5, lora_rank)
 
 
 def test_convert_refuses(desk, monkeypatch):

@@ -30,7 +30,7 @@ from data.shapes.judge import evaluate
 from data.shapes.captions import article
 from data.shapes.world import COLORS, MASKS, PALETTE, RELATIONS, TAGS, render
 from eval import score
-from rewards.prompts import read_prompts
+from rewards.prompts import geneval_prompts, read_prompts
 from rewards.geneval import check
 from rewards.photos import COCO_THRESHOLDS, mask2former
 from rewards.prompts import COCO
@@ -485,6 +485,18 @@ def test_training_prompts(training):
     assert abs(first["position"] / 5000 - 7 / 17) < 0.03
     assert hashlib.sha256(training.read_bytes()).hexdigest() == (        # and always the same
         "e9143143f00c7c823e3c27fcc91518a2fafe492726a1e86ab95f5579ce2bb359")
+
+
+def test_prompts_of_ones_own(tmp_path):
+    """--bench-dir; the official ones are written as GenEval has them, byte for byte."""
+    assert "".join(item["line"] for item in bench_py.items("")) == "".join(geneval_prompts())
+    mine = dict(tag="counting", include=[{"class": "cat", "count": 2}], prompt="two cats")
+    (tmp_path / "p.jsonl").write_text(json.dumps(mine) + "\n")
+    (item,) = bench_py.items(tmp_path / "p.jsonl")
+    assert mine.items() <= item.items() and item["id"] == "00000"
+    (tmp_path / "p.jsonl").write_text('{"prompt": "two cats"}\n')
+    with pytest.raises(ValueError, match="'two cats' has no tag or include"):
+        bench_py.items(tmp_path / "p.jsonl")
 
 
 def test_write_prompts_refuses(tmp_path, monkeypatch):

@@ -327,6 +327,16 @@ def test_a_proxy_that_is_none(monkeypatch):
         Judge(url="http://never-seen-before/v1")
 
 
+def test_a_limit_of_questions_is_waited_out(serve):
+    """More of them than all attempts, and more in a row than would give the others up."""
+    def plan(h, k):
+        h.reply(429, b"slow down") if k < 60 else h.reply(200, GOOD)
+    judge = judge_at(serve(plan), timeout=20, patience=0.05, parallel=4)
+    assert timed(judge, 8)[0] == ["4"] * 8
+    judge = judge_at(serve(plan), timeout=20, parallel=4)        # in training nobody waits so long
+    assert None in timed(judge, 8)[0]
+
+
 def test_retry_after(serve):
     """It is heeded where the question's time allows it."""
     def plan(h, k):

@@ -16,6 +16,7 @@ from PIL import Image
 import common.data as data_py
 from common.data import pairs
 from common.presets import Config
+from common.shards import members
 
 CFG, N = Config(mmdit=tiny.MMDIT), 47
 SIZES = [(16, 16), (16, 24), (24, 16), (16, 16), (40, 16)]       # of buckets, four
@@ -127,6 +128,17 @@ def test_what_was_read_before_counts_as_read(tmp_path, monkeypatch, capsys):
     learned(streams, 260)                                # more than a pass
     place = place_of(streams, monkeypatch)
     assert learned(ranks_of(tmp_path, 1, place, n=8), 5) == learned(streams, 5)
+
+
+def test_a_shard_that_the_disk_does_not_give(tmp_path, monkeypatch):
+    """Its records are not broken: left out on one rank, they would shift what all others read."""
+    def gone(tar):
+        raise OSError(5, "Input/output error")
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    monkeypatch.setattr("tarfile.TarFile.next", gone)
+    with pytest.raises(SystemExit, match="cannot be read on .*Input/output error"):
+        list(members(tmp_path / "0.tar", lambda where, e: pytest.fail(where)))
 
 
 def test_fewer_pictures_than_ranks(tmp_path):

@@ -19,6 +19,7 @@ import common.rl as rl_py
 import common.weights as weights_py
 import grpo
 import rewards
+import labs.nft as nft
 import sft
 from common.checkpoint import Ema, Trained, save_weights
 from common.flow import condition, train_times
@@ -111,7 +112,7 @@ def reinforced(memory, model, args, rows, initial, ranks):
     """An iteration of grpo.py's loop, of whose micro-batches the last is computed. -> Peaks"""
     learns, B, G = grpo.TRAIN[args.train], args.B // ranks, args.G
     optimiser = rl_py.Optimiser(args, model)
-    with_state(optimiser, optimiser.adamw)
+    with_state(optimiser, optimiser.opt)
     peaks, asked = Peaks(memory), [prompt_of(model)] * B
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()
     branches = grpo.encode(model, asked, args, learns)
@@ -308,11 +309,23 @@ def test_what_ranks_hold(parts, tmp_path):
     assert found["AdamW"] == 2 * found["average"] < found["weights"]
 
 
+def test_the_plan_of_a_lab(parts):
+    """It counts the pictures of a rollout, as of every RL script, and the policy that follows."""
+    model = Unified.load(parts / "sft", "shapes")
+    learn(model, dict(dit=None))
+    plans = []
+    for Args in (grpo.Args, nft.Args):
+        held, phases = memory_plan(model, Args(B=8, G=4), 8, 0, [], torch.device("cpu"))
+        assert phases.keys() == {"look", "rollout", "update"}
+        plans.append(held["average"] / memory_py.learned(model))
+    assert plans == [4, 8]
+
+
 def test_models_of_rewards():
     """Each reward that loads a model is known; a judge at an endpoint takes nothing here."""
     with_models = {name for name, where in rewards.REWARDS.items() if where in (
         "rewards.clip", "rewards.judge", "rewards.geneval", "rewards.ocr")
-        or name == "ocr"}
+        or name == "ocr"} | {"cycle"}                    # a short name of cycle_edit.py
     assert memory_py.REWARDS.keys() == with_models
     photos = SimpleNamespace(cfg=SimpleNamespace(preset="deepgen"))
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import ranks
@@ -20,6 +21,7 @@ import common.weights as weights_py
 import model as ours
 from common.checkpoint import Ema
 from common.run import Finite, check_ranks, key, keyed, same_start, sum_grads
+from common.stop import end
 from common.weights import learn, swapped
 from model import Unified
 
@@ -113,6 +115,26 @@ def parted(out):
         except SystemExit as e:
             said.append(str(e))
     (out / str(rank)).write_text("\n".join(said))
+
+
+@pytest.mark.parametrize("how, code", [
+    (lambda: run_py.fail("x"), 1), (lambda: end(15, "x"), 143),
+    (lambda: sys.excepthook(ValueError, ValueError(), None), 1), (lambda: None, 0)])
+def test_who_fails_waits_for_nobody(tmp_path, how, code):
+    """NCCL's destroy waits for collectives that others have begun, and torchrun for the process."""
+    def work():
+        run_py.setup()
+        run_py.codes.clear()                             # pytest's own
+        with suppress(SystemExit):
+            how()
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(dist, "destroy_process_group", lambda: said.write_text("0"))
+            m.setattr(os, "_exit", lambda code: said.write_text(str(code)) and sys.exit())
+            with suppress(SystemExit):
+                run_py.leave()
+    said = tmp_path / "left"
+    ranks.together(1, work, tmp_path / "said")
+    assert said.read_text() == str(code)
 
 
 def test_ranks_that_part_stop_in_one_line(tmp_path):

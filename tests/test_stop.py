@@ -427,7 +427,9 @@ def test_resume_knows_its_flags(photos, stopped):
         name, value = flags.split()
         said = complaint(resume, name, value)
         assert name in said and f"--change {name[2:]}" in said
-    for flags, words in (([], "--preset was 'shapes'"), (["--change", "preset"], "no flag that"),
+    for flags, words in (([], "--preset was 'shapes'"), ([], "begin anew: --init"),
+                         (["--change", "preset"], "no flag that"),
+                         (["--change", "wd"], "no flag that"),
                          (["--change", "lr,nonsense"], "no flag that")):
         assert words in complaint(resume, "--preset", "deepgen", *flags)
     assert not list(stopped.glob("config_*"))

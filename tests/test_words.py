@@ -99,14 +99,18 @@ def test_nothing_is_read_twice(m, monkeypatch):
     looks = m.look(images)
     assert seen == [1] and all(row[0] is looks[0][0] for row in looks)
     torch.testing.assert_close(m.text_logp(prompts, looks, words, "critique"), alone)
-    assert rows == [3] and seen == [1, 0]
+    assert rows == [3] and seen == [1]
     torch.testing.assert_close(m.text_logp(prompts, images, words, "critique"), alone)
-    assert rows == [3, 3] and seen == [1, 0, 1]          # not looked at before: once a call
+    assert rows == [3, 3] and seen == [1, 1]             # not looked at before: once a call
     both = [IMAGES[0], [x.clone() for x in IMAGES[0]]]   # and of equal images each is its own
     m.text_logp(["a star"] * 2, both, words.rows([0, 1]), "critique")
-    assert rows == [3, 3, 2] and seen == [1, 0, 1, 2]
+    assert rows == [3, 3, 2] and seen == [1, 1, 2]
     m.text_logp(["a star"] * 2, [looks[0], both[1]], words.rows([0, 1]), "critique")
-    assert rows == [3, 3, 2, 2] and seen == [1, 0, 1, 2, 1]
+    assert rows == [3, 3, 2, 2] and seen == [1, 1, 2, 1]
+    many = m.look([[x.clone() for x in IMAGES[0]] for _ in range(33)])         # not all at once
+    assert seen[4:] == [32, 1]
+    for (look, *_) in many:
+        torch.testing.assert_close(look.tokens, looks[0][0].tokens)
 
 
 def test_answers_that_begin_alike_are_one_row(m):
@@ -224,13 +228,11 @@ def test_masks_of_the_end_and_of_the_limit(m):
     assert torch.equal(shorter.ids, words.ids[:, :5]) and not shorter.closed[~words.closed].any()
 
 
-def test_rows_and_repeat(m):
+def test_rows(m):
     words = m.generate(PROMPTS, limit=3)
     some = words.rows([2, 0])
     assert torch.equal(some.ids, words.ids[[2, 0]])
     assert some.texts == [words.texts[i] for i in (2, 0)]
-    assert words.repeat(2).texts == [t for t in words.texts for _ in range(2)]
-    assert torch.equal(words.repeat(2).logp[1::2], words.logp)
     assert words.rows(torch.tensor([False, True, False, True])).texts == words.texts[1::2]
 
 

@@ -63,7 +63,7 @@ def seam(image):
     return float(np.mean([s[border].mean() - s[~border].mean() for s in steps]))
 
 
-def draw_rows(draw, rows, chosen, n, name=""):
+def draw_images(draw, rows, chosen, n, name=""):
     """n images for each rows[i], i in chosen -> numpy (P,n,64,64,3); draw: see bench_shapes."""
     todo = [(rows[i]["prompt"], 1000 * i + j) for i in chosen for j in range(n)]
     images = []
@@ -90,7 +90,7 @@ def bench_shapes(draw, n_per_prompt=4, limit=None, png=None):
         k = limit // n_per_prompt // len(by_tag(rows)) if limit else len(rows)
         assert k, f"limit={limit} images do not reach every tag with {n_per_prompt} per prompt"
         chosen = spread(rows, k)
-        images = draw_rows(draw, rows, chosen, n_per_prompt, split)
+        images = draw_images(draw, rows, chosen, n_per_prompt, split)
         rows = [rows[i] for i in chosen]
         out, right = summary(rows, images)
         results |= out if split == "eval" else {split: out}

@@ -220,8 +220,10 @@ def picture_of(source, folder):
     try:
         if isinstance(source, list) and source and all(isinstance(x, dict) for x in source):
             return render(source)
-        picture, = pictures_in(source, folder)
-        return np.array(read_image(picture))
+        pictures = pictures_in(source, folder)
+        if len(pictures) != 1:
+            raise ValueError(f"it is {len(pictures)} pictures, and RL edits one")
+        return np.array(read_image(pictures[0]))
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as e:   # the last: of a scene
         raise ValueError(f"{type(e).__name__}: {e}") from None
 
