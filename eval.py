@@ -527,7 +527,7 @@ def main():
         if out:
             out.mkdir(parents=True, exist_ok=True)
     if hasattr(bench, "run"):
-        if rank:                                         # the classroom's: rank 0 is soon done
+        if rank:                                         # the classroom's are quick: rank 0 alone
             return
         results, shown_as = bench.run(tested, args, out)
     else:
