@@ -210,7 +210,7 @@ def read_all(args, weights):
     def pair(row):
         return row["instruction"], hash(source_picture(row, size).numpy().tobytes())
     with ThreadPoolExecutor() as pool:                   # all can be read, or nothing starts
-        trained = {*tqdm(pool.map(pair, rows), "sources", len(rows), disable=None)}
+        trained = {*tqdm(pool.map(pair, rows), "sources", len(rows), leave=False, disable=None)}
     if both := [row for row in held if pair(row) in trained]:
         fail(f"{both[0]['where']}: its picture and instruction are in {args.data}, as those of "
              f"{len(both)} in {len(held)} rows are: what is trained is not held out")

@@ -29,6 +29,7 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from common.draw import draw_reflecting, draw_thinking
 from common.flags import FILE, HUB, RunFlags, among, flag, parse, read_flag
@@ -279,7 +280,7 @@ def read_questions(path):
     """jsonl of `question`, `answer` and, to look at, `scene` (the classroom's) or `image` (a file)
     -> rows with `prompt`, the question; all can be looked at, or nothing starts."""
     rows = []
-    for where, row, folder in all_records(path):
+    for where, row, folder in tqdm(all_records(path), "questions", leave=False, disable=None):
         try:
             question, answer = (as_text(lookup(row, k), k) for k in ("question", "answer"))
             about = next((row[k] for k in ("scene", "image") if row.get(k) is not None), None)
@@ -317,7 +318,7 @@ def read_task(path, args, weights):
         if args.task == "reflect":
             rows = read_pool(path)
             must_be_mixed(sum(rows, []), weights, args.reward)
-            for row in sum(rows, []):
+            for row in tqdm(sum(rows, []), "pictures", leave=False, disable=None):
                 must_score(weights_of(row, weights), [row])
                 source_picture(row, preset(args.preset).size)    # or nothing starts
             return rows
