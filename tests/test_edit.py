@@ -156,7 +156,8 @@ def test_presets_that_edit():
 
 
 def test_references_are_computed_together(model, monkeypatch):
-    """64 references of one size: one call of the VAE, of the VLM's eye, of the patch embedding."""
+    """64 references of one size: one call of the VAE and of the patch embedding, two of the VLM's
+    eye, which sees 32 at a time."""
     calls = []
 
     def spy(module, name, size):
@@ -168,7 +169,8 @@ def test_references_are_computed_together(model, monkeypatch):
     spy(model.dit.pos_embed.proj, "forward", len)
     cond = model.encode_edit(TEXTS[:1] * 64, [[p] for p in pictures(*[(64, 64)] * 64)])
     model.velocity(model.noise(range(64)), 0.5, [(1.0, cond)])
-    assert calls == [("forward", 64 * 64), ("encode", 64), ("forward", 64), ("forward", 64)]
+    assert calls == [("forward", 32 * 64)] * 2 + [
+        ("encode", 64), ("forward", 64), ("forward", 64)]
 
 
 # --- pictures ---

@@ -296,7 +296,8 @@ def test_what_cannot_be_scored():
         poor = dict(metas[1], where="edits.jsonl, line 7")
         must_score([name, "clip_image"], [metas[0], poor])
         del poor[field]
-        with pytest.raises(ValueError, match=rf"line 7: reward '{name}' needs `{field}`"):
+        said = dict(captions="source_prompt` and `target_prompt").get(field, field)
+        with pytest.raises(ValueError, match=rf"line 7: reward '{name}' needs `{said}`"):
             must_score([name, "clip_image"], [metas[0], poor])
         if name in ("edit", "clip_direction"):
             R = find(name)(images, [metas[0], poor, metas[2]])

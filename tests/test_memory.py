@@ -309,9 +309,9 @@ def test_what_ranks_hold(parts, tmp_path):
     assert found["AdamW"] == 2 * found["average"] < found["weights"]
 
 
-def test_the_plan_of_a_lab(parts):
+def test_the_plan_of_a_lab():
     """It counts the pictures of a rollout, as of every RL script, and the policy that follows."""
-    model = Unified.load(parts / "sft", "shapes")
+    model = Unified.load(fits.ROOT / "data/shapes/sft", "shapes")
     learn(model, dict(dit=None))
     plans = []
     for Args in (grpo.Args, nft.Args):
