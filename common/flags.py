@@ -284,11 +284,10 @@ def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
         fail(f"--change {shown(given['change'])} belongs to --resume")
     args = asdict(Args()) | given
 
-    def settle(who, values):
+    def settle(who, values, instead=""):
         lacks = [flag_of(k) for k in values if k not in known]
         if lacks:
-            fail(f"{who} needs {', '.join(lacks)}, which this script lacks: give another --recipe, "
-                 "such as fast")
+            fail(f"{who} needs {', '.join(lacks)}, which this script lacks{instead}")
         args.update({k: check(known[k], v, f"{who}: ") for k, v in values.items()} | given)
     if tasks:
         settle(f"task {args['task']!r}", tasks[args["task"]])
@@ -306,7 +305,8 @@ def parse(Args, description, stage=None, tasks=None, not_here=None, more=""):
         if left := [k for k in values if k in without]:
             print(f"recipe {args['recipe']!r}: {', '.join(left)} are nothing for this and left out")
         settle(f"recipe {args['recipe']!r}",
-               {k: v for k, v in values.items() if k not in without})
+               {k: v for k, v in values.items() if k not in without},
+               ": give another --recipe, such as fast")
     return Args(**args)
 
 
