@@ -5,11 +5,15 @@
 
 OUT/<script>/rank<r>.safetensors is what a rank's model holds in the end, if all were run."""
 
+import ctypes
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,7 @@ from labs import edit_reward
 from rewards import scored
 
 FORK = multiprocessing.get_context("fork")
+LIMIT = 600                                              # seconds of a child; the slowest takes 60
 THREE = "--steps 3 --eval-every 3".split()
 FLOW = [*THREE, "--batch", 4]
 MAINS = {          # --init "": the bridge is drawn, not loaded
@@ -43,13 +48,17 @@ MAINS = {          # --init "": the bridge is drawn, not loaded
 
 
 def child(run, said):
-    """run() in a process of its own, which writes to the file `said` -> the process"""
+    """run() in a process of its own, which writes to the file `said` -> the process. One that hangs
+    ends after LIMIT seconds, and `said` has where."""
     def do():
         os.setpgrp()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # Linux: it ends with who started it
         handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(handle, stream)
         sys.stdout = sys.stderr = open(handle, "w", buffering=1)
+        faulthandler.register(signal.SIGALRM, file=handle, chain=True)
+        signal.alarm(LIMIT)
         torch.set_num_threads(1)                             # its pool anew, before threads race
         code = 1
         try:
@@ -83,11 +92,16 @@ def together(world, run, said, near=0):
         run()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()    # os._exit leaves nothing to atexit
-    ranks = [child(lambda rank=rank: as_rank(rank), said / f"{rank}.txt") for rank in range(world)]
-    for rank, process in enumerate(ranks):
-        process.join()
-    for rank, process in enumerate(ranks):
-        assert process.exitcode == 0, (said / f"{rank}.txt").read_text()[-3000:]
+    files = [said / f"{rank}.txt" for rank in range(world)]
+    ranks = [child(lambda rank=rank: as_rank(rank), file) for rank, file in enumerate(files)]
+    running, failed = ranks, []
+    while running and not failed:
+        wait([process.sentinel for process in running])
+        running = [process for process in ranks if process.exitcode is None]
+        failed = [file for process, file in zip(ranks, files) if process.exitcode]
+    for process in running:                                  # as torchrun: they wait for who failed
+        process.kill()
+    assert not failed, failed[0].read_text()[-3000:]
 
 
 def rows(out, run, world=2, near=0):

@@ -137,6 +137,16 @@ def test_who_fails_waits_for_nobody(tmp_path, how, code):
     assert said.read_text() == str(code)
 
 
+def test_who_fails_before_they_meet_ends_the_others(tmp_path):
+    """As under torchrun: or a test would wait an hour for who is gone, and not say why."""
+    def work():
+        if os.environ["RANK"] == "1":
+            raise ValueError("not today")
+        dist.init_process_group("gloo")
+    with pytest.raises(AssertionError, match="ValueError: not today"):
+        ranks.together(2, work, tmp_path / "said")
+
+
 def test_ranks_that_part_stop_in_one_line(tmp_path):
     ranks.together(2, lambda: parted(tmp_path), tmp_path / "said")
     a, b = ((tmp_path / str(r)).read_text().splitlines() for r in (0, 1))
