@@ -10,8 +10,8 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import sys
+import threading
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,6 +21,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from test_cli import folder_of, photo
+from tqdm import tqdm
 
 import common.run as run_py
 import common.weights as weights_py
@@ -60,6 +61,7 @@ def child(run, said):
         faulthandler.register(signal.SIGALRM, file=handle, chain=True)
         signal.alarm(LIMIT)
         torch.set_num_threads(1)                             # its pool anew, before threads race
+        tqdm.set_lock(threading.RLock())     # its own, not all processes': it may be killed with it
         code = 1
         try:
             run()
@@ -81,14 +83,15 @@ def together(world, run, said, near=0):
     """run() in so many ranks, children that find each other as torchrun's do, in a tenth of its
     time. said: a folder for what they write. near: of these so many are on one node, 0: all."""
     said.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    # They meet here, as in torchrun's agent: a port found free may be another's a second later.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def as_rank(rank):
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank % (near or world)}",
                           WORLD_SIZE=f"{world}", LOCAL_WORLD_SIZE=f"{near or world}",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}", OMP_NUM_THREADS="1")
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{store.port}",
+                          TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+                          OMP_NUM_THREADS="1")
         run()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()    # os._exit leaves nothing to atexit
