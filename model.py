@@ -394,6 +394,16 @@ class Cond:
         return cond
 
 
+    @staticmethod
+    def cat(parts):
+        """Conditions without references, of one part of the rows after another."""
+        ctx, pooled = [c.ctx for c in parts], [c.pooled for c in parts]
+        masks = [c.ctx.new_ones(c.ctx.shape[:2], dtype=torch.bool) if c.mask is None else c.mask
+                 for c in parts]
+        return Cond(torch.cat(ctx), None if all(c.mask is None for c in parts) else
+                    torch.cat(masks), None if pooled[0] is None else torch.cat(pooled))
+
+
 class Branches(list):
     """Conditions of B rows under guidance: [(weight, Cond), ...], weights adding to 1, whose
     velocities are summed: v = sum_k w_k v(x, t, c_k)."""
@@ -496,8 +506,8 @@ class Bridge(nn.Module):
             lengths = [cfg.n_query] * len(lengths)
         mask = None
         # Departs from DeepGen, whose connector and DiT attend to the pads (its guidance always so).
-        if min(lengths) < max(lengths):                    # decided on the host: no GPU sync
-            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]   # (B,L)
+        if min(lengths) < h.shape[1]:                      # decided on the host: no GPU sync
+            mask = torch.arange(h.shape[1]) < torch.tensor(lengths)[:, None]     # (B,L)
             mask = mask.to(h.device, non_blocking=True)
         keys = None if mask is None else mask[:, None, None]
         x = self.projector_1(h)                                                  # (B,L,c_dim)
@@ -632,18 +642,24 @@ class Unified(nn.Module):
         return self.encode_words(prompts, images, words, task, None, layer_noise)[0]
 
     def encode_words(self, prompts, images, words, task="think", temperature=1.0, layer_noise=None):
-        """One forward over prompt, words and queries -> Cond, and text_logp's (B,L), or None for a
+        """One pass over prompt, words and queries -> Cond, and text_logp's (B,L), or None for a
         temperature of None. Where the language model learns both carry gradient into it, and so
-        what is drawn teaches it through the queries (UniRL-Zero)."""
-        cfg = self.cfg
+        what is drawn teaches it through the queries (UniRL-Zero). Without a gradient, whose memory
+        --micro bounds, rows of more than 2^29 numbers in all layers, some 6 GB, go part after
+        part."""
+        cfg, lm = self.cfg, self.vlm.model.language_model
         x, pos, lengths, starts = self.sequence(prompts, images, task, words)
+        few = max(1, 2**29 // (x[0].numel() * len(lm.layers)))
+        parts = []
         with self.autocast():
-            out = self.vlm.model.language_model(
-                inputs_embeds=x, position_ids=pos, attention_mask=None, use_cache=False,
-                output_hidden_states=True)
-            cond = self.bridge(out.hidden_states, lengths, layer_noise)
-            logp = None if temperature is None else self.logp_of(
-                words, out.last_hidden_state, starts, temperature)
+            for i in slices(len(x), 0 if torch.is_grad_enabled() else few):
+                out = lm(inputs_embeds=x[i], position_ids=pos[..., i, :], attention_mask=None,
+                         use_cache=False, output_hidden_states=True)
+                logp = None if temperature is None else self.logp_of(
+                    words.rows(i), out.last_hidden_state, starts[i], temperature)
+                parts.append((self.bridge(out.hidden_states, lengths[i], layer_noise), logp))
+        conds, logps = zip(*parts)
+        cond, logp = Cond.cat(conds), None if temperature is None else torch.cat(logps)
         if cfg.null == "zeros" and None in prompts:
             real = torch.tensor([p is not None for p in prompts])[:, None, None]
             cond.ctx = cond.ctx * real.to(self.device, non_blocking=True)

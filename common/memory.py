@@ -30,6 +30,8 @@ FP32 = 1.4
 # bridge, whose states are wanted, also per layer; of the VAE per pixel
 DIT, VLM, BRIDGE, VAE = 37, 12, 8, 2600
 MOST, MOST_PIXELS = 2**27, 2**20      # tokens x width that a DiT has at once, pixels of the VAE
+MOST_READ = 2**29     # tokens x width x layers of the VLM
+CHOICE = 24           # of a token that is drawn, per word of the vocabulary, in fp32 and fp64
 PROMPT = 64           # tokens that a prompt with its chat, or a thought, is taken to have
 SHOWN = 16            # pictures of a look
 # Of models that rewards load, where photos are scored on this device; the judge is Qwen2.5-VL-7B.
@@ -63,6 +65,8 @@ def memory_plan(model, args, rows, reads, copies, device):
         each = hasattr(args, "task") or getattr(args, "reverse", "no") != "no"
         asked = prompts * (args.G if each else 1)
         path, draw = path_of(model, args, images), drawing(model, args, images, asked)
+        if hasattr(args, "task"):            # words are drawn first, and then read without gradient
+            read, draw = 0, max(draw, speaking(model, args, asked))
         # A lab's other policy takes the place of the weights, which are kept beside.
         phases["rollout"] = spread + follows + read + path + max(path, draw)
         phases["update"] = spread + 4 * learn + graph + 2 * path     # all of it, and what is taken
@@ -111,7 +115,7 @@ def largest_block(model):
 def rewards_of(model, args):
     """Bytes of the models that score, but for a judge at an endpoint; the classroom's are small."""
     text = getattr(args, "reward", "")
-    if model.cfg.preset.startswith("shapes") or getattr(args, "task", "") in ("text", "vqa"):
+    if model.cfg.preset.startswith("shapes") or words_alone(args):
         return 0
     text = Path(text).read_text() if text.endswith(".json") else text
     needed = {REWARDS[name] for name in re.findall(r"\w+", text) if name in REWARDS}
@@ -191,20 +195,48 @@ def graph_of(model, args, rows, reads):
     return graph + read + sum(cast), read
 
 
+def speaking(model, args, samples):
+    """Bytes of so many answers while they are generated: the VLM's cache of keys and values, and
+    the odds of a next token"""
+    lm, (_, _, read) = model.vlm.config.get_text_config(), lengths(model, args)
+    width = lm.num_key_value_heads * (getattr(lm, "head_dim", None)
+                                      or lm.hidden_size // lm.num_attention_heads)
+    cache = 2 * read * width * lm.num_hidden_layers * (2 if model.bf16 else 4)
+    return samples * (cache + CHOICE * lm.vocab_size) + 2 * learned(model.vlm) * model.bf16
+
+
+def reading(model, args, prompts):
+    """Bytes that VLM and bridge take to read prompts without a gradient, so many at a time"""
+    if not model.vlm:
+        return 0
+    _, said, passed = in_layers(model, args, 0, prompts)
+    share = min(1, MOST_READ / max(1, said[0] * said[1]))
+    return (share * (VLM * said[0] * said[1] + BRIDGE * passed[0] * passed[1])
+            + 2 * learned(model.vlm) * model.bf16)
+
+
 def drawing(model, args, images, prompts):
     """Bytes that drawing takes without a gradient, where prompts are read, then the DiT draws, then
-    the VAE decodes"""
-    drawn, said, passed = in_layers(model, args, images, prompts)
-    _, context, _ = lengths(model, args)
+    the VAE decodes; of words alone that they take"""
+    if words_alone(args):
+        return speaking(model, args, images)
+    drawn, context = in_layers(model, args, images, 0)[0], lengths(model, args)[1]
     told = 4 * images * context * model.dit.context_dim * branches(args)
     forward = DIT * min(drawn[0], MOST) + told + 2 * learned(model.dit) * model.bf16
     pixels = images * model.cfg.size**2
-    return max(VLM * said[0] * said[1] + BRIDGE * passed[0] * passed[1], forward,
+    return max(reading(model, args, prompts), forward,
                VAE * min(pixels, MOST_PIXELS) + 6 * pixels)  # as bytes, in parts and in one piece
+
+
+def words_alone(args):
+    """Does a run of reflect.py draw nothing?"""
+    return getattr(args, "task", "") in ("text", "vqa")
 
 
 def path_of(model, args, images):
     """Bytes of a rollout's trajectories; a lab keeps the pictures alone"""
+    if words_alone(args):
+        return 0
     latent = model.dit.latent_channels * (model.cfg.size // model.cfg.vae_factor) ** 2
     return 4 * (getattr(args, "window", 0) + 1) * images * latent
 

@@ -45,14 +45,16 @@ from common.flow import train_times
 import common.checkpoint as checkpoint_py
 import common.text_encoders as text_encoders_py
 import grpo
+import model as model_py
 import pretrain
 import sft
 from common.flags import parse
 from common.presets import PRESETS, Config
+from common.run import slices
 from common.sana import SanaDiT
 from common.text_encoders import SD3Text
-from common.words import chat, mrope
-from model import Bridge, Unified, build_dit
+from common.words import chat, mrope, spell
+from model import Bridge, Cond, Unified, build_dit
 
 SANA = dict(in_channels=4, caption_channels=24)          # all that is asked of a SanaDiT here
 COMMON = dict(vlm_dim=32, c_dim=32, c_ff=64, c_layers=2, c_heads=4, n_query=3)
@@ -240,6 +242,30 @@ def test_rows_do_not_see_each_other(qwen, kind):
                 same(whole.pooled[b], alone.pooled[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradient_rows_are_read_in_parts(qwen, kind, monkeypatch):
+    """Of any number, with words and without: a rollout needs no more memory for more prompts."""
+    m, prompts = unified(qwen, **KINDS[kind]), PROMPTS[1:] + PROMPTS
+    words = spell(m, ["red", "two blue stars", None, "no", "yes"])
+    read, rows = m.vlm.model.language_model.forward, []
+    m.vlm.model.language_model.forward = lambda inputs_embeds, **more: (
+        rows.append(len(inputs_embeds)), read(inputs_embeds=inputs_embeds, **more))[1]
+    whole, logp = m.encode_words(prompts, None, words)
+    monkeypatch.setattr(model_py, "slices", lambda n, most: slices(n, most and 2))
+    with torch.no_grad():
+        cond, logp_parts = m.encode_words(prompts, None, words)
+        bare = m.encode(prompts)
+    assert rows == [5, 2, 2, 1, 2, 2, 1]
+    same(cond.ctx, whole.ctx)
+    same(logp_parts, logp)
+    same(bare.ctx, m.encode(prompts).ctx)
+    assert (cond.mask is None) == (whole.mask is None) and (
+        cond.mask is None or torch.equal(cond.mask, whole.mask))
+    assert (cond.pooled is None) == (whole.pooled is None)
+    if cond.pooled is not None:
+        same(cond.pooled, whole.pooled)
+
+
 def test_noise_on_layers(qwen):
     """ParaUni's LDAM: c_i, after connector and LayerNorm, times its factor."""
     m = unified(qwen, **KINDS["parauni"])
@@ -387,7 +413,8 @@ def test_prompts_of_presets(name):
 def inside(m, *args):
     """hidden_states that encode hands to the bridge, and the rows' lengths."""
     got = []
-    m.bridge.forward = lambda hidden, lengths, noise: got.extend((hidden, lengths))
+    m.bridge.forward = lambda hidden, lengths, noise: got.extend((hidden, lengths)) or Cond(
+        hidden[0])
     m.encode(*args)
     del m.bridge.forward
     return got

@@ -18,6 +18,7 @@ import common.presets as presets_py
 import common.rl as rl_py
 import common.weights as weights_py
 import grpo
+import reflect
 import rewards
 import labs.nft as nft
 import sft
@@ -28,7 +29,7 @@ from common.presets import Config
 from common.run import adamw, clip_grads, keyed, learning, slices, sum_grads
 from common.shard import local
 from common.weights import adapter, computed_again, learn, swapped
-from common.words import chat_ids
+from common.words import chat_ids, draw_token
 from model import Unified, rollout, sigmas
 
 TOKENIZER = AutoTokenizer.from_pretrained(fits.ROOT / "data/shapes/vlm", model_max_length=77)
@@ -205,6 +206,39 @@ def test_the_plan_is_right(row):
     plan, peaks = measured(row, n)
     assert max(plan.values()) == pytest.approx(max(peaks.values()), rel=0.1)
     assert set(SOME) < set(fits.ROWS)
+
+
+def test_reading_is_bounded():
+    """What a VLM that learns takes to read all samples of a rollout without a gradient, in parts,
+    to a tenth; uncut DeepGen's 256 thoughts would take 54 GiB."""
+    model, args, *_ = fits.planned("reflect.py --preset deepgen --task cot --reward pickscore")
+    plan = memory_py.reading(model, args, args.B * args.G)
+    model = copy.deepcopy(model)
+    with fake_gpu() as memory:
+        put(memory, model, args, ())
+        memory.peak = held = memory.held
+        with torch.no_grad():
+            model.encode([prompt_of(model) + " red" * args.limit] * args.B * args.G)
+        assert memory.peak - held == pytest.approx(plan, rel=0.1)
+        logits = torch.empty(8, 151_936, device=CUDA)
+        memory.peak = held = memory.held
+        logp = logits.log_softmax(1)
+        draw_token(logp[torch.arange(8)], torch.empty(8, dtype=torch.float64, device=CUDA), 1)
+        assert memory.peak - held == pytest.approx(memory_py.CHOICE * logits.numel(), rel=0.1)
+
+
+def test_cache_of_answers():
+    """A real model's keys and values take what is planned; text and vqa draw no pictures."""
+    model = Unified.load(fits.ROOT / "data/shapes/sft", "shapes")
+    lm, args = model.vlm.model.language_model, reflect.Args(**reflect.TASKS["text"], task="text")
+    _, _, read = memory_py.lengths(model, args)
+    with model.autocast():
+        out = lm(inputs_embeds=torch.zeros(3, read, lm.config.hidden_size), use_cache=True)
+    held = sum(a.nbytes for layer in out.past_key_values.layers for a in (layer.keys, layer.values))
+    odds = memory_py.CHOICE * model.vlm.config.get_text_config().vocab_size
+    assert memory_py.speaking(model, args, 3) == held + 3 * odds
+    phases = memory_plan(model, args, 0, 8, [], torch.device("cpu"))[1]
+    assert phases["rollout"] == memory_py.speaking(model, args, args.B * args.G)
 
 
 def test_docs_have_the_table():
