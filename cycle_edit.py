@@ -17,11 +17,9 @@ One iteration (DiT forwards per sample: at most 2 x (T + 3 x window), of twice g
     5  log; now and then look at pictures and score held-out edits
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -30,11 +28,11 @@ from common.draw import draw_edits
 from common.flags import FILE, HUB, RunFlags, flag, parse, read_flag
 from common.layouts import all_records, lookup, say
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
-from common.read import as_text, read_json, record
+from common.read import as_text, record
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, noise_keys, ratio_stats, set_up, wants_final_bench)
-from common.run import PER_SAMPLE, all_gather, fail, key, keyed, setup, write
+from common.run import PER_SAMPLE, fail, key, keyed, setup
 from common.show import grid, spread
 from data.shapes.bench import bench_shapes
 from data.shapes.edits import bench_edit, must_be_checked, source_picture
@@ -42,7 +40,8 @@ from eval import before_and_after, check_scored, held_out_score, read_weights, s
 from grpo import batch_score, group_advantage, surrogate
 from common.weights import swapped
 from model import Unified, rollout, sigmas
-from rewards.judge import Judge, judge_model
+from rewards.inverses import keep_inverses, write_inverses
+from rewards.judge import Judge
 from rewards.prompts import check_meta, without_nulls
 from rewards.shared import must_score
 
@@ -53,9 +52,6 @@ CYCLED = ("clip_image",)            # rewards of the cycled picture; all others 
 # here the CLIP score of the edited picture and the target's caption; for photos add aesthetic.
 SHORT = dict(cycle="clip_direction:4,clip_image:1,clip:1", judge="edit_judge")
 CAPTIONS = dict(source="caption", target="target_caption")       # UniRL-Zero's own names
-INVERSES = "inverses.json"           # in --out: those that a VLM wrote, too
-BACK = ('A picture will be edited by the instruction "{}". You see it before that. Write the one '
-        'instruction that turns the edited picture back into this one. Answer with it only.')
 
 
 @dataclass
@@ -224,34 +220,6 @@ def ten_of(rows):
     return [rows[i] for i in spread(kinds, each)][:10]
 
 
-def write_inverses(rows, args, rank, world):
-    """Rows without `inverse` get the one that a VLM writes: --judge's, or the preset's own. A run
-    that goes on has those that it began with, for another time a VLM may write others. -> these
-    rows"""
-    file, size = Path(args.out) / INVERSES, preset(args.preset).size
-    known = read_json(file) if args.resume and file.exists() else {}
-    bare = [row for row in rows if not row.get("inverse")]
-    for row in bare:
-        row["inverse"] = known.get(row["where"])
-    lacks = [row for row in bare if not row["inverse"]]
-    if lacks and args.preset.startswith("shapes") and not (args.judge or args.judge_url):
-        fail(f"{lacks[0]['where']}: no `inverse` (nor have {len(lacks) - 1} other rows), and the "
-             "classroom's VLM writes none: give a --judge that can, or --reward edit")
-    if not lacks:
-        return bare
-    writer = Judge(args.judge or args.vlm or preset(args.preset).vlm, args.judge_url)
-    answers = writer.ask_all([([source_picture(row, size).permute(1, 2, 0).numpy()],
-                               BACK.format(row["instruction"])) for row in lacks[rank::world]])
-    judge_model.cache_clear()                            # its memory is wanted for the training
-    for i, shared in enumerate(all_gather(answers)):
-        for row, answer in zip(lacks[i::world], shared):
-            row["inverse"] = answer
-    for row in lacks:
-        if not row["inverse"]:
-            fail(f"{row['where']}: no `inverse`, and the VLM wrote none {writer.error}")
-    return bare
-
-
 def encode(model, args, learns, prompts, images, keys):
     """Branches of conditions of instructions and what they edit, with gradient if the bridge
     learns. keys: of the noise that a preset's references have."""
@@ -308,7 +276,7 @@ def main():
     weights, back = check(args, world)
     judge, photos = Judge(args.judge, args.judge_url), not args.preset.startswith("shapes")
     rows, held = read_all(args, weights)
-    bare = write_inverses(rows + held, args, rank, world) if back else []
+    inverses = write_inverses(rows + held, args, rank, world) if back else {}
 
     # The model, what trains it, and where the run is kept
     learns, B, G = TRAIN[args.train], args.B // world, args.G    # B from here on: of this rank
@@ -322,8 +290,7 @@ def main():
     faces = ten_of(held or rows)
     recorder = Recorder(args, rank, optimiser, partial(
         preview, model, args, faces, held and weights, judge))      # after all that can fail
-    if bare and rank == 0:
-        write(recorder.out / INVERSES, json.dumps({row["where"]: row["inverse"] for row in bare}))
+    keep_inverses(recorder.out, inverses, rank)
 
     times = sigmas(args.T, model.cfg.sample_shift, args.grid or model.cfg.grid).tolist()  # 1 ... 0
     D = latent_numbers(model)

@@ -22,13 +22,13 @@ import common.record as record_py
 import cycle_edit
 import grpo
 import rewards.judge as judge_py
-from cycle_edit import (Args, group_advantage, read_all, read_edits, surrogate,
-                        write_inverses)
+from cycle_edit import Args, group_advantage, read_all, read_edits, surrogate
 from data.shapes.edits import sample_edit, source_picture
 from data.shapes.world import render
 from eval import Scores, score
 from common.run import key
 from model import rollout, sigmas
+from rewards.inverses import write_inverses
 from rewards.judge import Judge
 
 BOTH = ["--reward", "blue", "--reverse", "yes"]      # blue is a rank: no pixel's rounding moves it
@@ -356,6 +356,8 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
         m.setattr(Judge, "ask_all", lambda *inputs: 1 / 0)
         write_inverses([row], args, 0, 1)
     assert row["inverse"] == got[2]["inverse"]
+    (tmp_path / "run/inverses.json").write_text("[1, {")
+    assert "inverses.json cannot be read" in complaint(write_inverses, [row], args, 0, 1)
     # None is asked for where nobody goes back.
     play(parts, tmp_path / "edit", "--reward", "blue", "--steps", 1,
          "--data", tmp_path / "edits.jsonl")
