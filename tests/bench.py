@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import sys
 import tarfile
 import tempfile
@@ -268,7 +267,8 @@ def photos(folder, side, n):
 
 
 def loader(folder):
-    """Pictures a second by plain Pillow in one thread, and by pairs; how long a resume takes"""
+    """Pictures a second by plain Pillow in one thread, and by pairs, by the clock and by what
+    processors had to do; how long a resume takes"""
     cfg, n = PRESETS["flow-grpo"], 8                     # 512 x 512
 
     def plainly(files):
@@ -276,22 +276,27 @@ def loader(folder):
             with Image.open(file) as image:
                 np.array(ImageOps.fit(image.convert("RGB"), (512, 512), Image.Resampling.LANCZOS))
 
-    def rate(task, count):
-        begin = time.time()
+    def cost(task):
+        begin = time.time(), time.process_time()
         task()
-        return count / (time.time() - begin)
+        return time.time() - begin[0], time.process_time() - begin[1]
     for side, count in ((512, 400), (1024, 96)):
         files = photos(folder / f"{side}", side, count)
-        plain = statistics.median(rate(lambda: plainly(files), count) for _ in range(3))
+        ways = {f"{kind}, {workers} workers": pairs(folder / f"{side}" / kind, cfg, n, 0,
+                                                    workers=workers)
+                for kind in ("folder", "shards") for workers in (0, 1, 2)}
+        for data in ways.values():
+            next(data)
+        # In turn, for a machine's speed wanders by a third; a worker is at most one processor.
+        rounds = [(cost(lambda: plainly(files)), [
+            cost(lambda: [next(data) for _ in range(count // n)]) for data in ways.values()])
+            for _ in range(5)]
+        plain = count / np.median([p[0] for p, _ in rounds])
         print(f"{side} px, plain Pillow: {plain:.0f} images/s")
-        for kind in ("folder", "shards"):
-            for workers in (0, 1, 2):
-                data = pairs(folder / f"{side}" / kind, cfg, n, 0, workers=workers)
-                next(data)
-                got = statistics.median(rate(lambda: [next(data) for _ in range(count // n)], count)
-                                        for _ in range(3))
-                print(f"{side} px, {kind}, {workers} workers: {got:.0f} images/s, "
-                      f"{got / plain / max(1, workers):.2f} of Pillow a worker", flush=True)
+        for i, name in enumerate(ways):
+            print(f"{side} px, {name}: {count / np.median([w[i][0] for _, w in rounds]):.0f} "
+                  "images/s; a processor's second has "
+                  f"{np.median([p[1] / w[i][1] for p, w in rounds]):.2f} of Pillow's", flush=True)
     big, rows = folder / "512/folder/metadata.jsonl", 50_000
     big.write_text("".join(json.dumps(dict(file_name=f"{i % 400}.jpg", prompt=f"{i}")) + "\n"
                            for i in range(rows)))
