@@ -397,11 +397,12 @@ class Cond:
     @staticmethod
     def cat(parts):
         """Conditions without references, of one part of the rows after another."""
-        ctx, pooled = [c.ctx for c in parts], [c.pooled for c in parts]
-        masks = [c.ctx.new_ones(c.ctx.shape[:2], dtype=torch.bool) if c.mask is None else c.mask
-                 for c in parts]
-        return Cond(torch.cat(ctx), None if all(c.mask is None for c in parts) else
-                    torch.cat(masks), None if pooled[0] is None else torch.cat(pooled))
+        masks = [c.mask for c in parts]
+        if any(mask is not None for mask in masks):          # another part may have no pads
+            masks = [torch.ones_like(c.ctx[..., 0], dtype=torch.bool) if c.mask is None else c.mask
+                     for c in parts]
+        every = [c.ctx for c in parts], masks, [c.pooled for c in parts]
+        return Cond(*(None if some[0] is None else torch.cat(some) for some in every))
 
 
 class Branches(list):

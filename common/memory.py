@@ -5,6 +5,7 @@ look at pictures. tests/test_memory.py compares it with tensors of full size tha
 no GPU has been asked yet.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -210,9 +211,9 @@ def reading(model, args, prompts):
     if not model.vlm:
         return 0
     _, said, passed = in_layers(model, args, 0, prompts)
-    share = min(1, MOST_READ / max(1, said[0] * said[1]))
-    return (share * (VLM * said[0] * said[1] + BRIDGE * passed[0] * passed[1])
-            + 2 * learned(model.vlm) * model.bf16)
+    said, passed = math.prod(said), math.prod(passed)
+    share = min(1, MOST_READ / max(1, said))
+    return share * (VLM * said + BRIDGE * passed) + 2 * learned(model.vlm) * model.bf16
 
 
 def drawing(model, args, images, prompts):

@@ -16,8 +16,8 @@ noise that a group has in common, from which an ODE draws one image; KL, several
 
 At v = v_old the gradient is the advantage times that of the flow matching loss: the policy
 improves (theorem 3.1). Away from there the two terms together pull back to v_old: that is the clip.
-Departs from its code: the loss is one of v, not of x_0 by its own size; advantages are grpo.py's;
-the old policy keeps 0.01 more of itself per update, not 0.001 (docs/results.md, "Long runs").
+Departs from its code: the loss is one of v, not of x_0 by its own size; advantages are grpo.py's.
+An old policy that keeps 0.001 more of itself per update, not 0.01, lets long runs end in noise.
 """
 
 import sys
