@@ -26,7 +26,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from common.draw import draw_reflecting, draw_thinking
 from common.flags import FILE, HUB, RunFlags, among, flag, parse, read_flag
 from common.layouts import all_records, lookup
 from common.presets import GRIDS, KERNELS, KLS, NORMS, PRESETS, REFS, preset, reference_ways
-from common.read import as_text, to_bucket
+from common.read import as_text, pixels, to_bucket
 from common.record import Recorder
 from common.rl import (Anchor, Clock, check_flags, deal_out, disagreeing, draw_rows, draw_window,
                        latent_numbers, must_be_drawn, noise_keys, ratio_stats, read_mix, set_up,
@@ -305,7 +304,7 @@ def asked_about(row, cfg=None):
     if row["about"] is None:
         return None
     image = Image.fromarray(picture_of(row["about"], row["folder"]))
-    return to_bucket([image], cfg)[0] if cfg else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return to_bucket([image], cfg)[0] if cfg else pixels(image)
 
 
 def read_task(path, args, weights):

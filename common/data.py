@@ -6,10 +6,11 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
+import numpy as np
 import torch
 
 from common.layouts import FORMS, columns_of, layout, sample, understood
-from common.read import UNREADABLE, read_image, to_bucket
+from common.read import UNREADABLE, fitted, pixels, read_image
 from common.run import all_gather, beside, fail, key, one_line
 
 
@@ -17,10 +18,12 @@ def collated(batch, form):
     """Samples (image, prompt, references, words ...) -> a batch, see pairs."""
     images, prompts, refs, *words = zip(*batch)
     has_refs = len(FORMS[form][0]) > 1
-    # As they lie in memory, a pixel's three numbers side by side: to sort them takes long.
-    images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    images = images.pin_memory() if torch.cuda.is_available() else images
-    return (images, list(prompts), *([list(refs)] if has_refs else []),
+    # A pixel's three numbers stay side by side: to sort them takes long. It is numpy that copies:
+    # torch's threads, once woken, spin for a while and take the workers' time.
+    stack = torch.empty(len(images), *images[0].shape, dtype=torch.uint8,
+                        pin_memory=torch.cuda.is_available())
+    np.stack(images, out=stack.numpy())
+    return (stack.permute(0, 3, 1, 2), list(prompts), *([list(refs)] if has_refs else []),
             *map(list, words))
 
 
@@ -107,8 +110,8 @@ class Batches:
         try:
             files, said = sample(self.data.row(raw), home, self.form, self.columns,
                                  key(self.seed, turn, i))
-            *refs, image = to_bucket([read_image(file) for file in files], self.cfg)
-            return image, said[0], refs, *said[1:]
+            *refs, image = fitted([read_image(file) for file in files], self.cfg)
+            return np.asarray(image), said[0], [pixels(ref) for ref in refs], *said[1:]
         except UNREADABLE as e:
             return e
 

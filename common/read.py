@@ -228,14 +228,23 @@ def bucket(width, height, cfg):
                  for r in (ratio, 1 / ratio))
 
 
-def to_bucket(images, cfg):
-    """PIL images, the last of which decides -> uint8 (3,H,W) each: it and the first, which is what
-    it was drawn from, in one bucket; further references in their own."""
+def fitted(images, cfg):
+    """PIL images, the last of which decides -> PIL images: it and the first, which is what it was
+    drawn from, in one bucket; further references in their own."""
     sizes = [bucket(*image.size, cfg) for image in images]
     sizes[0] = sizes[-1]
-    return [torch.from_numpy(np.array(
-        image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    )).permute(2, 0, 1) for image, size in zip(images, sizes)]
+    return [image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+            for image, size in zip(images, sizes)]
+
+
+def pixels(image):
+    """PIL RGB -> uint8 (3,H,W)"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_bucket(images, cfg):
+    """PIL images -> uint8 (3,H,W) each, of the sizes of `fitted`."""
+    return [pixels(image) for image in fitted(images, cfg)]
 
 
 def arrays(images):

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.layouts import all_records, pictures_in
-from common.read import UNREADABLE, arrays, read_image
+from common.read import UNREADABLE, arrays, pixels, read_image
 from common.run import fail
 from common.show import by_tag, grid, mean_and_error, spread
 from data.shapes.bench import PROMPTS
@@ -237,7 +237,7 @@ def source_picture(row, size):
         fail(f"{row['where']}: its source cannot be read ({e})")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels(image)
 
 
 def edit_table(rows, judged):
