@@ -577,14 +577,15 @@ class Unified(nn.Module):
             if getattr(cfg, part).startswith("data/shapes/") and not isdir(
                     beside(getattr(cfg, part))):
                 fail(f"{getattr(cfg, part)} is missing: make it with python -m data.shapes.prepare")
-        with torch.device("meta") if meta else nullcontext():
+        # Without memory until its weights come: to fill 2 billion with chance takes long, and room.
+        with nullcontext() if cfg.dit_class and not meta else torch.device("meta"):
             dit = build_dit(cfg)
         vae = load_vae(cfg, dit, meta)
         tensors, loras = read_init(init, cfg, dit) if init and not meta else ({}, {})
         if not meta and not any(k.startswith("dit.") and "lora_" not in k for k in tensors):
             weights = dit_tensors(cfg.dit, cfg, dit)     # not if `init` brings a whole DiT itself
             must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
-            dit.load_state_dict(weights)
+            dit.load_state_dict(weights, assign=True)
         vlm = tokenizer = text_encoder = image_processor = None
         if text:
             text_encoder, tokenizer = load_text_encoder(cfg, dit, meta)

@@ -21,7 +21,8 @@ from common.presets import Config
 from common.run import beside, fail, learning, replacing
 from common.shard import gathered, is_sharded, like, local, whole
 from common.stop import this_rank
-from common.weights import attempt, crc, dit_tensors, download, on_the_hub, read_safetensors, sound
+from common.weights import (attempt, crc, dit_tensors, download, on_the_hub, owned,
+                            read_safetensors, sound)
 
 
 CHECKPOINT = "ckpt/optim.pt"              # all that --resume needs; beside it the weights to use
@@ -129,19 +130,20 @@ def is_a(kind, value):
 
 
 def read_init(name, cfg, dit):
-    """-> tensors, {part: LoraConfig}. name: see Unified.from_preset"""
+    """-> tensors in fp32, {part: LoraConfig}. name: see Unified.from_preset"""
     path = init_folder(name)
     if file := checkpoint_file(path):
         tensors, metadata = read_safetensors(file)
         about = described(file, metadata)
         if "crc" in about and about["crc"] != crc(tensors):
             fail(f"{file} is damaged: its checksum differs; copy it again")
-        return sound(file, tensors), {part: lora_config(config, f"{file}, its LoRA of the {part}")
-                                      for part, config in about["loras"].items()}
+        return owned(sound(file, tensors)), {
+            part: lora_config(config, f"{file}, its LoRA of the {part}")
+            for part, config in about["loras"].items()}
     if not lora_files(path):
         return {f"dit.{k}": v for k, v in dit_tensors(str(path), cfg, dit).items()}, {}
     tensors, config = read_lora(path)
-    return {f"dit.{k}": v for k, v in tensors.items()}, {"dit": config}
+    return {f"dit.{k}": v for k, v in owned(tensors).items()}, {"dit": config}
 
 
 class Ema:

@@ -135,8 +135,8 @@ class SanaDiT(nn.Module):
         Without references: the weights as they are."""
         if not self.most_refs:
             return weights
-        patch = {f"ref_{k}": v for k, v in weights.items() if k.startswith("patch_embed.")}
-        linear = {f"ref_linear.{k}": torch.zeros_like(p)
+        patch = {f"ref_{k}": v.clone() for k, v in weights.items() if k.startswith("patch_embed.")}
+        linear = {f"ref_linear.{k}": torch.zeros(p.shape)
                   for k, p in self.ref_linear.named_parameters()}
         return weights | patch | linear
 

@@ -157,6 +157,12 @@ def sound(where, tensors):
     return tensors
 
 
+def owned(tensors):
+    """{name: tensor} as read, which lie in their file, and others may change that -> the same in
+    fp32, in memory of their own"""
+    return {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}
+
+
 def must_fit(what, given, own):
     """Names and shapes agree, or one line that lists the first ten that do not."""
     wrong = [f"{k} (missing)" for k in own if k not in given]
@@ -217,8 +223,8 @@ def dit_tensors(name, cfg, dit):
     odd = [f"{k} {theirs[k]}, not {v}" for k, v in listed.items() if theirs.get(k, v) != v]
     if odd:
         fail(f"{name} does not fit preset {cfg.preset!r}: {'; '.join(odd)}")
-    weights = {k: v.float() for f in shards(path)
-               for k, v in sound(f, read_safetensors(f)[0]).items()}
+    weights = {k: v for f in shards(path)
+               for k, v in owned(sound(f, read_safetensors(f)[0])).items()}
     return dit.with_refs(weights) | weights if hasattr(dit, "with_refs") else weights
 
 
@@ -294,10 +300,10 @@ def load_trained(model, path, tensors, loras):
         whole |= {f"dit.{k}": v for k, v in (model.dit.with_refs(had) | had).items()}
     must_fit(f"{path} does not fit preset {model.cfg.preset!r}", whole,
              {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts})
-    model.load_state_dict({k: v.float() for k, v in whole.items()}, strict=False)
+    model.load_state_dict(whole, strict=False, assign=True)
     model.trained |= parts
     for part, config in loras.items():
-        mine = {k.removeprefix(part + "."): v.float() for k, v in tensors.items()
+        mine = {k.removeprefix(part + "."): v for k, v in tensors.items()
                 if k.startswith(part + ".") and "lora_" in k}
         merge(getattr(model, part), config, mine, f"{path} does not fit the preset's {part}")
         model.adapters[part] = config, mine

@@ -56,6 +56,13 @@ def shrunk(name, parts, vlm, text, tmp_path, monkeypatch):
     return full
 
 
+def check_memory(model):
+    """Every weight has memory of its own: of two in one place, what either learns changes both."""
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    places = [p.data_ptr() for p in model.parameters()]
+    assert len({*places}) == len(places)
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):  # noqa: F811
     full = shrunk(name, parts, intern, sd3, tmp_path, monkeypatch)
@@ -77,9 +84,12 @@ def test_all_stages_of_a_paper(parts, intern, sd3, tmp_path, monkeypatch, name):
         argv = tiny.as_recipe(script.Args, argv, tmp_path / "recipe.json")
         monkeypatch.setattr(sys, "argv", ["x.py", *argv])
         before = Unified.from_preset(name, init)
+        check_memory(before)
         script.main()
         init = tmp_path / f"stage{stage}"
-        after = dict(Unified.from_preset(name, init).named_parameters())
+        saved = Unified.from_preset(name, init)
+        check_memory(saved)
+        after = dict(saved.named_parameters())
         assert all(p.isfinite().all() for p in after.values())
         moved[stage] = {k.split(".")[0] for k, p in before.named_parameters()
                         if not torch.equal(p, after[k])}
