@@ -35,7 +35,7 @@ from labs.begin import REMOVED, Follower, Lab  # noqa: E402
 Args = fork(
     grpo.Args, REMOVED,
     out=flag("out/nft", "folder of the run", group="DiffusionNFT"),
-    steps=flag(75, "iterations: more, at such rates, end in noise", "[1, 1e7]"),
+    steps=flag(75, "iterations: more, at such rates, lose again", "[1, 1e7]"),
     times=flag(3, "random times per image, at which it teaches", "[1, 49]"),
     strength=flag(1.0, "b: how far v+ and v- lie from the old velocity", "[0.001, 1000]"),
     most=flag(5.0, "advantage, in standard deviations, from which r is 0 or 1", "[0.001, 1000]"),

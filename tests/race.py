@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 ARMS = {
     "fast": "grpo.py",
-    "nft": "labs/nft.py --old-growth 0.001",             # as it was measured; see labs/nft.py
-    "awm": "labs/awm.py",
+    "nft": "labs/nft.py --old-growth 0.001",             # as they were measured: of long runs
+    "awm": "labs/awm.py --old-growth 0.001",             # both labs keep more since
     "dgpo": "labs/dgpo.py",
     # As in tests/bench.py: batch and clip range in nats are the classroom's, all weights learn.
     "flow-grpo": "grpo.py --recipe flow-grpo --B 16 --G 8 --lora-rank 0 --clip 2e-3 --ema 0.95 "
