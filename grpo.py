@@ -301,7 +301,7 @@ def main():
         # 4  climb the clipped surrogate. As in Flow-GRPO, an update takes its share of the images,
         #    drawn over all ranks
         order = torch.randperm(args.B * G, generator=rng)[samples]
-        turn = order % args.updates                                      # (N,)
+        turn = order % args.updates                      # (N,) the update that an image is part of
         window_steps = draw_steps(args, rng)
         total = args.B * G * len(window_steps) / args.updates
         total = total / (1 - args.sft)                   # DeepGen eq. 5: RL weighs 1 - sft

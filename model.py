@@ -21,7 +21,7 @@ from common.presets import PARTS, SOLVERS, preset, reference_ways
 from common.run import beside, fail, from_file, has_bf16, keyed, seeded, slices
 from common.sana import SanaDiT
 from common.text_encoders import clip_states, load_text_encoder
-from common.weights import (attempt, dit_tensors, load_trained, load_vae, load_vlm,
+from common.weights import (attempt, dit_tensors, load_trained, load_vae, load_vlm, must_agree,
                             must_fit)
 from common.words import chat_ids, decode, mrope
 
@@ -534,15 +534,19 @@ class Bridge(nn.Module):
 # The unified model
 
 
-def build_dit(cfg):
-    """The preset's DiT, with random weights."""
+def build_dit(cfg, empty=False):
+    """The preset's DiT, with random weights; empty: without memory, until its weights come"""
+    device = torch.device("meta") if empty else nullcontext()
     if cfg.dit_class:                                # somebody's own, such as my_dit.py:MyDiT
         try:
-            return from_file(cfg.dit_class)(**cfg.dit_args)
+            kind = from_file(cfg.dit_class)          # before: what its file computes needs memory
+            with device:
+                return kind(**cfg.dit_args)
         except ValueError as e:
             fail(e)
-    return attempt(f"the DiT of preset {cfg.preset!r} cannot be built", lambda: (
-        MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)))
+    with device:
+        return attempt(f"the DiT of preset {cfg.preset!r} cannot be built", lambda: (
+            MMDiT(**cfg.mmdit) if cfg.mmdit else SanaDiT(**cfg.sana)))
 
 
 class Unified(nn.Module):
@@ -577,15 +581,15 @@ class Unified(nn.Module):
             if getattr(cfg, part).startswith("data/shapes/") and not isdir(
                     beside(getattr(cfg, part))):
                 fail(f"{getattr(cfg, part)} is missing: make it with python -m data.shapes.prepare")
-        # Without memory until its weights come: to fill 2 billion with chance takes long, and room.
-        with nullcontext() if cfg.dit_class and not meta else torch.device("meta"):
-            dit = build_dit(cfg)
+        # To fill 2 billion weights with chance, only to replace them, takes long, and room.
+        dit = build_dit(cfg, empty=meta or not cfg.dit_class)
         vae = load_vae(cfg, dit, meta)
         tensors, loras = read_init(init, cfg, dit) if init and not meta else ({}, {})
+        must_agree(init, tensors, about, changes)
         if not meta and not any(k.startswith("dit.") and "lora_" not in k for k in tensors):
             weights = dit_tensors(cfg.dit, cfg, dit)     # not if `init` brings a whole DiT itself
             must_fit(f"{cfg.dit} does not fit preset {name!r}", weights, dit.state_dict())
-            dit.load_state_dict(weights, assign=True)
+            dit.load_state_dict(weights, assign=not cfg.dit_class)   # there two may be one weight
         vlm = tokenizer = text_encoder = image_processor = None
         if text:
             text_encoder, tokenizer = load_text_encoder(cfg, dit, meta)

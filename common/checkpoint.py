@@ -262,13 +262,16 @@ def save_weights(model, ema, folder, step, score=None):
 
 def keep_beside(out, step, keep):
     """The weights just saved stay beside those to come: as ckpt/best while none scores higher on
-    what is held out, and the last `keep` of them as ckpt/step_00020."""
+    what is held out, and the last `keep` of them as ckpt/step_00020. None: neither, for weights
+    that are more than one file"""
+    if keep is None:
+        return
     folder = Path(out) / "ckpt"
 
     def link(name):
         (folder / name).mkdir(exist_ok=True)
         with replacing(folder / name / "model.safetensors") as fresh:
-            fresh.unlink()
+            fresh.unlink()                                       # its name alone is wanted
             try:
                 os.link(folder / "model.safetensors", fresh)     # no second copy
             except OSError:                              # not every disk can

@@ -82,7 +82,8 @@ class Log:
         while last is None and size:
             begin, dropped = max(0, size - block), 0     # of a long log only its end is read
             self.file.seek(begin)
-            lines = self.file.read().splitlines(keepends=True)[begin > 0 :]   # the first is cut
+            lines = self.file.read().splitlines(keepends=True)
+            lines = lines[1:] if begin else lines        # whose first is cut
             while lines and last is None:
                 last = whole_row(lines[-1], step)
                 dropped += 0 if last else len(lines.pop())
@@ -129,7 +130,7 @@ class Recorder:
         all that can fail."""
         self.args, self.rank, self.trained = args, rank, trained
         self.preview, self.score = preview, score
-        self.out, self.tracker = Path(args.out), None
+        self.out, self.tracker, self.keep = Path(args.out), None, getattr(args, "keep", None)
         self.start = trained.start                       # updates done before
         self.began = time.time()                         # as if there had been no break
         self.shown = {}                                  # metrics of the last look
@@ -142,9 +143,9 @@ class Recorder:
         if rank == 0:
             self.open()
         if stale:                                        # it was perhaps killed while it saved
-            self.trained.save(self.out, self.start, self.last.get(self.score), args.keep)
+            self.trained.save(self.out, self.start, self.last.get(self.score), self.keep)
         elif self.start and rank == 0:
-            keep_beside(self.out, self.start, args.keep)
+            keep_beside(self.out, self.start, self.keep)
         if first and not self.start:
             self.look(0)
             self.write(dict(step=0, at=0.0, **self.shown))
@@ -229,7 +230,7 @@ class Recorder:
             row |= self.shown
         self.write(row)                                  # before the checkpoint of the same step
         if due:
-            self.trained.save(self.out, step + 1, self.shown.get(self.score), self.args.keep)
+            self.trained.save(self.out, step + 1, self.shown.get(self.score), self.keep)
         if due and self.rank == 0:
             self.names |= row.keys()
             rewards = [name for name in row if name.startswith("reward_")]

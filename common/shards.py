@@ -23,7 +23,7 @@ class Member:
     size: int
 
     def read(self):
-        with open(self.shard, "rb", buffering=0) as f:
+        with open(self.shard, "rb") as f:
             f.seek(self.start)
             raw = f.read(self.size)
         if len(raw) < self.size:

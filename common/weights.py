@@ -284,6 +284,15 @@ def merge(module, config, tensors, what):
     tuner.merge_and_unload()
 
 
+def must_agree(init, tensors, about, changes):
+    """The user's error where --dit or --vlm names weights that --init brings itself. about: the
+    config of `init`; changes: the parts that the user has named"""
+    for part in changes.keys() & {"dit", "vlm"}:
+        brought = any(k.startswith(f"{part}.") and "lora_" not in k for k in tensors)
+        if brought and changes[part] != about.get(part):
+            fail(f"{init} brings a whole {part} of its own: leave --{part} out, or --init")
+
+
 def load_trained(model, path, tensors, loras):
     """What read_init has read of `path`, on top of the preset's parts."""
     whole = {k: v for k, v in tensors.items() if "lora_" not in k}
@@ -300,7 +309,7 @@ def load_trained(model, path, tensors, loras):
         whole |= {f"dit.{k}": v for k, v in (model.dit.with_refs(had) | had).items()}
     must_fit(f"{path} does not fit preset {model.cfg.preset!r}", whole,
              {k: v for k, v in model.state_dict().items() if k.split(".")[0] in parts})
-    model.load_state_dict(whole, strict=False, assign=True)
+    model.load_state_dict(whole, strict=False, assign=not model.cfg.dit_class)
     model.trained |= parts
     for part, config in loras.items():
         mine = {k.removeprefix(part + "."): v for k, v in tensors.items()
@@ -325,7 +334,8 @@ def learn(model, what, seed=0):
                 m.requires_grad_(True)
             continue
         with seeded(seed):
-            inject_adapter_in_model(config, module)
+            attempt(f"the {part} of preset {model.cfg.preset!r} cannot have a LoRA",
+                    lambda: inject_adapter_in_model(config, module))
         model.adapters[part] = config, {}
     if what and not any(p.requires_grad for p in model.parameters()):
         fail(f"preset {model.cfg.preset!r}: its {' and '.join(what)} has no weights to learn")

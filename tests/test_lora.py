@@ -368,6 +368,64 @@ def test_an_init_with_a_whole_dit_needs_no_other(cfg, parts, tmp_path):
     assert "has no weights" in complaint(tiny.build, bare)
 
 
+@pytest.mark.parametrize("part", ["dit", "vlm"])
+def test_a_part_that_init_brings_has_no_flag(cfg, parts, tmp_path, monkeypatch, part):
+    """Its weights would never be read."""
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", cfg)
+    made = learn(Unified.from_preset("shapes"), {part: None})
+    checkpoint(made, tmp_path / "run")
+    own = getattr(cfg, part)
+    shutil.copytree(own, tmp_path / "other")
+    assert Unified.from_preset("shapes", tmp_path / "run", **{part: own})
+    said = complaint(lambda: Unified.from_preset("shapes", tmp_path / "run",
+                                                 **{part: str(tmp_path / "other")}))
+    assert f"run brings a whole {part} of its own: leave --{part} out" in said
+
+
+OWN = """
+import torch
+from model import MMDiT
+
+WAVES = torch.ones(3)                                            # made where the file is read
+
+
+class Mine(MMDiT):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.again = self.proj_out                               # a weight with two names
+
+    def forward(self, *inputs, **more):
+        return super().forward(*inputs, **more) * WAVES.mean()
+"""
+
+
+def test_a_dit_of_a_users_own(cfg, parts, tmp_path, monkeypatch):
+    """The plan looks at shapes first; then what its file computed has memory, and what it has tied
+    stays tied, also in a checkpoint."""
+    (tmp_path / "mine.py").write_text(OWN)
+    mine = replace(cfg, mmdit={}, dit_class=f"{tmp_path}/mine.py:Mine", dit_args=cfg.mmdit,
+                   dit=str(tmp_path / "dit"))
+    shutil.copytree(parts / "dit", tmp_path / "dit")
+    file = tmp_path / "dit/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {k.replace("proj_out", "again"): v.clone() for k, v in weights.items()
+                         if k.startswith("proj_out")}, file)
+    monkeypatch.setitem(presets_py.PRESETS, "shapes", mine)
+    Unified.from_preset("shapes", meta=True)
+    model = learn(Unified.from_preset("shapes"), dict(dit=None))
+    checkpoint(model, tmp_path / "run")
+    for m in (model, Unified.from_preset("shapes", tmp_path / "run")):
+        assert m.dit.again.weight is m.dit.proj_out.weight
+        same(outcome(m), outcome(tiny.build(cfg)))
+
+
+def test_a_dit_that_can_have_no_lora(cfg):
+    model = tiny.build(cfg)
+    model.dit = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert "the dit of preset 'shapes' cannot have a LoRA" in complaint(
+        learn, model, dict(dit=weights_py.adapter("dit", 2, 2)))
+
+
 def test_shards(cfg, parts, tmp_path):
     shutil.copytree(parts / "dit", tmp_path / "dit")
     shard(tmp_path / "dit")

@@ -105,6 +105,7 @@ def make(folder):
             for i, m in enumerate(metas)]
     (folder / "pool.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     full = build(cfg)
+    torch.manual_seed(0)                                 # whatever from_preset drew before
     randomise(full.bridge)
     trained = {k: p for k, p in full.state_dict().items() if k.startswith(("bridge", "dit"))}
     save_checkpoint(folder / "sft", trained, cfg, 0)
