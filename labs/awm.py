@@ -40,7 +40,7 @@ Args = fork(
     near=flag(0.003, "weight of the KL to the average; 0: no average, fewer forwards", "[0, 1000]"),
     most=flag(5.0, "advantages, in standard deviations, are cut off there", "(0, 1000]"),
     old=flag(0.3, "most that the average keeps of itself per update", "[0, 1)"),
-    old_growth=flag(0.01, "by so much more per update, from 0, it keeps of itself", "[0, 1]"))
+    old_growth=flag(0.01, "by so much more per update, from 0, it keeps of itself", "(0, 1]"))
 
 
 def awm_loss(v, target, advantage):
@@ -52,7 +52,7 @@ def main():
     lab = Lab(Args, __doc__)
     args, model, optimiser, device = lab.args, lab.model, lab.optimiser, lab.device
     G = args.G
-    average = Follower(optimiser, args.old, args.old_growth)
+    average = Follower(optimiser, args.old if args.near else 0, args.old_growth)
     for step in lab.recorder.steps():
         clock = Clock()
         rng = keyed(key(args.seed, step, 0))             # every rank draws alike

@@ -65,6 +65,8 @@ class Lab:
         `group` in a row have time and noise in common. -> x_t (rows,C,H,W), t (rows,),
         v* (rows,C,H,W), and which prompt a row is of (rows,)"""
         times, numbers = self.args.times, [self.samples[i] // group * group for i in kept.tolist()]
+        # Of an image's 100 keys the first is its initial noise; each time takes two, its own and
+        # that of its noise, which is why there are 49 at most.
         keys = [key(self.args.seed, step, PER_SAMPLE * n + 2 + 2 * k)
                 for k in range(times) for n in numbers]
         x_t, t, target = noised(self.model, x0[kept].repeat(times, 1, 1, 1), keys)

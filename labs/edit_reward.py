@@ -40,7 +40,7 @@ from rewards.scored import draw_scored, opened, scored_edits, spearman  # noqa: 
 
 REMOVED = ("task", "init", "edits", "columns", "train", "lora_rank", "lora_alpha", "drop",
            "edit_share", "edit_drop", "refs", "tuples", "share", "lm_loss", "dit", "vae", "compile",
-           "shard", "workers", "cache")
+           "shard", "workers", "cache", "keep")
 Args = fork(
     sft.Args, REMOVED,
     data=flag("", "jsonl of scored edits; empty: the classroom's, made anew", DATA,

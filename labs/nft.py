@@ -40,7 +40,7 @@ Args = fork(
     strength=flag(1.0, "b: how far v+ and v- lie from the old velocity", "[0.001, 1000]"),
     most=flag(5.0, "advantage, in standard deviations, from which r is 0 or 1", "[0.001, 1000]"),
     old=flag(0.5, "most that the old policy keeps of itself per update", "[0, 1)"),
-    old_growth=flag(0.01, "by so much more per update, from 0, it keeps of itself", "[0, 1]"))
+    old_growth=flag(0.01, "by so much more per update, from 0, it keeps of itself", "(0, 1]"))
 
 
 def nft_loss(v, v_old, target, r, strength):
