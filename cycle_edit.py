@@ -216,7 +216,7 @@ def read_all(args, weights):
 def ten_of(rows):
     """At most so many edits, evenly of each kind."""
     kinds = [dict(tag=row["category"]) for row in rows]
-    each = -(-10 // len({kind["tag"] for kind in kinds}))
+    each = max(1, 10 // len({kind["tag"] for kind in kinds}))
     return [rows[i] for i in spread(kinds, each)][:10]
 
 

@@ -29,8 +29,9 @@ from benchmarks.drawing import Tested, draw_all, shots_of
 from benchmarks.judging import score_all
 from benchmarks.shapes_edit import read_guidances
 from benchmarks.tables import contact_sheet, joined
+from common.checkpoint import read_about
 from common.flags import (FILE, HUB, can_hold, flag, given_parts, inside, number, parse, read_flag,
-                          shown, there)
+                          read_text, shown, there)
 from common.layouts import all_records, say
 from common.page import write_page
 from common.presets import PRESETS, SOLVERS
@@ -415,6 +416,13 @@ def check_args(args, bench, out):
         fail(f"{out} holds the results of another run: choose another --out")
     if args.guidances and not (args.bench == "shapes-edit" and out):
         fail("--guidances draws the curve of --bench shapes-edit into --out, a folder")
+    drawn_by = args.score_only or args.preset or args.init and read_about(args.init).get("preset")
+    if not args.score_only and args.bench.startswith("shapes") and not (
+            drawn_by or "shapes").startswith("shapes"):
+        fail(f"--bench {args.bench} is of the classroom, and preset {drawn_by!r} draws photos: "
+             "--bench geneval, or one of the others")
+    if (args.n or 1) > 1 and about.layout and "{k}" not in about.layout and not about.grid:
+        fail(f"--n {args.n}: the official layout of {args.bench} has one picture of each prompt")
     if hasattr(bench, "run") and args.score_only:
         fail(f"--score-only: {args.bench} has no pictures in an official layout")
     if not hasattr(bench, "run") and not out:
@@ -438,7 +446,7 @@ def check_args(args, bench, out):
     elif not there(args.judge, HUB):
         fail(f"--judge {shown(args.judge)}: must be {HUB}; of an endpoint give --judge-url, too")
     if out:
-        read_flag(args, "out", can_hold)
+        read_text(f"{'--out' if args.out else '--score-only'} {out}", out, can_hold)
 
 
 def read_detections(args, shots):

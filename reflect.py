@@ -615,7 +615,7 @@ def main():
                 if anchored:
                     with torch.no_grad(), swapped(model, initial):
                         before, logp_initial = words_again(model, args, asked, looks, words, refs,
-                                                           n, draw)
+                                                           n, draw and args.beta > 0)
                     anchor = Anchor(initial, before, args.beta, args.kl) if args.beta else None
                 if draw and draws:
                     k = [i * M + m for i in drawn for m in range(M)]             # their images

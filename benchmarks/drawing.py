@@ -91,8 +91,7 @@ class Shot:
 
 
 def shots_of(bench, items, n):
-    """n pictures of each item -> Shots. Of a benchmark whose ABOUT.grid says so those of an item
-    share a file."""
+    """n pictures of each item -> Shots. They share a file if its layout does not number them."""
     return [Shot(item, k, 1000 * i + k, bench.ABOUT.layout.format(**item, k=k))
             for i, item in enumerate(items) for k in range(n)]
 

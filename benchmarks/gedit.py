@@ -47,9 +47,16 @@ def source_png(item):
 
 
 def questions(item, image):
-    source = source_array(item)
-    same = np.array(Image.fromarray(image).resize(source.shape[1::-1]))
-    return dict(SC=([source, same], item["SC"]), PQ=([same], item["PQ"]))
+    """Both pictures are shown as the official scorer shows them."""
+    source, edited = map(seen, (source_array(item), image))
+    return dict(SC=([source, edited], item["SC"]), PQ=([edited], item["PQ"]))
+
+
+def seen(image):
+    """(H,W,3) -> in its own shape, as many pixels as 512 x 512 have"""
+    width = math.sqrt(512 * 512 * image.shape[1] / image.shape[0])
+    height = width * image.shape[0] / image.shape[1]
+    return np.array(Image.fromarray(image).resize((int(width), int(height))))
 
 
 def read(item, name, answer):

@@ -26,4 +26,4 @@ def run(tested, args, out):
             png=out and out / f"edits_{g:g}.png", draw=tested.draw if g == guidances[0] else None)
     if args.guidances:
         plot_trade_off({args.init: runs}, out / "trade_off.png")
-    return runs if len(runs) > 1 else [*runs.values()][0], runs
+    return runs if len(runs) > 1 else [*runs.values()][0] | dict(guidance=guidances[0]), runs

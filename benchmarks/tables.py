@@ -113,7 +113,10 @@ def joined(folders):
     runs = {}
     for folder in folders:
         results = read_results(folder)
-        runs.setdefault(results["bench"], []).append((str(folder), results))
+        several = [k for k in results if k.startswith("guidance ")]              # of --guidances
+        runs.setdefault(results["bench"], []).extend(
+            [(f"{folder}, {k}", results | results[k] | dict(guidance=k.split()[1]))
+             for k in several] or [(str(folder), results)])
     return "\n".join(one_table(name, its) for name, its in runs.items())
 
 

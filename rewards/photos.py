@@ -119,7 +119,7 @@ def name_colors(image, things):
 def look(image, meta, things):
     """What a detector has found in a photo (H,W,3): {class, score, box}, perhaps with mask or color
     -> the same, the colors that `meta` asks for named. Without a mask CLIP sees all of the box."""
-    bare = [t for t in things if "color" not in t]
+    bare = [t for t in things if t.get("color") is None]
     for want in meta["include"]:
         mine = [t for t in bare if t["class"] == want["class"]]
         if "color" in want and mine:

@@ -3,6 +3,7 @@ misbehaves judges. Scores are those of each benchmark's own rule, written down a
 
 import ast
 import importlib
+import io
 import json
 import os
 import re
@@ -383,6 +384,19 @@ def test_rule_of_gedit(tmp_path):
         assert counts["unparsed"] == 1 and "subject-add" not in t and t["score"] == 5
 
 
+@pytest.mark.parametrize("size", [(300, 220), (1024, 1024), (64, 96)])
+def test_what_gedit_shows_its_judge(size):
+    """Source and edit, each in its own shape, of 512 x 512 pixels."""
+    bench, png = benchmarks.find("gedit"), io.BytesIO()
+    Image.new("RGB", size, "red").save(png, "PNG")
+    asked = bench.questions(dict(source=png.getvalue(), SC="", PQ=""),
+                            np.zeros((768, 512, 3), np.uint8))
+    (source, edited), (alone,) = asked["SC"][0], asked["PQ"][0]
+    assert edited is alone and edited.shape[:2] == (627, 418) and not edited.any()
+    (h, w), shape = source.shape[:2], size[0] / size[1]
+    assert w == int((512 * 512 * shape) ** 0.5) and h == int((512 * 512 * shape) ** 0.5 / shape)
+
+
 def test_rule_of_rise(tmp_path):
     """Right is a picture where every mark that applies is 5; of logic marks are 0 or 1."""
     bench = benchmarks.find("rise")
@@ -515,6 +529,12 @@ def test_tables_join_runs(run, tmp_path, capsys, monkeypatch):
     assert said[2].startswith("| run | world | steps | guidance | n |")
     assert [line.split(" | ")[0] for line in said[4:6]] == [f"| {tmp_path / x}" for x in "ab"]
     assert f"{found[0]['score']:.3f} ± {found[0]['score_se']:.3f}" in said[4]
+    nested = {f"guidance {g}": dict(score=g / 10, score_se=0.1, images=5) for g in (1, 3)}
+    (tmp_path / "edits").mkdir()
+    (tmp_path / "edits/results.json").write_text(json.dumps(dict(bench="shapes-edit") | nested))
+    table = joined([tmp_path / "edits"]).splitlines()
+    assert [row.split(" | ")[1:] for row in table[4:]] == [["1", "5", "0.100 ± 0.100 |"],
+                                                           ["3", "5", "0.300 ± 0.100 |"]]
     (tmp_path / "c").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old/results.json").write_text('{"bench": "shapes-vqa", "score": 1}')

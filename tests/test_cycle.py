@@ -4,6 +4,7 @@ advantage, and nothing that should not matter changes what is learned."""
 import json
 import random
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -337,6 +338,13 @@ def test_what_the_checker_of_edits_cannot_read(tmp_path):
         assert "edits.jsonl, line 1: reward 'edit' cannot check it" in complaint(read, row)
 
 
+@pytest.mark.parametrize("kinds", [1, 3, 6, 7, 10])
+def test_ten_edits_are_evenly_of_each_kind(kinds):
+    rows = [dict(category=f"kind {i % kinds}", i=i) for i in range(100)]
+    each = Counter(row["category"] for row in cycle_edit.ten_of(rows))
+    assert len(each) == kinds and len({*each.values()}) == 1 and 5 < sum(each.values()) <= 10
+
+
 def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(judge_py, "has_bf16", lambda: False)
     rows = [json.loads(line) for line in open(parts / "edits.jsonl")]
@@ -349,13 +357,22 @@ def test_a_vlm_writes_what_inverses_are_missing(parts, vlm, tmp_path, monkeypatc
     assert isinstance(got[2]["inverse"], str) and got[2]["inverse"]
     assert [got[i]["inverse"] for i in (0, 1, 3)] == [rows[i]["inverse"] for i in (0, 1, 3)]
     # A run that goes on has the inverse that it began with, and asks nobody.
-    assert json.loads((tmp_path / "run/inverses.json").read_text())[got[2]["where"]] == (
-        got[2]["inverse"])
+    assert [*json.loads((tmp_path / "run/inverses.json").read_text()).values()] == [
+        got[2]["inverse"]]
     args.resume, row = "yes", {k: v for k, v in got[2].items() if k != "inverse"}
     with monkeypatch.context() as m:
         m.setattr(Judge, "ask_all", lambda *inputs: 1 / 0)
         write_inverses([row], args, 0, 1)
     assert row["inverse"] == got[2]["inverse"]
+    # Not that of what stood there before; of a judge that thinks, what it says in the end.
+    with monkeypatch.context() as m:
+        m.setattr(Judge, "ask_all", lambda *inputs: ["<think>a hat?</think> add it"])
+        other = {k: v for k, v in row.items() if k != "inverse"} | dict(instruction="take it off")
+        write_inverses([other], args, 0, 1)
+        assert other["inverse"] == "add it"
+        m.setattr(Judge, "ask_all", lambda *inputs: ["<think>Okay, the user wants"])
+        other = {k: v for k, v in other.items() if k != "inverse"} | dict(instruction="turn it")
+        assert "the VLM wrote none" in complaint(write_inverses, [other], args, 0, 1)
     (tmp_path / "run/inverses.json").write_text("[1, {")
     assert "inverses.json cannot be read" in complaint(write_inverses, [row], args, 0, 1)
     # None is asked for where nobody goes back.

@@ -438,6 +438,9 @@ def test_command_line(tmp_path, monkeypatch):
     for argv, words in [(["--bench", "shape"], "there are: shapes"),
                         (["--init", "no/such/folder"], "no/such/folder"),
                         (["--out", str(tmp_path)], "another run"),
+                        (["--init", "", "--preset", "flow-grpo"], "'flow-grpo' draws photos"),
+                        (["--bench", "wise", "--out", str(tmp_path / "a"), "--bench-dir",
+                          str(tmp_path), "--n", "2"], "wise has one picture of each prompt"),
                         (["--ini", "x"], "--ini")]:              # no abbreviations
         monkeypatch.setattr("sys.argv", ["eval.py", *argv])
         with pytest.raises(SystemExit, match=words):

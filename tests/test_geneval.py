@@ -409,6 +409,17 @@ def test_colors_of_a_photo(real, monkeypatch):
     v = judged("colors", ("circle", 1, "pink"))
     assert v["correct"] and not v["strict"] and v["partial"] == 0 and asked == ["circle"] * 2
     assert judged("colors", ("circle", 2, "pink"))["partial"] == 0.75
+    for thing in found:                              # as a file of detections may have it
+        thing["color"] = None
+    assert judged("colors", ("square", 1, "green"))["strict"]
+
+
+def test_a_sign_is_the_classrooms_alone():
+    """Its reader knows 64 x 64 pixels: of a photo the reward says nothing, which is not 0."""
+    sign = dict(prompt="HAT", include=[], text="HAT")
+    small, large = (geneval_py.geneval(torch.zeros(1, 3, side, side, dtype=torch.uint8), [sign])
+                    for side in (64, 512))
+    assert small.item() == 0 and large.isnan().all()
 
 
 def test_the_real_clip_has_its_gelu():
