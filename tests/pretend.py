@@ -205,7 +205,8 @@ def forget():
 def pretended():
     """Inside there is one GPU. -> a list of Syncs, which grows"""
     autocast, enabled, run = torch.autocast, torch.is_autocast_enabled, threading.Thread.run
-    make, group = torch.tensor, torch._C._group_tensors_by_device_and_dtype
+    make, bare = torch.tensor, torch.empty
+    group = torch._C._group_tensors_by_device_and_dtype
 
     class Autocast(autocast):
         def __init__(self, device_type, *args, **kwargs):
@@ -217,6 +218,9 @@ def pretended():
         over(lambda x: isinstance(x, OnGpu) and syncs.append(where("item")), data)
         made = make(data, **kwargs)
         return made if device is None else made.to(device)
+
+    def empty(*size, pin_memory=False, **kwargs):            # there is no driver to pin by
+        return bare(*size, **kwargs)
 
     def pad_sequence(rows, batch_first=False, value=0.0, side="right"):
         most = max(map(len, rows))
@@ -256,7 +260,7 @@ def pretended():
                 (layers_py, "varlen_attn", varlen),
                 (torch, "set_float32_matmul_precision", lambda how: None),
                 (torch.accelerator, "current_stream", lambda: stream),
-                (torch.Tensor, "pin_memory", lambda x: x), (threading.Thread, "run", run_too)):
+                (torch, "empty", empty), (threading.Thread, "run", run_too)):
             m.setattr(module, name, value)
         m.setenv("PYTORCH_ALLOC_CONF", "")               # what setup sets stays not behind
         torch.__future__.set_swap_module_params_on_conversion(True)     # ties stay ties
