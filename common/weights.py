@@ -334,7 +334,7 @@ def learn(model, what, seed=0):
                 m.requires_grad_(True)
             continue
         with seeded(seed):
-            attempt(f"the {part} of preset {model.cfg.preset!r} cannot have a LoRA",
+            attempt(f"the {part} can have no such LoRA",
                     lambda: inject_adapter_in_model(config, module))
         model.adapters[part] = config, {}
     if what and not any(p.requires_grad for p in model.parameters()):
